@@ -1,0 +1,190 @@
+"""What a batched function is: arguments, their batch dimensions, its outputs.
+
+A :class:`Call` is one call of a batched function with its arguments taken
+apart. Every engine works on calls: the whole batch is a call, and so is a single
+row, as a batch of one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcjac import _tree
+from funcjac._tree import Tree, TreeSpec
+from funcjac.errors import refuse
+
+
+@dataclass(frozen=True)
+class Options:
+    """The words of one transform, checked when it is made."""
+
+    name: str
+    argnums: int | tuple[int, ...] = 0
+    in_dims: Tree = 0
+    out_dims: Tree = 0
+    mode: str = "auto"
+    engine: str = "auto"
+    chunk_size: int | None = None
+    has_aux: bool = False
+    return_value: bool = False
+    randomness: str = "error"
+    check: bool | str = "auto"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the structure of the arguments settles, whatever their values.
+
+    Attributes:
+        dims: batch dimension of each leaf, ``None`` for what all rows share.
+        batched: the leaves that have one.
+        diff: the leaves to differentiate, in the order of ``argnums``.
+        in_spec: how blocks, one for each of ``diff``, become the structure of the input.
+        plain: whether the leaves are the arguments.
+    """
+
+    spec: TreeSpec
+    dims: tuple[int | None, ...]
+    batched: tuple[int, ...]
+    diff: tuple[int, ...]
+    in_spec: TreeSpec
+    plain: bool
+
+    @property
+    def diff_dims(self) -> tuple[int | None, ...]:
+        return tuple([self.dims[i] for i in self.diff])
+
+
+class Output(NamedTuple):
+    """What ``func`` returned: tensors with the batch first, their structure, the rest."""
+
+    leaves: list[Tensor]
+    spec: TreeSpec | None
+    aux: Any = None
+
+
+class Call(NamedTuple):
+    """One call of a batched function ``func`` with batch size ``batch``.
+
+    Attributes:
+        clone: whether ``func`` works in place on its arguments and must be given copies.
+    """
+
+    func: Callable[..., Any]
+    options: Options
+    layout: Layout
+    leaves: list[Any]
+    kwargs: dict[str, Any]
+    batch: int
+    clone: bool = False
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors to differentiate."""
+        return [self.leaves[i] for i in self.layout.diff]
+
+    def with_inputs(self, inputs: list[Tensor] | tuple[Tensor, ...]) -> "Call":
+        leaves = list(self.leaves)
+        for i, leaf in zip(self.layout.diff, inputs):
+            leaves[i] = leaf
+        return self._replace(leaves=leaves)
+
+    def only(self, j: int) -> "Call":
+        """The call with input ``j`` alone to differentiate."""
+        return self._replace(layout=replace(self.layout, diff=(self.layout.diff[j],)))
+
+    def one_row(self, rows: list[Tensor] | tuple[Tensor, ...]) -> "Call":
+        """The call on a batch of one; ``rows`` are the batched leaves, of batch size one."""
+        leaves = list(self.leaves)
+        for i, row in zip(self.layout.batched, rows):
+            leaves[i] = row
+        return self._replace(leaves=leaves, batch=1)
+
+    def __call__(self, inputs: list[Tensor] | tuple[Tensor, ...]) -> Output:
+        """Run ``func`` with ``inputs`` in the place of the differentiated leaves."""
+        leaves, kwargs = list(self.leaves), self.kwargs
+        for i, leaf in zip(self.layout.diff, inputs):
+            leaves[i] = leaf
+        if self.clone:
+            leaves, kwargs = _tree.clone((leaves, kwargs))
+        args = leaves if self.layout.plain else _tree.unflatten(self.layout.spec, leaves)
+        return as_output(self.options, self.func(*args, **kwargs), self.batch)
+
+
+def as_output(options: Options, out: Any, batch: int) -> Output:
+    """Take apart what ``func`` returned, and refuse what has no Jacobian."""
+    if type(out) is Tensor and type(options.out_dims) is int and not options.has_aux:
+        return Output([_as_batch_first(options.name, out, options.out_dims, batch)], None)
+    aux = None
+    if options.has_aux:
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise refuse(
+                options.name,
+                TypeError,
+                "func to return a pair (output, aux) with has_aux=True",
+                type(out).__name__,
+                "Return the pair, or drop has_aux.",
+            )
+        out, aux = out
+    leaves, spec = _tree.flatten(out)
+    dims = _out_dims(options, out, len(leaves))
+    tensors = [_as_batch_first(options.name, leaf, dim, batch) for leaf, dim in zip(leaves, dims)]
+    if not tensors:
+        raise refuse(
+            options.name, TypeError, "func to return at least one tensor", type(out).__name__
+        )
+    return Output(tensors, spec, aux)
+
+
+def _out_dims(options: Options, out: Tree, count: int) -> list[int]:
+    if type(options.out_dims) is int:
+        return [options.out_dims] * count
+    try:
+        dims = _tree.broadcast(options.out_dims, out)
+    except ValueError as error:
+        raise refuse(
+            options.name,
+            ValueError,
+            "out_dims to be an int or a prefix tree of func's output",
+            repr(options.out_dims),
+            str(error),
+        ) from None
+    return dims
+
+
+def _as_batch_first(name: str, leaf: Any, dim: int, batch: int) -> Tensor:
+    if not isinstance(leaf, Tensor):
+        raise refuse(
+            name,
+            TypeError,
+            "func to return tensors",
+            type(leaf).__name__,
+            "Return what is not a tensor as aux, with has_aux=True.",
+        )
+    if not leaf.is_floating_point():
+        raise refuse(
+            name,
+            TypeError,
+            "func to return real floating-point tensors",
+            leaf.dtype,
+            "Use torch.view_as_real for complex outputs, and aux for integers."
+            if leaf.is_complex()
+            else "Return integers and booleans as aux, with has_aux=True.",
+        )
+    if leaf.layout != torch.strided:
+        raise refuse(
+            name, TypeError, "func to return dense tensors", leaf.layout, "Call .to_dense() on it."
+        )
+    if not -leaf.ndim <= dim < leaf.ndim or leaf.shape[dim] != batch:
+        raise refuse(
+            name,
+            ValueError,
+            f"func to return a batch of {batch} in dimension {dim}",
+            f"shape {tuple(leaf.shape)}",
+            "A batched function returns one row for each row of its input; "
+            "wrap a function of one sample in torch.vmap.",
+        )
+    return leaf if dim == 0 else leaf.movedim(dim, 0)

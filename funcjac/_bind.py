@@ -1,0 +1,177 @@
+"""From the arguments of a call to its leaves, their batch dimensions and the batch size."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcjac import _tree
+from funcjac._batched import Call, Layout, Options
+from funcjac._tree import TreeSpec
+from funcjac.errors import refuse
+
+
+def bind(
+    func: Callable[..., Any],
+    options: Options,
+    layouts: dict[Any, Layout],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Call:
+    """Take the arguments apart; ``layouts`` remembers what their structure settles.
+
+    Raises:
+        TypeError, ValueError: the arguments are not those of a batched function.
+    """
+    leaves, spec = _tree.flatten_args(args)
+    key = (spec, tuple([leaf.ndim if isinstance(leaf, Tensor) else None for leaf in leaves]))
+    layout = layouts.get(key)
+    if layout is None:
+        layout = make_layout(options, args, leaves, spec)
+        layouts[key] = layout
+    return Call(func, options, layout, leaves, kwargs, _batch_size(options.name, layout, leaves))
+
+
+def check_inputs(call: Call) -> None:
+    """Refuse arguments that cannot be differentiated.
+
+    Raises:
+        TypeError: an input is not a dense tensor of real floating-point dtype.
+    """
+    for i in call.layout.diff:
+        _check_differentiable(call.options.name, call.leaves[i])
+
+
+def make_layout(
+    options: Options, args: tuple[Any, ...], leaves: list[Any], spec: TreeSpec
+) -> Layout:
+    dims = _leaf_dims(options, args, leaves)
+    argnums = _as_argnums(options, len(args))
+    sizes = [len(_tree.flatten_args(arg)[0]) for arg in args]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    diff = tuple(
+        i for a in argnums for i in range(starts[a], starts[a] + sizes[a]) if leaves[i] is not None
+    )
+    inputs = args[argnums[0]] if isinstance(options.argnums, int) else [args[a] for a in argnums]
+    in_spec = _tree.flatten(inputs if isinstance(options.argnums, int) else tuple(inputs))[1]
+    batched = tuple(i for i, dim in enumerate(dims) if dim is not None)
+    if not batched:
+        raise refuse(
+            options.name,
+            ValueError,
+            "at least one batched tensor argument",
+            f"in_dims={options.in_dims!r} and {len(leaves)} argument leaves",
+            "Give every batched argument its dimension in in_dims.",
+        )
+    if not diff:
+        raise refuse(
+            options.name,
+            ValueError,
+            "a tensor to differentiate",
+            f"none in argnums={options.argnums!r}",
+        )
+    plain = len(leaves) == len(args) and all(map(operator.is_, args, leaves))
+    return Layout(spec, tuple(dims), batched, diff, in_spec, plain)
+
+
+def _leaf_dims(options: Options, args: tuple[Any, ...], leaves: list[Any]) -> list[int | None]:
+    """One batch dimension for each leaf, from 0; ``None`` for what all rows share."""
+    in_dims = options.in_dims
+    if isinstance(in_dims, (tuple, list)) and len(in_dims) != len(args):
+        raise refuse(
+            options.name,
+            ValueError,
+            f"in_dims to have one entry for each of the {len(args)} positional arguments",
+            f"{len(in_dims)} entries in {in_dims!r}",
+        )
+    try:
+        dims = _tree.broadcast(in_dims if isinstance(in_dims, int) else tuple(in_dims), args)
+    except ValueError as error:
+        raise refuse(
+            options.name,
+            ValueError,
+            "in_dims to be an int or a prefix tree of the arguments",
+            repr(in_dims),
+            str(error),
+        ) from None
+    return [_leaf_dim(options.name, leaf, dim) for leaf, dim in zip(leaves, dims)]
+
+
+def _leaf_dim(name: str, leaf: Any, dim: Any) -> int | None:
+    if dim is None or not isinstance(leaf, Tensor):
+        return None
+    if type(dim) is not int:
+        raise refuse(name, TypeError, "in_dims to hold ints and None", type(dim).__name__)
+    if not -leaf.ndim <= dim < leaf.ndim:
+        raise refuse(
+            name,
+            ValueError,
+            f"an argument with a batch dimension {dim}",
+            f"shape {tuple(leaf.shape)}",
+            "Set its entry of in_dims to None if all rows share it.",
+        )
+    return dim % leaf.ndim
+
+
+def _as_argnums(options: Options, count: int) -> tuple[int, ...]:
+    given = (options.argnums,) if isinstance(options.argnums, int) else options.argnums
+    for argnum in given:
+        if not -count <= argnum < count:
+            raise refuse(
+                options.name,
+                ValueError,
+                f"argnums to index {count} positional arguments",
+                options.argnums,
+                "Arguments to differentiate must be passed by position.",
+            )
+    argnums = tuple(argnum % count for argnum in given)
+    if len(set(argnums)) != len(argnums):
+        raise refuse(options.name, ValueError, "argnums to be unique", options.argnums)
+    return argnums
+
+
+def _batch_size(name: str, layout: Layout, leaves: list[Any]) -> int:
+    first = layout.batched[0]
+    batch = leaves[first].shape[layout.dims[first]]
+    for i in layout.batched[1:]:
+        if leaves[i].shape[layout.dims[i]] != batch:
+            sizes = [leaves[i].shape[layout.dims[i]] for i in layout.batched]
+            raise refuse(
+                name,
+                ValueError,
+                "all batched arguments to have the same batch size",
+                sizes,
+                "Set in_dims to None for arguments that all rows share.",
+            )
+    return batch
+
+
+def _check_differentiable(name: str, leaf: Any) -> None:
+    if not isinstance(leaf, Tensor):
+        raise refuse(
+            name,
+            TypeError,
+            "the differentiated argument to hold tensors only",
+            type(leaf).__name__,
+            "Name the tensors to differentiate in argnums.",
+        )
+    if not leaf.is_floating_point():
+        raise refuse(
+            name,
+            TypeError,
+            "a differentiated argument of real floating-point dtype",
+            leaf.dtype,
+            "Use torch.view_as_real for complex inputs."
+            if leaf.is_complex()
+            else "Pass integers as another argument and leave them out of argnums.",
+        )
+    if leaf.layout != torch.strided:
+        raise refuse(
+            name,
+            TypeError,
+            "a differentiated argument that is dense",
+            leaf.layout,
+            "Call .to_dense() on it.",
+        )

@@ -1,0 +1,251 @@
+"""``check_batched`` and ``check_derivative``: looking closely, when asked."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcjac import _tree
+from funcjac._batched import Call, Options
+from funcjac._bind import bind
+from funcjac._engines import BY_ENGINE, Context, Jacobian
+from funcjac._jacobian import check_options, transform_of
+from funcjac._mixing import check_rows, mixing_error
+from funcjac._modes import ENGINES, MODES, routes, sizes_of
+from funcjac._probe import tolerance
+from funcjac._reach import Reach, reach
+from funcjac._state import guard, rng_state, set_rng_state
+from funcjac.errors import brief, refuse
+
+
+def check_batched(
+    func: Callable[..., Any], *args: Any, in_dims: Any = 0, out_dims: Any = 0, **kwargs: Any
+) -> None:
+    """Raises if the rows of ``func``'s output depend on other rows of its input.
+
+    Two tests, each with the random state replayed: other values in the odd rows must leave
+    the output of the even ones as it was, and a random cotangent in half of the rows must not
+    reach the inputs of the other half. They miss mixing that happens only for other values of
+    the input than those given. Cost: three runs of ``func``, one of them with a backward pass.
+
+    Args:
+        func: a batched function.
+        *args: its arguments, with at least two rows.
+        in_dims: batch dimension of each argument, as in :func:`torch.vmap`.
+        out_dims: where ``func`` puts the batch dimension.
+        **kwargs: given to ``func`` as they are.
+
+    Raises:
+        BatchMixingError: rows depend on one another; the message names suspects.
+        ValueError: fewer than two rows, or bad ``in_dims`` or ``out_dims``.
+        TypeError: ``func`` does not return real floating-point tensors.
+
+    Example:
+        >>> import torch, funcjac
+        >>> funcjac.check_batched(torch.sin, torch.ones(4, 3))
+        >>> funcjac.check_batched(lambda x: x - x.mean(0), torch.eye(4, 3))
+        Traceback (most recent call last):
+        ...
+        funcjac.BatchMixingError: check_batched: expected each row of func's output ...
+    """
+    argnums = tuple(range(len(args))) or (0,)
+    options = Options("check_batched", argnums, in_dims, out_dims, randomness="different")
+    check_options(func, options)
+    call = bind(func, options, {}, args, kwargs)
+    if call.batch < 2:
+        raise refuse("check_batched", ValueError, "at least two rows", call.batch)
+    floats = [i for i in call.layout.batched if call.leaves[i].is_floating_point()]
+    call = call._replace(layout=replace(call.layout, diff=tuple(floats)))
+    reached = reach(func, {})
+    state, rng = guard(reached, _tree.tensors((args, kwargs))), rng_state()
+    try:
+        _check_values(call, reached)
+        set_rng_state(rng)
+        if floats:
+            check_rows(call._replace(clone=True), reached)
+    finally:
+        state.restore()
+        set_rng_state(rng)
+
+
+def _check_values(call: Call, reached: Reach) -> None:
+    """Give every odd row the values of the row before: the even ones must not notice."""
+    layout, rng = call.layout, rng_state()
+    before = _values(call)
+    order = torch.arange(call.batch)
+    order -= order % 2
+    leaves = list(call.leaves)
+    for i in layout.batched:
+        leaves[i] = leaves[i].index_select(layout.dims[i] or 0, order.to(leaves[i].device))
+    set_rng_state(rng)
+    after = _values(call._replace(leaves=leaves))
+    for one, other in zip(before, after):
+        limit = tolerance([one.dtype], one.device) / 100
+        size = one.abs().nan_to_num(0, 0, 0).amax() if one.numel() else 0
+        difference = (one[::2] - other[::2]).abs().nan_to_num(0)
+        if (difference > limit * size).any():
+            raise mixing_error(call.options.name, reached)
+
+
+def _values(call: Call) -> list[Tensor]:
+    with torch.no_grad():
+        return [out.clone() for out in call([x.clone() for x in call.inputs]).leaves]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One engine and mode beside the loop over rows.
+
+    Attributes:
+        engine: ``"vmap"``, ``"sum"`` or ``"loop"``.
+        mode: ``"fwd"`` or ``"rev"``.
+        difference: largest difference from the loop, relative to the loop's largest
+            entry; ``None`` where the engine failed.
+        error: what it raised, if it did.
+    """
+
+    engine: str
+    mode: str
+    difference: float | None
+    error: str
+
+
+@dataclass(frozen=True)
+class DerivativeReport:
+    """What ``check_derivative`` found. ``print`` it for a table.
+
+    Attributes:
+        comparisons: every engine and mode beside the loop over rows in reverse mode.
+        central_difference: how far the loop's product with one random direction is from a
+            central difference, relative to its size.
+        tolerance: up to where numbers of this dtype count as equal.
+        central_tolerance: likewise for central differences, which are less precise.
+    """
+
+    comparisons: tuple[Comparison, ...]
+    central_difference: float
+    tolerance: float
+    central_tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that ran agrees, and central differences confirm it."""
+        found = [c.difference for c in self.comparisons if c.difference is not None]
+        close = all(difference <= self.tolerance for difference in found)
+        return close and self.central_difference <= self.central_tolerance
+
+    def __str__(self) -> str:
+        lines = [f"{'engine':<7}{'mode':<6}{'difference':>11}  from the loop over rows"]
+        for c in self.comparisons:
+            found = "" if c.difference is None else f"{c.difference:.1e}"
+            wrong = c.difference is not None and not c.difference <= self.tolerance
+            verdict = c.error or ("WRONG" if wrong else "agrees")
+            lines.append(f"{c.engine:<7}{c.mode:<6}{found:>11}  {verdict}")
+        close = self.central_difference <= self.central_tolerance
+        verdict = "agrees" if close else "WRONG"
+        lines.append(f"{'central':<13}{self.central_difference:>11.1e}  {verdict}")
+        return "\n".join(lines)
+
+
+def check_derivative(
+    transformed: Callable[..., Any], *args: Any, **kwargs: Any
+) -> DerivativeReport:
+    """Compares every engine and mode, and central differences in one random direction.
+
+    Where the one vector-Jacobian product of ``check="auto"`` trusts plain reverse mode, this
+    also asks the function itself: a wrong custom backward or a partial ``detach`` shows as a
+    central difference that disagrees.
+
+    Args:
+        transformed: what ``batch_jacobian`` returned.
+        *args: arguments as for ``transformed``.
+        **kwargs: keyword arguments as for ``transformed``.
+
+    Returns:
+        A :class:`DerivativeReport`, with ``ok`` and a table when printed. Costs about six
+        Jacobians, two of them by a loop over rows; float64 inputs make it sharp.
+
+    Raises:
+        TypeError: ``transformed`` does not come from funcjac.
+
+    Example:
+        >>> import torch, funcjac
+        >>> x = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
+        >>> funcjac.check_derivative(funcjac.batch_jacobian(torch.sin), x).ok
+        True
+    """
+    transform = transform_of(transformed, "check_derivative")
+    call = transform.bind(args, kwargs)
+    reached = reach(call.func, {})
+    state, rng = guard(reached, _tree.tensors((args, kwargs))), rng_state()
+    found: dict[tuple[str, str], Jacobian | Exception] = {}
+    with torch.no_grad():
+        for engine in reversed(ENGINES):
+            for mode in reversed(MODES):
+                found[engine, mode] = _run(call, engine, mode)
+                state.restore()
+                set_rng_state(rng)
+        reference = found["loop", "rev"]
+        if isinstance(reference, Exception):
+            raise reference
+        dtypes = [x.dtype for x in call.inputs] + [out.dtype for out in reference.output.leaves]
+        limit = tolerance(dtypes, call.inputs[0].device)
+        comparisons = [_compare(*key, one, reference) for key, one in found.items()]
+        central = _central_difference(call, reference)
+        state.restore()
+        set_rng_state(rng)
+    return DerivativeReport(tuple(comparisons), central, limit, 10 * limit ** (2 / 3))
+
+
+def _run(call: Call, engine: str, mode: str) -> Jacobian | Exception:
+    shared = any(dim is None for dim in call.layout.diff_dims)
+    sizes = call.batch, 1, sizes_of(call.inputs, call.layout.diff_dims)
+    words = (engine, mode, call.options.chunk_size, sizes)
+    error: Exception = ValueError("the sum trick has no per-sample derivative of shared arguments")
+    for route in routes(*words, shared=shared, transposed=False):
+        try:
+            return BY_ENGINE[engine](call._replace(clone=True), route, Context())
+        except Exception as raised:  # noqa: PERF203  whatever it is belongs into the report
+            error = raised
+    return error
+
+
+def _compare(engine: str, mode: str, one: Jacobian | Exception, reference: Jacobian) -> Comparison:
+    if isinstance(one, Exception):
+        return Comparison(engine, mode, None, brief(one))
+    worst = 0.0
+    for blocks, others in zip(one.blocks, reference.blocks):
+        for block, other in zip(blocks, others):
+            size = other.abs().nan_to_num(0).max().item() if other.numel() else 1.0
+            difference = torch.where(block.isnan() & other.isnan(), 0, (block - other).abs())
+            if difference.numel():
+                worst = max(worst, (difference.nan_to_num(torch.inf).max() / (size or 1.0)).item())
+    return Comparison(engine, mode, worst, "")
+
+
+def _central_difference(call: Call, reference: Jacobian) -> float:
+    """``|(f(x + h t) - f(x - h t)) / 2 h - J t|``, relative to ``J t``, for one random ``t``."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, dims = call.inputs, call.layout.diff_dims
+    ts = [torch.randn(x.shape, generator=generator).to(x) for x in inputs]
+    eps = max(torch.finfo(x.dtype).eps for x in inputs)
+    h = eps ** (1 / 3) * max(1.0, *[x.abs().max().item() if x.numel() else 0.0 for x in inputs])
+    rng = rng_state()
+    ahead = call([x + h * t for x, t in zip(inputs, ts)]).leaves
+    set_rng_state(rng)
+    behind = call([x - h * t for x, t in zip(inputs, ts)]).leaves
+    worst = 0.0
+    for plus, minus, blocks in zip(ahead, behind, reference.blocks):
+        slope = (plus - minus) / (2 * h)
+        product = torch.zeros_like(slope)
+        for block, t, dim in zip(blocks, ts, dims):
+            rows = t.expand(call.batch, *t.shape) if dim is None else t.movedim(dim, 0)
+            left = block.reshape(call.batch, slope[0].numel(), -1).to(slope.dtype)
+            columns = rows.reshape(call.batch, -1, 1).to(slope.dtype)
+            product += (left @ columns).view_as(slope)
+        if slope.numel():
+            size = product.abs().max().item() or 1.0
+            worst = max(worst, ((slope - product).abs().max() / size).item())
+    return worst

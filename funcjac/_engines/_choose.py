@@ -1,0 +1,292 @@
+"""Which route runs: what failed, what was verified, what is cheapest.
+
+Decisions are remembered per signature and per transformed function. The first call of a
+signature runs ``func`` on the batch (its own errors are the user's), probes it, and tries
+routes until one passes verification. The calls after it give every other route that could be
+cheaper a turn, each verified before its result is handed out, until the fastest is known.
+"""
+
+import sys
+import time
+import warnings
+from typing import Any
+
+import torch
+
+from funcjac import _tree
+from funcjac._batched import Call
+from funcjac._engines._record import Memory, Record, requires_grad, signature
+from funcjac._engines._rows import BY_ENGINE, empty, executed
+from funcjac._mixing import check_rows
+from funcjac._modes import Recorder, Route, is_forward_safe, routes, sizes_of
+from funcjac._passes import Context, Jacobian
+from funcjac._probe import Probe, has_hidden_leaves, probe
+from funcjac._reach import Reach, reach
+from funcjac._state import guard, has_lazy, rng_state, same_rng_state, set_rng_state
+from funcjac._verify import aux_mismatch, check_attached, graph_mismatch, is_noise, mismatch
+from funcjac.errors import BatchMixingError, EngineFallbackWarning, VerificationError, brief
+
+
+def solve(call: Call, memory: Memory) -> Jacobian:
+    """The Jacobian of ``call`` in plain (not transformed, not compiled) code."""
+    reached = reach(call.func, memory.codes)
+    graph = torch.is_grad_enabled() and (reached.requires_grad or requires_grad(call))
+    key = signature(call, reached, graph)
+    record = memory.latest = memory.records.get(key)
+    if record is None:
+        return _Attempt(call, memory, reached).first(key, graph)
+    if record.clone:
+        call = call._replace(clone=True)
+    if record.choice is not None and not record.stateful and call.options.check is not True:
+        return BY_ENGINE[record.choice.engine](call, record.choice, record.context)
+    return _Attempt(call, memory, reached).again(record)
+
+
+class _Attempt:
+    """One call on its way through routes, with what must be put back after each."""
+
+    record: Record
+
+    def __init__(self, call: Call, memory: Memory, reached: Reach) -> None:
+        if has_lazy(reached):  # parameters take their shape now, as in any first call
+            with torch.no_grad():
+                call(call.inputs)
+            reached = reach(call.func, memory.codes)
+        self.call, self.memory, self.reached = call, memory, reached
+        self.options, self.checked = call.options, call.options.check is not False
+        self.guard = guard(reached, _tree.tensors((call.leaves, call.kwargs)))
+        self.rng = self.drawn = rng_state()
+        self.found: Probe | None = None
+
+    # --- the first call of a signature: everything is found out here
+
+    def first(self, key: Any, graph: bool) -> Jacobian:
+        self.record = Record((0, 0, 0), Context(graph=graph))
+        try:
+            self._look()
+        finally:
+            self.record.stateful = self.guard.restore()
+        if self.found is None or 0 in self.record.sizes:
+            self.memory.latest = None
+            return self._of_nothing()
+        self.memory.latest = self.record
+        self.record.routes = self._routes()
+        result = self._run_first_that_works()
+        self.record.settle(checked=self.checked)
+        self.memory.remember(key, self.record)
+        return result
+
+    def _look(self) -> None:
+        """Run ``func`` on the batch as plain autograd would, and probe it."""
+        record = self.record
+        self.found = self._probe()
+        self.drawn = rng_state()
+        record.random = not same_rng_state(self.rng, self.drawn)
+        if record.random and self.options.randomness == "error":
+            set_rng_state(self.rng)
+            raise RuntimeError(
+                f"{self.options.name}: expected func not to draw random numbers with "
+                'randomness="error", but it did. Pass randomness="different" for a draw of its own '
+                'in every row, or "same" for one draw for all.'
+            )
+        if torch.is_grad_enabled() and not record.context.graph and has_hidden_leaves(self.found):
+            record.context = Context(graph=True)
+            set_rng_state(self.rng)
+            self.found = self._probe()
+        leaves = self.found.output.leaves
+        outputs = sum(out[0].numel() for out in leaves) if self.call.batch else 0
+        inputs = sizes_of(self.call.inputs, self.call.layout.diff_dims)
+        record.sizes = self.call.batch, outputs, inputs
+        if self.checked and 0 not in record.sizes:
+            set_rng_state(self.rng)
+            check_attached(self.found)
+            if record.random:  # each engine is verified with draws of its own
+                check_rows(self.call, self.reached)
+
+    def _probe(self) -> Probe:
+        try:
+            found = probe(self.call, self.record.context)
+        except RuntimeError as error:
+            if "leaf Variable" not in str(error) or self.call.clone:
+                raise
+            return self._probe_copies()
+        arguments = _tree.tensors((self.call.leaves, self.call.kwargs))
+        if not self.call.clone and self.guard.restore_tensors(self.guard.tensors[: len(arguments)]):
+            return self._probe_copies()
+        return found
+
+    def _probe_copies(self) -> Probe:
+        """Once more, with copies for a function that works in place on its arguments."""
+        self.guard.restore()
+        set_rng_state(self.rng)
+        self.record.clone = True
+        self.call = self.call._replace(clone=True)
+        return self._probe()
+
+    def _of_nothing(self) -> Jacobian:
+        try:
+            set_rng_state(self.rng)
+            return empty(self.call, self.record.context)
+        finally:
+            self.guard.restore()
+
+    def _routes(self) -> list[Route]:
+        options, reached = self.options, self.reached
+        shared = any(dim is None for dim in self.call.layout.diff_dims)
+        words = (options.engine, options.mode, options.chunk_size, self.record.sizes)
+        found = routes(*words, shared=shared, transposed=False)
+        if self.record.random and options.randomness == "same":
+            found = [route for route in found if route.engine != "sum"]
+        if reached.scripted:
+            return [route for route in found if not route.is_functional]
+        forward = any(route.mode == "fwd" and not route.transposed for route in found)
+        if self.record.context.graph and forward and not self._is_forward_safe():
+            return [route for route in found if route.mode == "rev" or route.transposed]
+        return found
+
+    def _is_forward_safe(self) -> bool:
+        with Recorder() as recorder, torch.no_grad():
+            self.call._replace(clone=True)(self.call.inputs)
+        self.guard.restore()
+        set_rng_state(self.rng)
+        return is_forward_safe(recorder.names)
+
+    # --- later calls, until the cheapest route is known
+
+    def again(self, record: Record) -> Jacobian:
+        self.record = record
+        route = record.choice or record.next()
+        if self.options.check is True or (self.checked and route not in record.times):
+            record.probes += 1
+            self.found = probe(self.call, record.context, seed=record.probes)
+            self.drawn = rng_state()
+        result = self._try(route) if self.found else self._run(route)
+        if result is None:
+            result = self._run_first_that_works()
+        if record.choice is None:
+            record.settle(checked=self.checked)
+        return result
+
+    def _run(self, route: Route) -> Jacobian:
+        try:
+            return self._timed(route)
+        finally:
+            self.guard.restore()
+
+    # --- running and verifying one route
+
+    def _run_first_that_works(self) -> Jacobian:
+        for route in list(self.record.routes):
+            result = self._try(route)
+            if result is not None:
+                self._warn(route)
+                return result
+        raise self._failure()
+
+    def _try(self, route: Route) -> Jacobian | None:
+        """Run a route and verify it; ``None``, with the reason in the record, if it fails."""
+        try:
+            found = self._reference(route)
+            set_rng_state(self.rng)
+            result = self._timed(route)
+            drawn = rng_state()
+            problem = self._verify(found, result)
+        except BatchMixingError:
+            raise
+        except Exception as error:
+            # Messages do not tell what vmap cannot do, so whatever was raised, the next
+            # route gets its turn: func itself is known to run.
+            self.record.drop(route, error)
+            return None
+        finally:
+            self.guard.restore()
+            set_rng_state(self.drawn)
+        if problem is not None:
+            words = f"{self.options.name}: {route} was verified and refused: {problem}."
+            self.record.drop(route, VerificationError(words))
+            return None
+        set_rng_state(drawn)
+        return result
+
+    def _reference(self, route: Route) -> Probe | None:
+        if not (self.checked and self.record.random and route.engine != "sum"):
+            return self.found
+        set_rng_state(self.rng)
+        found = probe(executed(self.call, route.engine), self.record.context)
+        self.guard.restore()
+        return found
+
+    def _timed(self, route: Route) -> Jacobian:
+        self._synchronize()
+        start = time.perf_counter()
+        result = BY_ENGINE[route.engine](self.call, route, self.record.context)
+        self._synchronize()
+        self.record.times.setdefault(route, []).append(time.perf_counter() - start)
+        return result
+
+    def _synchronize(self) -> None:
+        if torch.cuda.is_initialized() and any(x.is_cuda for x in self.call.inputs):
+            torch.cuda.synchronize()
+
+    def _verify(self, found: Probe | None, result: Jacobian) -> str | None:
+        if found is None or not self.checked:
+            return None
+        problem = mismatch(found, result)
+        if problem is not None:
+            set_rng_state(self.rng)
+            check_rows(self.call, self.reached)
+            set_rng_state(self.rng)
+            if is_noise(found, result):
+                problem = None
+        if problem is None and self.options.has_aux and found is self.found:
+            problem = aux_mismatch(found, result)
+        if problem is None and self.record.context.graph:
+            problem = graph_mismatch(found, result)
+        return problem
+
+    # --- telling
+
+    def _warn(self, route: Route) -> None:
+        left = [error for r, error in self.record.errors.items() if r.engine == "vmap"]
+        if self.options.engine != "auto" or not left or route.engine == "vmap":
+            return
+        if self.memory.warned:
+            return
+        self.memory.warned = True
+        verified = "verified" if self.checked else "not verified (check=False)"
+        warnings.warn(
+            f"{self.options.name}: left engine 'vmap' for '{route.engine}', because "
+            f"{brief(left[0])}. The result is {verified}. Pass engine={route.engine!r}, or "
+            'warnings.filterwarnings("ignore", category=funcjac.EngineFallbackWarning), to '
+            "silence this.",
+            EngineFallbackWarning,
+            stacklevel=_outside(),
+        )
+
+    def _failure(self) -> Exception:
+        errors, options = self.record.errors, self.options
+        if not errors:
+            return ValueError(
+                f"{options.name}: expected an engine and mode that can differentiate func, got "
+                f"engine={options.engine!r} and mode={options.mode!r}: the sum trick has no "
+                "per-sample derivative of shared arguments or shared draws, and TorchScript is "
+                'wrong under torch.func. Use engine="auto" and mode="auto".'
+            )
+        last = list(errors.values())[-1]
+        if isinstance(last, VerificationError):
+            return last
+        raised = RuntimeError(
+            f"{options.name}: engine={options.engine!r} with mode={options.mode!r} cannot "
+            f"differentiate func, although func itself runs: {brief(last)}. "
+            'Use engine="auto" and mode="auto", or look at explain() for every attempt.'
+        )
+        raised.__cause__ = last
+        return raised
+
+
+def _outside() -> int:
+    """The stack level of the first frame outside of the package, for warnings."""
+    level, frame = 1, sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("funcjac"):
+        frame, level = frame.f_back, level + 1
+    return level

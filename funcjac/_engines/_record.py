@@ -1,0 +1,137 @@
+"""What is remembered of a signature, and when its choice is made."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcjac import _tree
+from funcjac._batched import Call, Layout
+from funcjac._modes import Route, is_worth_a_try
+from funcjac._passes import Context
+from funcjac._reach import Reach
+
+_MOST_RECORDS = 256
+# Turns of a route before its best time counts: more where a run is short and easily
+# disturbed. Half of them, for a first run may hold some set-up of torch's, end the turns of
+# a route that is this much slower than the best.
+_TURNS, _TURNS_IF_SHORT, _SHORT, _SLOWER = 3, 6, 0.02, 1.5
+
+
+@dataclass
+class Record:
+    """What is known of one signature.
+
+    Attributes:
+        sizes: batch, elements of an output row, elements of an input row.
+        routes: still in the running, in the order of preference.
+        errors: why a route was left.
+        times: seconds of each run.
+        choice: the route that all later calls take, once it is known.
+        clone: whether ``func`` works in place on its arguments.
+        stateful: whether ``func`` changes modules or tensors that must be put back.
+        random: whether ``func`` draws random numbers.
+        probes: how many there were, so that each draws another cotangent.
+    """
+
+    sizes: tuple[int, int, int]
+    context: Context
+    routes: list[Route] = field(default_factory=list)
+    errors: dict[Route, Exception] = field(default_factory=dict)
+    times: dict[Route, list[float]] = field(default_factory=dict)
+    choice: Route | None = None
+    clone: bool = False
+    stateful: bool = False
+    random: bool = False
+    probes: int = 0
+
+    def drop(self, route: Route, error: Exception) -> None:
+        """Leave a route for good."""
+        self.errors[route] = error
+        self.routes.remove(route)
+        self.times.pop(route, None)
+
+    def next(self) -> Route:
+        """The route whose turn it is."""
+        return min(self.routes, key=lambda route: len(self.times.get(route, ())))
+
+    def settle(self, *, checked: bool) -> None:
+        """Give up on what is hopeless, and choose once every route left has had its turns."""
+        best = min(self.times, key=lambda route: min(self.times[route]))
+        self.routes = [r for r in self.routes if r == best or self._may_win(r, best, checked)]
+        if len(self.routes) == 1 or all(self._turns_left(route) <= 0 for route in self.routes):
+            self.choice = best
+
+    def _turns_left(self, route: Route) -> int:
+        times = self.times.get(route, [])
+        is_short = bool(times) and min(times) < _SHORT
+        return (_TURNS_IF_SHORT if is_short else _TURNS) - len(times)
+
+    def _may_win(self, route: Route, best: Route, checked: bool) -> bool:
+        times = self.times.get(route, [])
+        had_enough = len(times) > max(self._turns_left(route), 1)
+        if had_enough and min(times) > _SLOWER * min(self.times[best]):
+            return False
+        if route.engine == "sum" and best.engine != "sum" and not checked:
+            return False  # the sum trick needs proof that rows are independent
+        if route.transposed and replace(route, transposed=False) in self.times:
+            return False
+        _, outputs, inputs = self.sizes
+        return is_worth_a_try(route, best, outputs, inputs)
+
+
+@dataclass
+class Memory:
+    """What one transformed function remembers.
+
+    Attributes:
+        layouts: by structure of the arguments.
+        records: by signature.
+        sizes: by shapes, what a transform inside of others needs to choose a mode.
+        codes: names that functions look up, by their code.
+        warned: whether leaving vmap was told.
+        latest: the record of the last call, for ``explain``.
+    """
+
+    layouts: dict[Any, Layout] = field(default_factory=dict)
+    records: dict[Any, Record] = field(default_factory=dict)
+    sizes: dict[Any, tuple[int, bool]] = field(default_factory=dict)
+    codes: dict[CodeType, tuple[str, ...]] = field(default_factory=dict)
+    warned: bool = False
+    latest: Record | None = None
+
+    def remember(self, key: Any, record: Record) -> None:
+        """Keep a record; the oldest makes room."""
+        while len(self.records) >= _MOST_RECORDS:
+            self.records.pop(next(iter(self.records)))
+        self.records[key] = record
+
+
+def signature(call: Call, reached: Reach, graph: bool) -> tuple[Any, ...]:
+    """What a decision depends on: trees, shapes, dtypes, devices, modes, modules."""
+    metas = tuple([_meta(leaf) for leaf in call.leaves])
+    kwargs: Any = None
+    if call.kwargs:
+        leaves, spec = _tree.flatten_args(call.kwargs)
+        kwargs = (spec, *[_meta(leaf) for leaf in leaves])
+    modes = (graph, torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"))
+    if torch.cuda.is_available():
+        modes = (*modes, torch.is_autocast_enabled("cuda"))
+    return call.layout.spec, metas, kwargs, modes, tuple(reached.token)
+
+
+def _meta(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad
+    return leaf if isinstance(leaf, (bool, str, type(None))) else type(leaf)
+
+
+def requires_grad(call: Call) -> bool:
+    """Whether an argument requires grad."""
+    leaves: Iterable[Any] = call.leaves
+    if call.kwargs:
+        leaves = [*call.leaves, *_tree.flatten(call.kwargs)[0]]
+    return any(leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor))

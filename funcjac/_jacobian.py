@@ -1,0 +1,256 @@
+"""``batch_jacobian``: the Jacobian of each row of a batch."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcjac import _tree
+from funcjac._batched import Call, Layout, Options
+from funcjac._bind import bind, check_inputs
+from funcjac._engines import Jacobian, Memory, solve, solve_transformed
+from funcjac._modes import ENGINES, MODES
+from funcjac._native import is_transformed
+from funcjac.errors import refuse
+
+_RANDOMNESS = ("error", "different", "same")
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What a transformed function is made of, for ``explain`` and for nesting."""
+
+    func: Callable[..., Any]
+    options: Options
+    memory: Memory = field(default_factory=Memory)
+
+    @property
+    def layouts(self) -> dict[Any, Layout]:
+        return self.memory.layouts
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        call = bind(self.func, self.options, self.memory.layouts, args, kwargs)
+        check_inputs(call)
+        return call
+
+
+def batch_jacobian(
+    func: Callable[..., Any],
+    argnums: int | tuple[int, ...] = 0,
+    *,
+    in_dims: Any = 0,
+    out_dims: Any = 0,
+    mode: str = "auto",
+    engine: str = "auto",
+    chunk_size: int | None = None,
+    has_aux: bool = False,
+    return_value: bool = False,
+    randomness: str = "error",
+    check: bool | str = "auto",
+) -> Callable[..., Any]:
+    """Computes the Jacobian of each row of a batch.
+
+    For ``func: (B, *in) -> (B, *out)`` the returned function gives
+    ``J[b] = d func(x)[b] / d x[b]``, of shape ``(B, *out, *in)``, and never the
+    ``(B, *out, B, *in)`` of :func:`torch.autograd.functional.jacobian`. It is itself a batched
+    function: ``batch_jacobian(batch_jacobian(func))`` gives second derivatives
+    ``(B, *out, *in, *in)``. Like :func:`torch.func.jacrev` under :func:`torch.vmap`, except that
+    ``func`` sees a batch, that keyword arguments are not mapped, that results are verified, and
+    that another engine runs where ``vmap`` cannot.
+
+    Args:
+        func: a batched function: row ``b`` of its output depends on row ``b`` of its batched
+            inputs alone. A function ``g`` of one sample enters as ``torch.vmap(g)``.
+        argnums: positional argument or arguments to differentiate. An int adds no level to the
+            result, a tuple adds a tuple inside each output leaf.
+        in_dims: batch dimension of each positional argument, an int for all, or a tuple or
+            prefix tree with ``None`` for what all rows share. A shared argument can be
+            differentiated too: ``(B, *out, *param)``. What is no tensor is always shared.
+        out_dims: where ``func`` puts the batch dimension; results have it first.
+        mode: ``"rev"`` pulls back the basis of a row's output (one pass for each element),
+            ``"fwd"`` pushes forward that of its input; ``"auto"`` goes by sizes and clock.
+        engine: ``"vmap"``, ``"sum"`` (the sum trick, by plain autograd), ``"loop"``, or
+            ``"auto"``: vmap first, what works if it fails, in the end the fastest that was
+            verified.
+        chunk_size: basis vectors in one pass; ``None`` for as many as a pass of 256 MiB carries.
+            It bounds memory and never changes values.
+        has_aux: ``func`` returns ``(output, aux)``; ``aux`` is any object.
+        return_value: also return ``func``'s output, from the same forward pass.
+        randomness: ``"different"`` draws for each row, ``"same"`` once for all rows, ``"error"``
+            refuses. All columns of a row see the same draw.
+        check: ``"auto"`` verifies the first call of each signature (trees, shapes, dtypes,
+            devices, modes, modules that ``func`` can reach), ``True`` every call, ``False`` none.
+
+    Returns:
+        A function of the same arguments. It returns ``jac``; ``(jac, aux)`` with ``has_aux``;
+        ``(jac, value)`` with ``return_value``; ``(jac, (value, aux))`` with both. ``jac`` has
+        the structure of the output outside and that of the input inside. Its leaves are
+        contiguous, of the dtype that output and input promote to, differentiable if grad mode is
+        on and something requires grad, and zero where an output does not depend on an input.
+
+    Raises:
+        TypeError: the words or arguments are of the wrong kind, the input or output is not
+            real, floating-point and dense.
+        ValueError: bad ``argnums``, ``in_dims``, ``out_dims``, ``mode``, ``engine``,
+            ``chunk_size``, ``randomness`` or ``check``; no batched argument; unequal batch
+            sizes; an output that is no batch.
+        BatchMixingError: rows of the output depend on other rows of the input.
+        VerificationError: no engine agrees with plain autograd, or autograd cannot see how the
+            output depends on the input.
+        RuntimeError: the engine and mode that were asked for cannot differentiate ``func``;
+            ``func`` draws random numbers and ``randomness`` is ``"error"``. What ``func``
+            raises itself is passed on as it is.
+
+    Cost: ``rev`` runs ``func`` once and pulls back as many cotangents as a row of the output has
+    elements; ``fwd`` pushes as many tangents as a row of the input has elements. A pass that
+    carries ``k`` of them holds ``k`` times the memory of one. The first call of a signature
+    takes three or four times as long, and the next few try other engines and modes.
+
+    Sources: torch.func (vmap, vjp, jvp); the sum trick of pytorch/functorch issue 328 and
+    TensorFlow's ``batch_jacobian``; pytorch/pytorch issue 23475, which asked for this.
+
+    Example:
+        >>> import torch, funcjac
+        >>> x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
+        >>> jac = funcjac.batch_jacobian(torch.sin)(x)
+        >>> jac.shape
+        torch.Size([2, 3, 3])
+        >>> torch.allclose(jac, torch.diag_embed(x.cos()))
+        True
+        >>> funcjac.batch_jacobian(funcjac.batch_jacobian(torch.sin))(x).shape
+        torch.Size([2, 3, 3, 3])
+    """
+    options = Options(
+        "batch_jacobian",
+        argnums,
+        in_dims,
+        out_dims,
+        mode,
+        engine,
+        chunk_size,
+        has_aux,
+        return_value,
+        randomness,
+        check,
+    )
+    check_options(func, options)
+    transform = Transform(func, options)
+
+    def jacobian(*args: Any, **kwargs: Any) -> Any:
+        return evaluate(transform, args, kwargs)
+
+    return as_transformed(jacobian, transform)
+
+
+def as_transformed(function: Any, transform: Transform) -> Callable[..., Any]:
+    """Give a transformed function its own transform, and the name of what it transforms."""
+    functools.update_wrapper(function, transform.func)
+    function.__funcjac__ = transform
+    return function
+
+
+def evaluate(transform: Transform, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    call = transform.bind(args, kwargs)
+    if is_transformed():
+        return assemble(call, solve_transformed(call, transform.memory))
+    if torch.is_inference_mode_enabled() or any(_is_inference(leaf) for leaf in call.leaves):
+        with torch.inference_mode(False), torch.no_grad():
+            call = transform.bind(*_usable((args, kwargs)))
+            return assemble(call, solve(call, transform.memory))
+    return assemble(call, solve(call, transform.memory))
+
+
+def assemble(call: Call, result: Jacobian) -> Any:
+    """Output structure outside, input structure inside; then value and aux as asked for."""
+    options, output, in_spec = call.options, result.output, call.layout.in_spec
+    trees = [_tree.unflatten(in_spec, blocks) for blocks in result.blocks]
+    jac = _tree.unflatten(output.spec, trees)
+    if not options.return_value:
+        return (jac, output.aux) if options.has_aux else jac
+    value = _tree.unflatten(output.spec, output.leaves)
+    return jac, (value, output.aux) if options.has_aux else value
+
+
+def transform_of(transformed: Any, name: str) -> Transform:
+    """What a transformed function is made of.
+
+    Raises:
+        TypeError: it does not come from funcjac.
+    """
+    transform = getattr(transformed, "__funcjac__", None)
+    if not isinstance(transform, Transform):
+        raise TypeError(
+            f"{name}: expected a function returned by a funcjac transform, got "
+            f"{type(transformed).__name__}. Wrap it first, as in batch_jacobian(func)."
+        )
+    return transform
+
+
+def _is_inference(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_inference()
+
+
+def _usable(tree: Any) -> Any:
+    """Copies of inference tensors, which autograd cannot save."""
+    leaves, spec = _tree.flatten_args(tree)
+    return _tree.unflatten(spec, [leaf.clone() if _is_inference(leaf) else leaf for leaf in leaves])
+
+
+def check_options(func: Any, options: Options) -> None:
+    """Refuse bad words when the transform is made."""
+    name = options.name
+    if not callable(func):
+        raise refuse(name, TypeError, "func to be callable", type(func).__name__)
+    _check_argnums(name, options.argnums)
+    _check_dims(name, options)
+    for word, allowed in (
+        ("mode", (*MODES, "auto")),
+        ("engine", (*ENGINES, "auto")),
+        ("randomness", _RANDOMNESS),
+    ):
+        given = getattr(options, word)
+        if given not in allowed:
+            listed = ", ".join(map(repr, allowed))
+            raise refuse(name, ValueError, f"{word} to be one of {listed}", repr(given))
+    size = options.chunk_size
+    if size is not None and (type(size) is not int or size < 1):
+        kind = ValueError if type(size) is int else TypeError
+        raise refuse(name, kind, "chunk_size to be None or a positive int", repr(size))
+    for word in ("has_aux", "return_value"):
+        if type(getattr(options, word)) is not bool:
+            raise refuse(name, TypeError, f"{word} to be a bool", repr(getattr(options, word)))
+    if options.check not in ("auto", True, False) or type(options.check) is int:
+        raise refuse(name, ValueError, "check to be 'auto', True or False", repr(options.check))
+
+
+def _check_argnums(name: str, argnums: Any) -> None:
+    given = argnums if isinstance(argnums, tuple) else (argnums,)
+    if not given:
+        raise refuse(name, ValueError, "argnums to name at least one argument", "()")
+    if any(type(argnum) is not int for argnum in given):
+        raise refuse(name, TypeError, "argnums to be an int or a tuple of ints", repr(argnums))
+    if len(set(given)) != len(given):
+        raise refuse(name, ValueError, "argnums to be unique", repr(argnums))
+
+
+def _check_dims(name: str, options: Options) -> None:
+    in_dims, out_dims = options.in_dims, options.out_dims
+    if type(in_dims) is not int and not isinstance(in_dims, (tuple, list)):
+        raise refuse(
+            name,
+            TypeError,
+            "in_dims to be an int or a tuple with one entry for each positional argument",
+            repr(in_dims),
+        )
+    leaves, _ = _tree.flatten_args(out_dims)
+    if any(type(leaf) is not int for leaf in leaves):
+        raise refuse(
+            name,
+            TypeError,
+            "out_dims to be an int or a tree of ints",
+            repr(out_dims),
+            "Every output of a batched function has a batch dimension.",
+        )

@@ -1,0 +1,168 @@
+"""Forward or reverse, and in how many passes: the routes to a Jacobian."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ENGINES = ("vmap", "sum", "loop")
+MODES = ("fwd", "rev")
+
+# Basis elements that one pass may carry when chunk_size is None: 2**26 floats are 256 MiB.
+_PASS_ELEMENTS = 2**26
+# A mode with this many times the passes of the other is not worth a measurement.
+_HOPELESS = 4
+# One pass forward costs about as much as the function, one backward about twice that.
+_REVERSE_BIAS = 2
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to compute a Jacobian.
+
+    Attributes:
+        engine: how rows are kept apart.
+        mode: ``"rev"`` pulls back the basis of the output, ``"fwd"`` pushes that of the input.
+        chunk: basis vectors in one pass, ``None`` for all.
+        vectorized: whether a pass carries its basis vectors at once, under vmap.
+        transposed: forward mode as the transpose of a VJP, which uses reverse formulas only.
+    """
+
+    engine: str
+    mode: str
+    chunk: int | None = None
+    vectorized: bool = True
+    transposed: bool = False
+
+    @property
+    def how(self) -> str:
+        """What sets it apart from other routes of the same engine and mode, in words."""
+        words = [] if self.vectorized or self.engine == "loop" else ["one by one"]
+        words += ["transposed VJP"] if self.transposed else []
+        return ", ".join(words)
+
+    def __str__(self) -> str:
+        return f"{self.engine}/{self.mode}" + (f" ({self.how})" if self.how else "")
+
+    @property
+    def is_functional(self) -> bool:
+        """Whether ``func`` runs inside of torch.func."""
+        return self.engine == "vmap" or (self.mode == "fwd" and not self.transposed)
+
+    def passes(self, outputs: int, inputs: int) -> int:
+        """Basis vectors to pull back or to push forward."""
+        return outputs if self.mode == "rev" else inputs
+
+
+# NOTE [Forward formulas that are wrong once differentiated again]
+# PyTorch's forward-mode formulas of these operations are right, but their derivatives are
+# not: forward-over-forward and reverse-over-forward give wrong numbers without an error.
+# Where a Jacobian in forward mode will be differentiated again and one of them runs, the
+# columns are computed as the transpose of a VJP instead (Route.transposed): only reverse
+# formulas are used, and those differentiate correctly. tests/test_modes.py derives the
+# list; a PyTorch release that mends or adds one fails that test with its name.
+UNSAFE_FORWARD = frozenset(
+    {
+        "native_layer_norm",
+        "native_batch_norm",
+        "_native_batch_norm_legit",
+        "cudnn_batch_norm",
+        "miopen_batch_norm",
+        "_batch_norm_with_update",
+        "_linalg_det",
+        "_linalg_slogdet",
+        "_linalg_solve_ex",
+        "linalg_lu_solve",
+    }
+)
+
+
+class Recorder(TorchDispatchMode):
+    """Collects the names of the operations that run under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def is_forward_safe(names: Iterable[str]) -> bool:
+    """Whether a forward-mode Jacobian of these operations may be differentiated again.
+
+    Custom functions bring formulas of their own, of which nothing is known: they do not
+    appear among the names, so their forward mode is covered by verification alone.
+    """
+    return UNSAFE_FORWARD.isdisjoint(names)
+
+
+def prefers_forward(outputs: int, inputs: int) -> bool:
+    return _REVERSE_BIAS * inputs < outputs
+
+
+def routes(
+    engine: str,
+    mode: str,
+    chunk_size: int | None,
+    sizes: tuple[int, int, int],
+    *,
+    shared: bool,
+    transposed: bool,
+) -> list[Route]:
+    """Routes to try in order, for ``sizes`` (batch, elements of an output row, of an input row).
+
+    ``shared`` inputs have no sum trick. ``transposed`` says that forward formulas are not
+    to be trusted (see the NOTE above).
+    """
+    batch, outputs, inputs = sizes
+    forward_first = mode == "fwd" or (mode == "auto" and prefers_forward(outputs, inputs))
+    order = ("fwd", "rev") if forward_first else ("rev", "fwd")
+    modes = order if mode == "auto" else (mode,)
+    engines = [e for e in ENGINES if engine in ("auto", e) and not (shared and e == "sum")]
+    found = [
+        route
+        for e in engines
+        for m in modes
+        for route in _variants(e, m, chunk_size or _chunk(batch, outputs, inputs), transposed)
+    ]
+    if engine == "auto":  # vmap in the mode that the sizes call for, then on to the next engine
+        found = [r for r in found if r.engine != "vmap" or r.mode == modes[0]]
+    return found
+
+
+def _variants(engine: str, mode: str, chunk: int | None, transposed: bool) -> Iterator[Route]:
+    pushes = (True,) if transposed or mode == "rev" else (False, True)
+    for push in pushes:
+        flip = push and mode == "fwd"
+        if engine == "loop":
+            yield Route(engine, mode, 1, vectorized=False, transposed=flip)
+            continue
+        if chunk != 1 or engine == "vmap":
+            yield Route(engine, mode, chunk, transposed=flip)
+        if engine == "sum":
+            yield Route(engine, mode, 1, vectorized=False, transposed=flip)
+
+
+def _chunk(batch: int, outputs: int, inputs: int) -> int | None:
+    """Basis vectors in one pass so that a pass stays within a fixed size, or ``None`` for all."""
+    width = max(batch * max(outputs, inputs), 1)
+    fitting = max(_PASS_ELEMENTS // width, 1)
+    return None if fitting >= max(outputs, inputs) else fitting
+
+
+def is_worth_a_try(route: Route, best: Route, outputs: int, inputs: int) -> bool:
+    """Whether ``route`` could be the cheaper one, by the number of its passes."""
+    if route.engine == "loop":
+        return False
+    return route.passes(outputs, inputs) < _HOPELESS * max(best.passes(outputs, inputs), 1)
+
+
+def sizes_of(rows: Iterable[torch.Tensor], dims: Iterable[int | None]) -> int:
+    """Elements of one row of all ``rows`` together."""
+    return sum(
+        row.numel() // max(row.shape[dim], 1) if dim is not None else row.numel()
+        for row, dim in zip(rows, dims)
+    )

@@ -1,0 +1,168 @@
+"""A random cotangent and its plain vector-Jacobian product."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from funcjac import _tree
+from funcjac._batched import Call, Output
+from funcjac._bind import bind
+from funcjac._passes import Context, plain_inputs
+from funcjac.errors import brief
+
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A random cotangent and its plain VJP.
+
+    Attributes:
+        seeds: the cotangent, for each output leaf ``(B, *out)``.
+        grads: what plain autograd pulls back to each input; ``None`` where nothing depends on it.
+        output: what ``func`` returned.
+        own: leaves of the autograd graph that the probe made itself.
+    """
+
+    call: Call
+    inputs: list[Tensor]
+    seeds: list[Tensor]
+    grads: list[Tensor | None]
+    output: Output
+    own: set[int]
+    draw: "_Draw"
+
+
+def probe(call: Call, context: Context, rows: Tensor | None = None, seed: int = 0) -> Probe:
+    """Run ``func`` once and pull a random cotangent back; ``rows`` masks rows of it with 0."""
+    draw = _Draw(torch.Generator().manual_seed(seed), rows, [])
+    inputs = plain_inputs(call, context)
+    with torch.enable_grad():
+        scalar, seeds, output = _contract(call, inputs, draw)
+        grads = _pull_back(call.options.name, scalar, inputs, graph=context.graph)
+    own = {id(x) for x in [*inputs, *draw.aliases]}
+    return Probe(call, inputs, seeds, list(grads), output, own, draw)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Where random numbers come from, and what was made on the way (kept alive for their ids)."""
+
+    generator: torch.Generator
+    rows: Tensor | None
+    aliases: list[Tensor]
+
+
+def _contract(call: Call, inputs: list[Tensor], draw: _Draw) -> tuple[Tensor, list[Tensor], Output]:
+    """``sum(seed * output)`` by plain autograd, and the seeds.
+
+    Where ``func`` is a transform itself, the test is differentiated once more: its Jacobian
+    is contracted with a cotangent of the inner function and a tangent of the inner inputs,
+    through a VJP with a graph, and none of the transform's own code runs.
+    """
+    inner = nested(call, inputs)
+    if inner is None:
+        output = call(inputs)
+        seeds = [random_like(out, draw.generator) for out in output.leaves]
+        if draw.rows is not None:
+            seeds = [seed * _rowwise(draw.rows, seed) for seed in seeds]
+        pairs = zip(seeds, output.leaves)
+        return total((s.to(o.dtype) * o).sum() for s, o in pairs), seeds, output
+    aliases = plain_inputs(inner, Context(graph=True))
+    draw.aliases.extend(aliases)
+    scalar, outer, output = _contract(inner, aliases, draw)
+    grads = _pull_back(call.options.name, scalar, aliases, graph=True)
+    tangents = [random_like(x, draw.generator) for x in aliases]
+    dims = inner.layout.diff_dims
+    seeds = [
+        outer_product(seed, tangent, dim) for seed in outer for tangent, dim in zip(tangents, dims)
+    ]
+    parts = [(g * t).sum() for g, t in zip(grads, tangents) if g is not None]
+    return total(parts or [scalar.detach() * 0]), seeds, output
+
+
+def _pull_back(
+    name: str, scalar: Tensor, inputs: list[Tensor], *, graph: bool
+) -> Sequence[Tensor | None]:
+    if not scalar.requires_grad:
+        return [None] * len(inputs)
+    try:
+        return torch.autograd.grad(scalar, inputs, create_graph=graph, allow_unused=True)
+    except RuntimeError as error:
+        hint = ""
+        if "scaled_dot_product" in str(error):
+            hint = (
+                " Run it inside `with torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`, "
+                "which has all derivatives."
+            )
+        raise RuntimeError(
+            f"{name}: expected func to be differentiable by plain autograd, which any verified "
+            f"engine is compared with, got {brief(error)}.{hint}"
+        ) from error
+
+
+def nested(call: Call, inputs: list[Tensor]) -> Call | None:
+    """The call that ``func`` would make if it is itself a transform whose output is a Jacobian."""
+    inner = getattr(call.func, "__funcjac__", None)
+    if inner is None or inner.options.return_value:
+        return None
+    if inner.options.has_aux != call.options.has_aux:
+        return None
+    args = _tree.unflatten(call.layout.spec, call.with_inputs(inputs).leaves)
+    return bind(inner.func, inner.options, inner.layouts, args, call.kwargs)
+
+
+def total(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of scalars, of which there may be none."""
+    return sum(parts, torch.zeros(()))
+
+
+def outer_product(seed: Tensor, tangent: Tensor, dim: int | None) -> Tensor:
+    """``(B, *out), (..., B, ...) -> (B, *out, *in)``, the batch of ``tangent`` at ``dim``."""
+    batch = seed.shape[0]
+    rows = tangent.expand(batch, *tangent.shape) if dim is None else tangent.movedim(dim, 0)
+    left = seed.reshape(batch, -1, 1) * rows.reshape(batch, 1, -1)
+    return left.reshape(*seed.shape, *rows.shape[1:])
+
+
+def random_like(like: Tensor, generator: torch.Generator) -> Tensor:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.randn(like.shape, generator=generator, dtype=dtype).to(like.device, like.dtype)
+
+
+def _rowwise(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.to(like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def has_hidden_leaves(found: Probe) -> bool:
+    """Whether the output was computed from tensors that require grad and were not found."""
+    outs = [out for out in found.output.leaves if out.grad_fn is not None]
+    return any(id(leaf) not in found.own for out in outs for leaf in graph_leaves(out))
+
+
+def graph_leaves(root: Tensor) -> Iterator[Tensor]:
+    """The leaf tensors that require grad and that ``root`` was computed from."""
+    stack, seen = [root.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and type(node).__name__ == "AccumulateGrad":
+            yield variable
+        stack += [parent for parent, _ in node.next_functions]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In a dtype that can be compared."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def tolerance(dtypes: list[torch.dtype], device: torch.device) -> float:
+    """Relative difference up to which results of these dtypes count as equal."""
+    if torch.is_autocast_enabled(device.type):
+        dtypes = [*dtypes, torch.get_autocast_dtype(device.type)]
+    return max(_TOLERANCE.get(dtype, 0.2) for dtype in dtypes)

@@ -1,0 +1,181 @@
+"""One vector-Jacobian product verifies a batched Jacobian.
+
+Draw a random cotangent ``v`` of the output's shape. If rows are independent and the
+Jacobian is right, plain ``autograd.grad(func(x), x, v)`` equals ``v[b] @ J[b]`` in every row
+``b``. One forward and one backward, without torch.func, so that an error of torch's batching
+rules or forward formulas shows, and so does a function that mixes rows.
+
+What a probe can miss: a batch of one cannot show mixing, nor can mixing that happens only
+for other values of the input; a derivative that plain reverse mode itself gets wrong (a
+custom backward, a partial ``detach``) is wrong on both sides; and errors below the tolerance
+of the dtype pass.
+"""
+
+import torch
+from torch import Tensor
+
+from funcjac import _tree
+from funcjac._passes import Context, Jacobian
+from funcjac._probe import (
+    Probe,
+    graph_leaves,
+    nested,
+    outer_product,
+    probe,
+    random_like,
+    tolerance,
+    total,
+    wide,
+)
+from funcjac.errors import VerificationError
+
+# A mismatch this many times smaller than what rounding the input does is conditioning.
+_NOISE = 32
+
+
+# --- the comparison ----------------------------------------------------------------------
+
+
+def mismatch(found: Probe, result: Jacobian) -> str | None:
+    """Where the Jacobian and the probe disagree, in words; ``None`` if they agree."""
+    worst = max((_excess(found, result, j), j) for j in range(len(found.inputs)))
+    if worst[0] <= 1:
+        return None
+    error = worst[0] * _tolerance(found)
+    return f"its product with a random cotangent is off by {error:.2g} of its size"
+
+
+def _excess(found: Probe, result: Jacobian, j: int) -> float:
+    """Largest difference in input ``j``, in units of what is tolerated."""
+    dim = found.call.layout.diff_dims[j]
+    like = found.inputs[j]
+    given = found.grads[j]
+    grad = torch.zeros_like(like) if given is None else given.detach()
+    grad = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
+    grad = wide(grad).reshape(grad.shape[0], -1)  # (B, N)
+    predicted, size = _contracted(found.seeds, [blocks[j] for blocks in result.blocks])
+    if dim is None:
+        predicted, size = predicted.sum(0, keepdim=True), size.sum(0, keepdim=True)
+    difference = (predicted - grad).abs()
+    # A number on one side and a nan on the other is an error of the Jacobian, not of the probe.
+    difference = torch.where(grad.isfinite(), difference.nan_to_num(torch.inf, torch.inf), 0)
+    scale = torch.where(grad.isfinite(), grad.abs(), 0) + size.nan_to_num(0, 0, 0)
+    scale = scale.amax(1, keepdim=True)
+    ratio = torch.where(difference == 0, 0, difference / (_tolerance(found) * scale))
+    return ratio.max().item()
+
+
+def _contracted(seeds: list[Tensor], blocks: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """``sum_m seed[b, m] J[b, m, n]``, and the size of what was summed, each ``(B, N)``."""
+    parts, sizes = [], []
+    for seed, block in zip(seeds, blocks):
+        batch = seed.shape[0]
+        left = wide(seed).reshape(batch, 1, -1)
+        right = wide(block.detach()).reshape(batch, left.shape[2], -1)
+        parts.append((left.to(right.dtype) @ right).squeeze(1))
+        sizes.append(right.norm(dim=1) * left.norm(dim=2).to(right.dtype))
+    return sum(parts[1:], parts[0]), sum(sizes[1:], sizes[0])
+
+
+def _tolerance(found: Probe) -> float:
+    dtypes = [x.dtype for x in found.inputs] + [out.dtype for out in found.output.leaves]
+    return tolerance(dtypes, found.inputs[0].device)
+
+
+def is_noise(found: Probe, result: Jacobian) -> bool:
+    """Whether rounding the input moves the VJP as much as the mismatch: bad conditioning."""
+    call = found.call
+    eps = [torch.finfo(x.dtype).eps for x in found.inputs]
+    moved = [x.detach() * (1 + e) for x, e in zip(found.inputs, eps)]
+    again = probe(call.with_inputs(moved), Context())
+    for j, (one, other) in enumerate(zip(found.grads, again.grads)):
+        if one is None or other is None:
+            continue
+        dim = call.layout.diff_dims[j]
+        predicted, _ = _contracted(found.seeds, [blocks[j] for blocks in result.blocks])
+        one = one.detach()
+        grad = wide(one if dim is None else one.movedim(dim, 0))
+        predicted = predicted.sum(0) if dim is None else predicted
+        noise = (wide(one) - wide(other)).abs().max()
+        if not (predicted - grad.reshape(predicted.shape)).abs().max() <= _NOISE * noise:
+            return False
+    return True
+
+
+# --- what autograd cannot see ------------------------------------------------------------
+
+
+def check_attached(found: Probe) -> None:
+    """Raise if an output depends on the inputs in a way that autograd cannot see.
+
+    Raises:
+        VerificationError: an output has no graph, and most of it moves with the inputs.
+    """
+    loose = [i for i, out in enumerate(found.output.leaves) if not out.requires_grad]
+    if not loose or nested(found.call, found.inputs) is not None:
+        return
+    steps = [torch.finfo(x.dtype).eps ** (1 / 3) * (1 + x.detach().abs()) for x in found.inputs]
+    moved = [x.detach() + step for x, step in zip(found.inputs, steps)]
+    with torch.no_grad():
+        again = found.call(moved)
+    for i in loose:
+        before, after = found.output.leaves[i].detach(), again.leaves[i]
+        # Comparisons and roundings move here and there, a detached function everywhere.
+        if before.numel() and (before != after).double().mean() > 0.5:
+            raise VerificationError(
+                f"{found.call.options.name}: expected autograd to see how func's output depends on "
+                "its input, got an output without a graph that moves when the input does. Look for "
+                "detach(), .item(), NumPy, torch.tensor(...) or a no_grad block in func; pass "
+                "check=False if the derivative is meant to be zero."
+            )
+
+
+# --- derivatives of the result -----------------------------------------------------------
+
+
+def graph_mismatch(found: Probe, result: Jacobian) -> str | None:
+    """Like :func:`mismatch`, for the derivatives of the Jacobian by whatever requires grad."""
+    dims = found.call.layout.diff_dims
+    tangents = [random_like(x, found.draw.generator) for x in found.inputs]
+    reference = [(g * t).sum() for g, t in zip(found.grads, tangents) if g is not None]
+    ours = [
+        (outer_product(seed, t, dim).to(block.dtype) * block).sum()
+        for seed, blocks in zip(found.seeds, result.blocks)
+        for t, dim, block in zip(tangents, dims, blocks)
+    ]
+    wanted, got = total(reference), total(ours)
+    leaves = [leaf for leaf in graph_leaves(wanted) if id(leaf) not in found.own]
+    if not leaves:
+        return None
+    try:
+        right = torch.autograd.grad(wanted, leaves, allow_unused=True, retain_graph=True)
+    except (RuntimeError, NotImplementedError):
+        return None  # no second derivative in plain autograd: backward() will say so itself
+    if not got.requires_grad:
+        return "it is detached from tensors that require grad"
+    grads = torch.autograd.grad(got, leaves, allow_unused=True, retain_graph=True)
+    pairs = [(r, g) for r, g in zip(right, grads) if r is not None]
+    scale = max((wide(r).abs().max().item() for r, _ in pairs if r.numel()), default=0.0)
+    limit = 10 * _tolerance(found) * scale
+    for r, g in pairs:
+        error = (wide(r) - (0 if g is None else wide(g))).abs()
+        if (error[r.isfinite()].nan_to_num(torch.inf) > limit).any():
+            return "its derivatives differ from those of plain double backward"
+    return None
+
+
+def aux_mismatch(found: Probe, result: Jacobian) -> str | None:
+    """Whether the aux of rows, put together, is not what ``func`` returns for the batch."""
+    wanted, spec = _tree.flatten(found.output.aux)
+    given, other = _tree.flatten(result.output.aux)
+    if spec != other:
+        return "its aux has another structure than that of the batch"
+    limit = _tolerance(found)
+    for one, two in zip(wanted, given):
+        if not isinstance(one, Tensor):
+            continue
+        if one.shape != two.shape or one.dtype != two.dtype:
+            return f"its aux has shape {tuple(two.shape)}, that of the batch {tuple(one.shape)}"
+        if not torch.allclose(wide(one), wide(two), limit, limit, equal_nan=True):
+            return "its aux has other values than that of the batch"
+    return None

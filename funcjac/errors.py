@@ -1,0 +1,51 @@
+"""What funcjac raises and warns about."""
+
+__all__ = ["BatchMixingError", "EngineFallbackWarning", "VerificationError"]
+
+
+class BatchMixingError(ValueError):
+    """The rows of ``func``'s output depend on other rows of its input.
+
+    A batched Jacobian is then not defined: row ``b`` of the output has
+    derivatives with respect to every row of the input. The usual causes are
+    BatchNorm in training mode, statistics such as ``x.mean(0)``, a softmax over
+    the batch, and recurrent or attention layers that take the batch second
+    (``batch_first=False``). The message names the modules that may be to blame.
+    """
+
+
+class VerificationError(RuntimeError):
+    """A computed Jacobian does not agree with a plain vector-Jacobian product.
+
+    Either PyTorch differentiates one of ``func``'s operations wrongly in the
+    requested engine and mode, or autograd cannot see all of ``func`` (a
+    ``detach``, a trip through NumPy, a ``no_grad`` block). The message says
+    which; ``check_derivative`` compares all engines and modes.
+    """
+
+
+class EngineFallbackWarning(UserWarning):
+    """``engine="auto"`` left an engine because it failed on ``func``.
+
+    The result is right, by another engine. The warning names the engine that
+    was left and why. Pass ``engine="sum"`` to choose yourself, or silence it with
+    ``warnings.filterwarnings("ignore", category=funcjac.EngineFallbackWarning)``.
+    """
+
+
+for _public in (BatchMixingError, EngineFallbackWarning, VerificationError):
+    _public.__module__ = "funcjac"
+
+
+def refuse(
+    name: str, kind: type[Exception], expected: str, got: object, remedy: str = ""
+) -> Exception:
+    """An error in the words of the house: what was expected, what came, what to do."""
+    return kind(f"{name}: expected {expected}, got {got}.{' ' if remedy else ''}{remedy}")
+
+
+def brief(error: Exception) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines() or [""]
+    text = lines[0] if len(lines[0]) <= 200 else lines[0][:200] + "..."
+    return f"{type(error).__name__}: {text}".rstrip(". ")
