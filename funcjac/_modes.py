@@ -46,9 +46,14 @@ class Route:
         return f"{self.engine}/{self.mode}" + (f" ({self.how})" if self.how else "")
 
     @property
+    def is_forward_formula(self) -> bool:
+        """Whether torch's forward-mode formulas are used."""
+        return self.mode == "fwd" and not self.transposed
+
+    @property
     def is_functional(self) -> bool:
         """Whether ``func`` runs inside of torch.func."""
-        return self.engine == "vmap" or (self.mode == "fwd" and not self.transposed)
+        return self.engine == "vmap" or self.is_forward_formula
 
     def passes(self, outputs: int, inputs: int) -> int:
         """Basis vectors to pull back or to push forward."""
@@ -104,46 +109,35 @@ def prefers_forward(outputs: int, inputs: int) -> bool:
 
 
 def routes(
-    engine: str,
-    mode: str,
-    chunk_size: int | None,
-    sizes: tuple[int, int, int],
-    *,
-    shared: bool,
-    transposed: bool,
+    engine: str, mode: str, chunk_size: int | None, sizes: tuple[int, int, int]
 ) -> list[Route]:
-    """Routes to try in order, for ``sizes`` (batch, elements of an output row, of an input row).
-
-    ``shared`` inputs have no sum trick. ``transposed`` says that forward formulas are not
-    to be trusted (see the NOTE above).
-    """
+    """Routes in order, for ``sizes`` (batch, elements of an output row, of an input row)."""
     batch, outputs, inputs = sizes
     forward_first = mode == "fwd" or (mode == "auto" and prefers_forward(outputs, inputs))
     order = ("fwd", "rev") if forward_first else ("rev", "fwd")
     modes = order if mode == "auto" else (mode,)
-    engines = [e for e in ENGINES if engine in ("auto", e) and not (shared and e == "sum")]
+    chunk = chunk_size or _chunk(batch, outputs, inputs)
     found = [
         route
-        for e in engines
+        for e in ENGINES
         for m in modes
-        for route in _variants(e, m, chunk_size or _chunk(batch, outputs, inputs), transposed)
+        for route in _variants(e, m, chunk)
+        if engine in ("auto", e)
     ]
     if engine == "auto":  # vmap in the mode that the sizes call for, then on to the next engine
         found = [r for r in found if r.engine != "vmap" or r.mode == modes[0]]
     return found
 
 
-def _variants(engine: str, mode: str, chunk: int | None, transposed: bool) -> Iterator[Route]:
-    pushes = (True,) if transposed or mode == "rev" else (False, True)
-    for push in pushes:
-        flip = push and mode == "fwd"
+def _variants(engine: str, mode: str, chunk: int | None) -> Iterator[Route]:
+    for transposed in (False, True) if mode == "fwd" else (False,):
         if engine == "loop":
-            yield Route(engine, mode, 1, vectorized=False, transposed=flip)
+            yield Route(engine, mode, 1, vectorized=False, transposed=transposed)
             continue
         if chunk != 1 or engine == "vmap":
-            yield Route(engine, mode, chunk, transposed=flip)
+            yield Route(engine, mode, chunk, transposed=transposed)
         if engine == "sum":
-            yield Route(engine, mode, 1, vectorized=False, transposed=flip)
+            yield Route(engine, mode, 1, vectorized=False, transposed=transposed)
 
 
 def _chunk(batch: int, outputs: int, inputs: int) -> int | None:

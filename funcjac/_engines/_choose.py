@@ -131,18 +131,29 @@ class _Attempt:
             self.guard.restore()
 
     def _routes(self) -> list[Route]:
-        options, reached = self.options, self.reached
-        shared = any(dim is None for dim in self.call.layout.diff_dims)
+        """Routes worth trying; the record says why the others are not."""
+        options = self.options
         words = (options.engine, options.mode, options.chunk_size, self.record.sizes)
-        found = routes(*words, shared=shared, transposed=False)
-        if self.record.random and options.randomness == "same":
-            found = [route for route in found if route.engine != "sum"]
-        if reached.scripted:
-            return [route for route in found if not route.is_functional]
-        forward = any(route.mode == "fwd" and not route.transposed for route in found)
-        if self.record.context.graph and forward and not self._is_forward_safe():
-            return [route for route in found if route.mode == "rev" or route.transposed]
+        found = []
+        for route in routes(*words):
+            reason = self._unsuitable(route)
+            if reason:
+                self.record.errors[route] = ValueError(reason)
+            else:
+                found.append(route)
+        forward = self.record.context.graph and any(route.is_forward_formula for route in found)
+        if forward and not self._is_forward_safe():
+            found = [route for route in found if not route.is_forward_formula]
         return found
+
+    def _unsuitable(self, route: Route) -> str | None:
+        if route.engine == "sum" and None in self.call.layout.diff_dims:
+            return "the sum trick has no per-sample derivative of an argument that rows share"
+        if route.engine == "sum" and self.record.random and self.options.randomness == "same":
+            return "the sum trick cannot give all rows the same draw"
+        if self.reached.scripted and route.is_functional:
+            return "torch.func differentiates TorchScript wrongly from its second call on"
+        return None
 
     def _is_forward_safe(self) -> bool:
         with Recorder() as recorder, torch.no_grad():
@@ -265,17 +276,11 @@ class _Attempt:
 
     def _failure(self) -> Exception:
         errors, options = self.record.errors, self.options
-        if not errors:
-            return ValueError(
-                f"{options.name}: expected an engine and mode that can differentiate func, got "
-                f"engine={options.engine!r} and mode={options.mode!r}: the sum trick has no "
-                "per-sample derivative of shared arguments or shared draws, and TorchScript is "
-                'wrong under torch.func. Use engine="auto" and mode="auto".'
-            )
         last = list(errors.values())[-1]
         if isinstance(last, VerificationError):
             return last
-        raised = RuntimeError(
+        kind = ValueError if isinstance(last, ValueError) else RuntimeError
+        raised = kind(
             f"{options.name}: engine={options.engine!r} with mode={options.mode!r} cannot "
             f"differentiate func, although func itself runs: {brief(last)}. "
             'Use engine="auto" and mode="auto", or look at explain() for every attempt.'
