@@ -10,7 +10,7 @@ from torch import Tensor
 from funcjac import _tree
 from funcjac._batched import Call, Options
 from funcjac._bind import bind
-from funcjac._engines import BY_ENGINE, Context, Jacobian
+from funcjac._engines import Context, Jacobian, run
 from funcjac._jacobian import check_options, transform_of
 from funcjac._mixing import check_rows, mixing_error
 from funcjac._modes import ENGINES, MODES, routes, sizes_of
@@ -206,7 +206,7 @@ def _run(call: Call, engine: str, mode: str) -> Jacobian | Exception:
     error = Exception()
     for route in routes(engine, mode, call.options.chunk_size, sizes):
         try:
-            return BY_ENGINE[engine](call._replace(clone=True), route, Context())
+            return run(call._replace(clone=True), route, Context(), strict=True)
         except Exception as raised:  # noqa: PERF203  whatever it is belongs into the report
             error = raised
     return error

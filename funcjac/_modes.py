@@ -27,6 +27,8 @@ class Route:
         chunk: basis vectors in one pass, ``None`` for all.
         vectorized: whether a pass carries its basis vectors at once, under vmap.
         transposed: forward mode as the transpose of a VJP, which uses reverse formulas only.
+        slow: whether torch may carry basis vectors through an operation without a batching
+            rule by a loop of its own.
     """
 
     engine: str
@@ -34,12 +36,14 @@ class Route:
     chunk: int | None = None
     vectorized: bool = True
     transposed: bool = False
+    slow: bool = False
 
     @property
     def how(self) -> str:
         """What sets it apart from other routes of the same engine and mode, in words."""
         words = [] if self.vectorized or self.engine == "loop" else ["one by one"]
         words += ["transposed VJP"] if self.transposed else []
+        words += ["loops inside torch"] if self.slow else []
         return ", ".join(words)
 
     def __str__(self) -> str:
@@ -137,6 +141,8 @@ def _variants(engine: str, mode: str, chunk: int | None) -> Iterator[Route]:
         if chunk != 1 or engine == "vmap":
             yield Route(engine, mode, chunk, transposed=transposed)
         if engine == "sum":
+            if chunk != 1:
+                yield Route(engine, mode, chunk, transposed=transposed, slow=True)
             yield Route(engine, mode, 1, vectorized=False, transposed=transposed)
 
 

@@ -1,7 +1,8 @@
 """What funcjac needs of torch's private API, each with what happens where it is gone."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -98,26 +99,23 @@ def _by_vmap(function: Callable[[Tensor], Tensors], vectors: Tensor) -> Tensors:
     return result
 
 
-class _VmapFallback:
-    """Torch's slow batching of operations without a rule: refused, or used without a word."""
-
-    def __init__(self, allowed: bool) -> None:
-        self.allowed = allowed
-
-    def __enter__(self) -> None:
-        self.before = _FUNCTORCH._is_vmap_fallback_enabled()
-        _FUNCTORCH._set_vmap_fallback_enabled(self.allowed)
-        _FUNCTORCH._set_vmap_fallback_warning_enabled(False)
-
-    def __exit__(self, *_: object) -> None:
-        _FUNCTORCH._set_vmap_fallback_enabled(self.before)
-        _FUNCTORCH._set_vmap_fallback_warning_enabled(True)
+# The switches below are the process's, not the thread's.
+_SWITCHES = threading.RLock()
 
 
-def vmap_fallback(*, allowed: bool) -> AbstractContextManager[None]:
+@contextmanager
+def vmap_fallback(*, allowed: bool) -> Iterator[None]:
     """Whether an operation without a batching rule may run as a loop inside torch, or raises.
 
-    Private API. Without it such operations run slowly, with torch's own warning, and are
-    left only when another engine is measured to be faster.
+    Either way without torch's warning. Without this private API such operations run slowly
+    and with the warning, and are left only when another route is measured to be faster.
     """
-    return nullcontext() if torch.compiler.is_compiling() else _VmapFallback(allowed)
+    with _SWITCHES:
+        before = _FUNCTORCH._is_vmap_fallback_enabled()
+        _FUNCTORCH._set_vmap_fallback_enabled(allowed)
+        _FUNCTORCH._set_vmap_fallback_warning_enabled(False)
+        try:
+            yield
+        finally:
+            _FUNCTORCH._set_vmap_fallback_enabled(before)
+            _FUNCTORCH._set_vmap_fallback_warning_enabled(True)

@@ -2,8 +2,8 @@
 
 from funcjac._engines._choose import solve
 from funcjac._engines._record import Memory, Record
-from funcjac._engines._rows import BY_ENGINE
+from funcjac._engines._rows import run
 from funcjac._engines._transformed import solve_transformed
 from funcjac._passes import Context, Jacobian
 
-__all__ = ["BY_ENGINE", "Context", "Jacobian", "Memory", "Record", "solve", "solve_transformed"]
+__all__ = ["Context", "Jacobian", "Memory", "Record", "run", "solve", "solve_transformed"]

@@ -16,13 +16,13 @@ import torch
 from funcjac import _tree
 from funcjac._batched import Call
 from funcjac._engines._record import Memory, Record, requires_grad, signature
-from funcjac._engines._rows import BY_ENGINE, empty, executed
+from funcjac._engines._rows import empty, executed, run
 from funcjac._mixing import check_rows
 from funcjac._modes import Recorder, Route, is_forward_safe, routes, sizes_of
 from funcjac._passes import Context, Jacobian
 from funcjac._probe import Probe, has_hidden_leaves, probe
 from funcjac._reach import Reach, reach
-from funcjac._state import guard, has_lazy, rng_state, same_rng_state, set_rng_state
+from funcjac._state import Guard, guard, has_lazy, rng_state, same_rng_state, set_rng_state
 from funcjac._verify import aux_mismatch, check_attached, graph_mismatch, is_noise, mismatch
 from funcjac.errors import BatchMixingError, EngineFallbackWarning, VerificationError, brief
 
@@ -38,7 +38,7 @@ def solve(call: Call, memory: Memory) -> Jacobian:
     if record.clone:
         call = call._replace(clone=True)
     if record.choice is not None and not record.stateful and call.options.check is not True:
-        return BY_ENGINE[record.choice.engine](call, record.choice, record.context)
+        return run(call, record.choice, record.context)
     return _Attempt(call, memory, reached).again(record)
 
 
@@ -54,14 +54,18 @@ class _Attempt:
             reached = reach(call.func, memory.codes)
         self.call, self.memory, self.reached = call, memory, reached
         self.options, self.checked = call.options, call.options.check is not False
-        self.guard = guard(reached, _tree.tensors((call.leaves, call.kwargs)))
+        self.guard = Guard([], [], [])
         self.rng = self.drawn = rng_state()
         self.found: Probe | None = None
+
+    def _take_guard(self) -> None:
+        self.guard = guard(self.reached, _tree.tensors((self.call.leaves, self.call.kwargs)))
 
     # --- the first call of a signature: everything is found out here
 
     def first(self, key: Any, graph: bool) -> Jacobian:
         self.record = Record((0, 0, 0), Context(graph=graph))
+        self._take_guard()
         try:
             self._look()
         finally:
@@ -167,6 +171,8 @@ class _Attempt:
     def again(self, record: Record) -> Jacobian:
         self.record = record
         route = record.choice or record.next()
+        if record.stateful or route not in record.times:  # copies every parameter
+            self._take_guard()
         if self.options.check is True or (self.checked and route not in record.times):
             record.probes += 1
             self.found = probe(self.call, record.context, seed=record.probes)
@@ -230,7 +236,7 @@ class _Attempt:
     def _timed(self, route: Route) -> Jacobian:
         self._synchronize()
         start = time.perf_counter()
-        result = BY_ENGINE[route.engine](self.call, route, self.record.context)
+        result = run(self.call, route, self.record.context, strict=True)
         self._synchronize()
         self.record.times.setdefault(route, []).append(time.perf_counter() - start)
         return result

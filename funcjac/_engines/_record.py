@@ -77,8 +77,8 @@ class Record:
             return False
         if route.engine == "sum" and best.engine != "sum" and not checked:
             return False  # the sum trick needs proof that rows are independent
-        if route.transposed and replace(route, transposed=False) in self.times:
-            return False
+        if route.slow and replace(route, slow=False) in self.times:
+            return False  # no operation needs torch's own loop
         _, outputs, inputs = self.sizes
         return is_worth_a_try(route, best, outputs, inputs)
 

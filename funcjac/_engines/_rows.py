@@ -23,8 +23,7 @@ from funcjac._state import rng_state, set_rng_state
 
 def by_sum(call: Call, route: Route, context: Context) -> Jacobian:
     """The sum trick on the whole batch: right if and only if rows are independent."""
-    with vmap_fallback(allowed=True):  # over the basis; a clock decides whether that pays
-        return jacobian(call, route, context)
+    return jacobian(call, route, context)
 
 
 def by_vmap(call: Call, route: Route, context: Context) -> Jacobian:
@@ -41,10 +40,9 @@ def by_vmap(call: Call, route: Route, context: Context) -> Jacobian:
         kept[:] = [rest]
         return tensors
 
-    with vmap_fallback(allowed=False):
-        tensors = torch.vmap(row, in_dims, 0, randomness=call.options.randomness)(
-            *[call.leaves[i] for i in layout.batched]
-        )
+    tensors = torch.vmap(row, in_dims, 0, randomness=call.options.randomness)(
+        *[call.leaves[i] for i in layout.batched]
+    )
     return _unflatten_rows(kept[0], tensors)
 
 
@@ -80,6 +78,14 @@ BY_ENGINE: dict[str, Callable[[Call, Route, Context], Jacobian]] = {
 }
 
 
+def run(call: Call, route: Route, context: Context, *, strict: bool = False) -> Jacobian:
+    """Take a route; with ``strict``, an operation without a batching rule raises."""
+    if strict or route.slow:
+        with vmap_fallback(allowed=route.slow):
+            return BY_ENGINE[route.engine](call, route, context)
+    return BY_ENGINE[route.engine](call, route, context)
+
+
 def executed(call: Call, engine: str) -> Call:
     """``call`` with its function run on rows the way an engine does.
 
@@ -89,10 +95,10 @@ def executed(call: Call, engine: str) -> Call:
     if engine == "sum":
         return call
     options = replace(call.options, out_dims=0)
-    run = _vmapped if engine == "vmap" else _looped
+    by_rows = _vmapped if engine == "vmap" else _looped
 
     def func(*args: Any, **kwargs: Any) -> Any:
-        return run(bind(call.func, call.options, {}, args, kwargs)._replace(clone=call.clone))
+        return by_rows(bind(call.func, call.options, {}, args, kwargs)._replace(clone=call.clone))
 
     return call._replace(func=func, options=options)
 
@@ -105,10 +111,9 @@ def _vmapped(call: Call) -> Any:
         one = call.one_row([x.unsqueeze(d) for x, d in zip(leaves, in_dims) if d is not None])
         return tuple(out.squeeze(0) for out in one(one.inputs).leaves)
 
-    with vmap_fallback(allowed=False):
-        outs = torch.vmap(row, in_dims, 0, randomness=call.options.randomness)(
-            *[call.leaves[i] for i in layout.batched]
-        )
+    outs = torch.vmap(row, in_dims, 0, randomness=call.options.randomness)(
+        *[call.leaves[i] for i in layout.batched]
+    )
     return (list(outs), None) if call.options.has_aux else list(outs)
 
 
