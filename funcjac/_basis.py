@@ -20,6 +20,8 @@ def seeds(
     ``k`` where basis vectors run one by one.
     """
     count = row.numel()
+    if count == 0:
+        return
     chunk = count if route.chunk is None else min(route.chunk, count)
     whole = None
     if chunk == count or count * count <= _MOST_ELEMENTS:

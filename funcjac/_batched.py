@@ -109,7 +109,7 @@ class Call(NamedTuple):
         for i, leaf in zip(self.layout.diff, inputs):
             leaves[i] = leaf
         if self.clone:
-            leaves, kwargs = _tree.clone((leaves, kwargs))
+            leaves, kwargs = _tree.map_tensors(Tensor.clone, (leaves, kwargs))
         args = leaves if self.layout.plain else _tree.unflatten(self.layout.spec, leaves)
         return as_output(self.options, self.func(*args, **kwargs), self.batch)
 

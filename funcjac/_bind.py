@@ -26,6 +26,11 @@ def bind(
         TypeError, ValueError: the arguments are not those of a batched function.
     """
     leaves, spec = _tree.flatten_args(args)
+    if torch.compiler.is_compiling():  # the compiler remembers by itself, and cannot hash a spec
+        layout = make_layout(options, args, leaves, spec)
+        return Call(
+            func, options, layout, leaves, kwargs, _batch_size(options.name, layout, leaves)
+        )
     key = (spec, tuple([leaf.ndim if isinstance(leaf, Tensor) else None for leaf in leaves]))
     layout = layouts.get(key)
     if layout is None:

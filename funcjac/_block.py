@@ -58,9 +58,9 @@ class Block:
         return self.value
 
     def result(self, shape: tuple[int, ...], out: Tensor, x: Tensor) -> Tensor:
-        """The block, contiguous, in the dtype that ``out`` and ``x`` promote to."""
+        """The block, contiguous, of the result type of ``out`` and ``x``."""
         value = self._joined() if self.pieces else self.value
-        dtype = out.dtype if out.dtype == x.dtype else torch.promote_types(out.dtype, x.dtype)
+        dtype = out.dtype if out.dtype == x.dtype else torch.result_type(out, x)
         if value is None:
             return x.new_zeros(shape, dtype=dtype)
         value = (value if value.dtype == dtype else value.to(dtype)).contiguous()

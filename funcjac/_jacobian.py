@@ -158,7 +158,7 @@ def evaluate(transform: Transform, args: tuple[Any, ...], kwargs: dict[str, Any]
         return assemble(call, solve_transformed(call, transform.memory))
     if torch.is_inference_mode_enabled() or any(_is_inference(leaf) for leaf in call.leaves):
         with torch.inference_mode(False), torch.no_grad():
-            call = transform.bind(*_usable((args, kwargs)))
+            call = transform.bind(*usable((args, kwargs)))
             return assemble(call, solve(call, transform.memory))
     return assemble(call, solve(call, transform.memory))
 
@@ -193,10 +193,9 @@ def _is_inference(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_inference()
 
 
-def _usable(tree: Any) -> Any:
+def usable(tree: Any) -> Any:
     """Copies of inference tensors, which autograd cannot save."""
-    leaves, spec = _tree.flatten_args(tree)
-    return _tree.unflatten(spec, [leaf.clone() if _is_inference(leaf) else leaf for leaf in leaves])
+    return _tree.map_tensors(lambda x: x.clone() if x.is_inference() else x, tree)
 
 
 def check_options(func: Any, options: Options) -> None:

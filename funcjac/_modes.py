@@ -55,6 +55,12 @@ class Route:
         return self.mode == "fwd" and not self.transposed
 
     @property
+    def runs_often(self) -> bool:
+        """Whether ``func`` runs more than once for one Jacobian."""
+        chunked = self.chunk is not None
+        return self.engine == "loop" or (self.is_forward_formula and chunked)
+
+    @property
     def is_functional(self) -> bool:
         """Whether ``func`` runs inside of torch.func."""
         return self.engine == "vmap" or self.is_forward_formula
@@ -65,12 +71,14 @@ class Route:
 
 
 # NOTE [Forward formulas that are wrong once differentiated again]
-# PyTorch's forward-mode formulas of these operations are right, but their derivatives are
-# not: forward-over-forward and reverse-over-forward give wrong numbers without an error.
-# Where a Jacobian in forward mode will be differentiated again and one of them runs, the
-# columns are computed as the transpose of a VJP instead (Route.transposed): only reverse
-# formulas are used, and those differentiate correctly. tests/test_modes.py derives the
-# list; a PyTorch release that mends or adds one fails that test with its name.
+# PyTorch's forward-mode formulas of these operations are right (of some not even
+# that), but their derivatives are not: forward-over-forward and reverse-over-forward give
+# wrong numbers without an error. Where a Jacobian will be differentiated again and one of
+# them runs, "auto" goes backwards. Where forward mode is asked for, columns are computed as
+# the transpose of a VJP (Route.transposed), which uses reverse formulas only, and verified
+# together with their derivatives, for those of layer norm are wrong a third time around.
+# tests/test_modes.py derives the list; a PyTorch release that mends or adds one fails that
+# test with its name.
 UNSAFE_FORWARD = frozenset(
     {
         "native_layer_norm",
@@ -83,6 +91,11 @@ UNSAFE_FORWARD = frozenset(
         "_linalg_slogdet",
         "_linalg_solve_ex",
         "linalg_lu_solve",
+        "scatter_reduce",
+        "linalg_householder_product",
+        "linalg_eig",
+        "_linalg_eigh",
+        "cholesky_inverse",
     }
 )
 
@@ -100,11 +113,7 @@ class Recorder(TorchDispatchMode):
 
 
 def is_forward_safe(names: Iterable[str]) -> bool:
-    """Whether a forward-mode Jacobian of these operations may be differentiated again.
-
-    Custom functions bring formulas of their own, of which nothing is known: they do not
-    appear among the names, so their forward mode is covered by verification alone.
-    """
+    """Whether a forward-mode Jacobian of these operations may be differentiated again."""
     return UNSAFE_FORWARD.isdisjoint(names)
 
 

@@ -1,12 +1,14 @@
 """What funcjac needs of torch's private API, each with what happens where it is gone."""
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import pyfunctorch
 
 Tensors = Sequence[Tensor | None]
 
@@ -34,6 +36,35 @@ def is_wrapped(value: object) -> bool:
     """
     probe = getattr(_FUNCTORCH, "is_functorch_wrapped_tensor", None)
     return probe is not None and isinstance(value, Tensor) and probe(value)
+
+
+# Dual levels are the process's, not the thread's, and so are the switches of vmap_fallback.
+_PROCESS = threading.RLock()
+
+
+@contextmanager
+def forward_levels() -> Iterator[None]:
+    """Where forward mode may enter its levels: one thread at a time.
+
+    Torch loads its decompositions the first time, with a warning about TorchScript that is
+    none of the caller's business. Without this private API they are loaded by the first pass.
+    """
+    with _PROCESS:
+        load = getattr(torch.autograd.forward_ad, "_maybe_load_decompositions", None)
+        if load is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                load()
+        yield
+
+
+def outside_transforms() -> AbstractContextManager[Any]:
+    """Leaves all torch.func transforms for a while, to put tensors back that they captured.
+
+    Without it nothing is left, and torch.func refuses the write with an error.
+    """
+    leave = getattr(pyfunctorch, "temporarily_clear_interpreter_stack", nullcontext)
+    return leave()
 
 
 def backward(
@@ -99,10 +130,6 @@ def _by_vmap(function: Callable[[Tensor], Tensors], vectors: Tensor) -> Tensors:
     return result
 
 
-# The switches below are the process's, not the thread's.
-_SWITCHES = threading.RLock()
-
-
 @contextmanager
 def vmap_fallback(*, allowed: bool) -> Iterator[None]:
     """Whether an operation without a batching rule may run as a loop inside torch, or raises.
@@ -110,7 +137,7 @@ def vmap_fallback(*, allowed: bool) -> Iterator[None]:
     Either way without torch's warning. Without this private API such operations run slowly
     and with the warning, and are left only when another route is measured to be faster.
     """
-    with _SWITCHES:
+    with _PROCESS:
         before = _FUNCTORCH._is_vmap_fallback_enabled()
         _FUNCTORCH._set_vmap_fallback_enabled(allowed)
         _FUNCTORCH._set_vmap_fallback_warning_enabled(False)

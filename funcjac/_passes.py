@@ -21,8 +21,8 @@ from funcjac._basis import seeds
 from funcjac._batched import Call, Output
 from funcjac._block import Block
 from funcjac._modes import Route
-from funcjac._native import Tensors, backward, over_basis
-from funcjac._state import rng_state, set_rng_state
+from funcjac._native import Tensors, backward, forward_levels, over_basis
+from funcjac._state import RngState, rng_state, set_rng_state
 
 
 class Context(NamedTuple):
@@ -46,7 +46,25 @@ class Jacobian(NamedTuple):
 
 def jacobian(call: Call, route: Route, context: Context) -> Jacobian:
     """The Jacobian of each row of ``call``, whose rows must be independent."""
+    if any(x.numel() == 0 for x in call.inputs):
+        return empty(call)
     return (_reverse if route.mode == "rev" else _forward)(call, route, context)
+
+
+def empty(call: Call) -> Jacobian:
+    """The Jacobian of an empty batch, or of rows without elements: ``func`` runs for shapes."""
+    output = call(call.inputs)
+    rows = [_row_shape(x, dim) for x, dim in zip(call.inputs, call.layout.diff_dims)]
+    blocks = [
+        [
+            Block((call.batch, *out.shape[1:], *row), 1, False).result(
+                (call.batch, *out.shape[1:], *row), out, x
+            )
+            for x, row in zip(call.inputs, rows)
+        ]
+        for out in output.leaves
+    ]
+    return Jacobian(blocks, output)
 
 
 # --- reverse -----------------------------------------------------------------------------
@@ -148,15 +166,13 @@ def _forward(call: Call, route: Route, context: Context) -> Jacobian:
     make = _transposed if route.transposed else _pushforward
     columns: list[list[Tensor]] = []
     output: Any = None
-    replay = rng_state() if call.options.randomness != "error" else None
+    replay = rng_state() if call.options.randomness != "error" else None  # for every run
     for j, (x, dim) in enumerate(zip(inputs, dims)):
         shape = _row_shape(x, dim)
         count = shape.numel()
         parts: list[Block] = []
-        push = make(call.only(j), context)
+        push = make(call.only(j), context, replay)
         for start, stop, seed in seeds(x, shape, call.batch, dim, route):  # (k, *x.shape)
-            if replay is not None:
-                set_rng_state(replay)  # every column sees the same draws
             found, tangents = push(seed, route.vectorized)
             output = output or found
             parts = parts or [
@@ -170,7 +186,7 @@ def _forward(call: Call, route: Route, context: Context) -> Jacobian:
     return Jacobian([list(block) for block in zip(*columns)], output)
 
 
-def _pushforward(call: Call, context: Context) -> Push:
+def _pushforward(call: Call, context: Context, replay: RngState | None) -> Push:
     """Columns by ``torch.func.jvp``: the function runs once for each pass."""
     (x,) = call.inputs
     if not context.functional and not context.graph:
@@ -186,19 +202,24 @@ def _pushforward(call: Call, context: Context) -> Push:
             outputs.append(kept(outs, aux))  # the same for every tangent, so not batched
             return tangents
 
-        tangents = over_basis(column, seed) if vectorized else column(seed)
+        if replay is not None:
+            set_rng_state(replay)  # every column sees the same draws
+        with forward_levels():
+            tangents = over_basis(column, seed) if vectorized else column(seed)
         return outputs[0], tangents
 
     return push
 
 
-def _transposed(call: Call, context: Context) -> Push:
+def _transposed(call: Call, context: Context, replay: RngState | None) -> Push:
     """Columns as the transpose of a VJP: ``u -> J^T u`` is linear, and its own VJP is ``J``.
 
     The function runs once for all columns, and no forward formula is used. (J. Townsend,
     "A new trick for calculating Jacobian vector products", 2017.)
     """
     make = _functional_transpose if context.functional else _plain_transpose
+    if replay is not None:
+        set_rng_state(replay)
     output, transpose = make(call, context)
 
     def push(seed: Tensor, vectorized: bool) -> tuple[Output, Tensors]:
@@ -288,4 +309,5 @@ def _row_shape(x: Tensor, dim: int | None) -> torch.Size:
 
 def _detached(output: Output) -> Output:
     """``output`` without its graph, which would otherwise outlive the pass."""
-    return Output([out.detach() for out in output.leaves], output.spec, output.aux)
+    aux = _tree.map_tensors(Tensor.detach, output.aux) if output.aux is not None else None
+    return Output([out.detach() for out in output.leaves], output.spec, aux)

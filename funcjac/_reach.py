@@ -26,7 +26,6 @@ _DULL = (
     complex,
     str,
     bytes,
-    type,
     types.ModuleType,
     types.BuiltinFunctionType,
     torch.dtype,
@@ -44,6 +43,7 @@ class Reach:
         tensors: those that are in no module.
         containers: lists, dicts and attributes in which a function may leave tensors.
         scripted: whether TorchScript is among them.
+        custom: whether a custom ``torch.autograd.Function`` is.
     """
 
     token: list[Any] = field(default_factory=list)
@@ -52,6 +52,7 @@ class Reach:
     tensors: list[Tensor] = field(default_factory=list)
     containers: list[Any] = field(default_factory=list)
     scripted: bool = False
+    custom: bool = False
 
 
 def reach(func: Callable[..., Any], codes: dict[types.CodeType, tuple[str, ...]]) -> Reach:
@@ -75,6 +76,8 @@ def reach(func: Callable[..., Any], codes: dict[types.CodeType, tuple[str, ...]]
             stack += ((item.__func__, depth), (item.__self__, depth))
         elif isinstance(item, functools.partial):
             stack += ((item.func, depth), (item.args, depth), (item.keywords, depth))
+        elif isinstance(item, type):
+            found.custom |= issubclass(item, torch.autograd.Function)
         elif isinstance(item, _CONTAINERS):
             found.containers.append(item)
             values: Iterable[Any] = item.values() if isinstance(item, dict) else item
@@ -95,6 +98,9 @@ def _visit_module(module: nn.Module, found: Reach, stack: list[tuple[Any, int]])
             if parameter is not None and parameter.requires_grad:
                 found.requires_grad = True
                 break
+    forward = type(module).forward
+    if not forward.__module__.startswith("torch."):
+        stack.append((forward, 0))
     stack += [(child, 0) for child in module._modules.values() if child is not None]
     if module._forward_hooks or module._forward_pre_hooks:
         stack += ((module._forward_hooks, 0), (module._forward_pre_hooks, 0))

@@ -6,13 +6,20 @@ trial run may move running statistics. A :class:`Guard` remembers and puts back.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from funcjac._native import is_wrapped
 from funcjac._reach import Reach
+
+
+class Restored(NamedTuple):
+    """Whether modules or tensors had changed, and whether dead wrappers were taken out."""
+
+    changed: bool = False
+    leaked: bool = False
 
 
 @dataclass(frozen=True)
@@ -23,8 +30,8 @@ class Guard:
     tensors: list[tuple[Tensor, int, Tensor]]
     containers: list[tuple[Any, Any]]
 
-    def restore(self) -> bool:
-        """Put everything back; whether a module or a tensor had changed."""
+    def restore(self) -> Restored:
+        """Put everything back, and say what had changed."""
         changed = self.restore_tensors(self.tensors)
         for module, attributes, inner in self.attributes:
             now = vars(module)
@@ -34,12 +41,13 @@ class Guard:
                 changed = True
             for container, content in inner:
                 changed |= _restore_container(container, content)
+        leaked = False
         for container, content in self.containers:
             # A plain list or dict is the user's own record: only dead wrappers are taken out.
             values = container.values() if isinstance(container, dict) else container
             if any(is_wrapped(value) for value in values):
-                _restore_container(container, content)
-        return changed
+                leaked |= _restore_container(container, content)
+        return Restored(changed, leaked)
 
     @staticmethod
     def restore_tensors(tensors: list[tuple[Tensor, int, Tensor]]) -> bool:

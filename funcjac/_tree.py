@@ -4,6 +4,7 @@ Dataclasses may be registered with optree globally or in the namespace
 ``"funcjac"``.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import optree
@@ -41,10 +42,10 @@ def broadcast(prefix: Tree, tree: Tree) -> list[Any]:
     return optree.broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
 
 
-def clone(tree: Tree) -> Tree:
-    """The same tree with copies of its tensors."""
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
+    """The same tree with ``function`` of its tensors."""
     return optree.tree_map(
-        lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf,
+        lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf,
         tree,
         none_is_leaf=True,
         namespace=NAMESPACE,

@@ -11,6 +11,8 @@ custom backward, a partial ``detach``) is wrong on both sides; and errors below 
 of the dtype pass.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ from funcjac._probe import (
     total,
     wide,
 )
-from funcjac.errors import VerificationError
+from funcjac.errors import VerificationError, brief
 
 # A mismatch this many times smaller than what rounding the input does is conditioning.
 _NOISE = 32
@@ -47,12 +49,7 @@ def mismatch(found: Probe, result: Jacobian) -> str | None:
 
 def _excess(found: Probe, result: Jacobian, j: int) -> float:
     """Largest difference in input ``j``, in units of what is tolerated."""
-    dim = found.call.layout.diff_dims[j]
-    like = found.inputs[j]
-    given = found.grads[j]
-    grad = torch.zeros_like(like) if given is None else given.detach()
-    grad = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
-    grad = wide(grad).reshape(grad.shape[0], -1)  # (B, N)
+    dim, grad = found.call.layout.diff_dims[j], _grad_rows(found, j)
     predicted, size = _contracted(found.seeds, [blocks[j] for blocks in result.blocks])
     if dim is None:
         predicted, size = predicted.sum(0, keepdim=True), size.sum(0, keepdim=True)
@@ -63,6 +60,14 @@ def _excess(found: Probe, result: Jacobian, j: int) -> float:
     scale = scale.amax(1, keepdim=True)
     ratio = torch.where(difference == 0, 0, difference / (_tolerance(found) * scale))
     return ratio.max().item()
+
+
+def _grad_rows(found: Probe, j: int) -> Tensor:
+    """What plain autograd pulled back to input ``j``, ``(B, N)``, or ``(1, N)`` if shared."""
+    dim, given = found.call.layout.diff_dims[j], found.grads[j]
+    grad = torch.zeros_like(found.inputs[j]) if given is None else given.detach()
+    grad = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
+    return wide(grad).reshape(grad.shape[0], -1)
 
 
 def _contracted(seeds: list[Tensor], blocks: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -84,20 +89,15 @@ def _tolerance(found: Probe) -> float:
 
 def is_noise(found: Probe, result: Jacobian) -> bool:
     """Whether rounding the input moves the VJP as much as the mismatch: bad conditioning."""
-    call = found.call
     eps = [torch.finfo(x.dtype).eps for x in found.inputs]
     moved = [x.detach() * (1 + e) for x, e in zip(found.inputs, eps)]
-    again = probe(call.with_inputs(moved), Context())
-    for j, (one, other) in enumerate(zip(found.grads, again.grads)):
-        if one is None or other is None:
-            continue
-        dim = call.layout.diff_dims[j]
+    again = probe(found.call.with_inputs(moved), Context(), seed=found.seed)
+    for j, dim in enumerate(found.call.layout.diff_dims):
+        grad, other = _grad_rows(found, j), _grad_rows(again, j)
         predicted, _ = _contracted(found.seeds, [blocks[j] for blocks in result.blocks])
-        one = one.detach()
-        grad = wide(one if dim is None else one.movedim(dim, 0))
-        predicted = predicted.sum(0) if dim is None else predicted
-        noise = (wide(one) - wide(other)).abs().max()
-        if not (predicted - grad.reshape(predicted.shape)).abs().max() <= _NOISE * noise:
+        predicted = predicted.sum(0, keepdim=True) if dim is None else predicted
+        noise = (grad - other).abs().max()
+        if not (predicted - grad).abs().max() <= _NOISE * noise:
             return False
     return True
 
@@ -144,24 +144,35 @@ def graph_mismatch(found: Probe, result: Jacobian) -> str | None:
         for t, dim, block in zip(tangents, dims, blocks)
     ]
     wanted, got = total(reference), total(ours)
-    leaves = [leaf for leaf in graph_leaves(wanted) if id(leaf) not in found.own]
-    if not leaves:
-        return None
+    given = {id(leaf) for leaf in found.call.leaves}
+    theirs = {id(leaf): leaf for leaf in graph_leaves(wanted) if id(leaf) not in found.own}
+    theirs |= {id(leaf): leaf for leaf in graph_leaves(got) if id(leaf) in given}
+    leaves = list(theirs.values())
     try:
-        right = torch.autograd.grad(wanted, leaves, allow_unused=True, retain_graph=True)
-    except (RuntimeError, NotImplementedError):
+        right = _derivatives(wanted, leaves)
+    except RuntimeError:
         return None  # no second derivative in plain autograd: backward() will say so itself
-    if not got.requires_grad:
-        return "it is detached from tensors that require grad"
-    grads = torch.autograd.grad(got, leaves, allow_unused=True, retain_graph=True)
-    pairs = [(r, g) for r, g in zip(right, grads) if r is not None]
-    scale = max((wide(r).abs().max().item() for r, _ in pairs if r.numel()), default=0.0)
+    try:
+        grads = _derivatives(got, leaves)
+    except RuntimeError as error:
+        return f"it cannot be differentiated: {brief(error)}"
+    scale = max(
+        (wide(r).abs().nan_to_num(0, 0, 0).max().item() for r in right if r.numel()), default=0.0
+    )
     limit = 10 * _tolerance(found) * scale
-    for r, g in pairs:
-        error = (wide(r) - (0 if g is None else wide(g))).abs()
+    for r, g in zip(right, grads):
+        error = (wide(r) - wide(g)).abs()
         if (error[r.isfinite()].nan_to_num(torch.inf) > limit).any():
             return "its derivatives differ from those of plain double backward"
     return None
+
+
+def _derivatives(scalar: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """Gradients of ``scalar``, zero where it does not depend on a leaf; its graph stays."""
+    found: Sequence[Tensor | None] = [None] * len(leaves)
+    if scalar.requires_grad and leaves:
+        found = torch.autograd.grad(scalar, leaves, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves)]
 
 
 def aux_mismatch(found: Probe, result: Jacobian) -> str | None:

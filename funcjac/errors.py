@@ -48,4 +48,5 @@ def brief(error: Exception) -> str:
     """An exception in one line."""
     lines = str(error).strip().splitlines() or [""]
     text = lines[0] if len(lines[0]) <= 200 else lines[0][:200] + "..."
-    return f"{type(error).__name__}: {text}".rstrip(". ")
+    name = type(error).__name__
+    return text.rstrip(". ") if name.startswith("_") else f"{name}: {text}".rstrip(". ")

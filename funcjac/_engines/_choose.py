@@ -9,6 +9,7 @@ cheaper a turn, each verified before its result is handed out, until the fastest
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ import torch
 from funcjac import _tree
 from funcjac._batched import Call
 from funcjac._engines._record import Memory, Record, requires_grad, signature
-from funcjac._engines._rows import empty, executed, run
+from funcjac._engines._rows import executed, run
 from funcjac._mixing import check_rows
 from funcjac._modes import Recorder, Route, is_forward_safe, routes, sizes_of
-from funcjac._passes import Context, Jacobian
+from funcjac._passes import Context, Jacobian, empty
 from funcjac._probe import Probe, has_hidden_leaves, probe
 from funcjac._reach import Reach, reach
 from funcjac._state import Guard, guard, has_lazy, rng_state, same_rng_state, set_rng_state
@@ -34,12 +35,18 @@ def solve(call: Call, memory: Memory) -> Jacobian:
     key = signature(call, reached, graph)
     record = memory.latest = memory.records.get(key)
     if record is None:
-        return _Attempt(call, memory, reached).first(key, graph)
+        with _Attempt(call, memory, reached) as attempt:
+            return attempt.first(key, graph)
     if record.clone:
         call = call._replace(clone=True)
-    if record.choice is not None and not record.stateful and call.options.check is not True:
+    if record.choice is not None and not record.needs_guard and call.options.check is not True:
         return run(call, record.choice, record.context)
-    return _Attempt(call, memory, reached).again(record)
+    with _Attempt(call, memory, reached) as attempt:
+        return attempt.again(record)
+
+
+class _UnsuitableError(ValueError):
+    """A route that is not even tried."""
 
 
 class _Attempt:
@@ -58,18 +65,26 @@ class _Attempt:
         self.rng = self.drawn = rng_state()
         self.found: Probe | None = None
 
+    def __enter__(self) -> "_Attempt":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.record.note(self.guard.restore())
+
     def _take_guard(self) -> None:
         self.guard = guard(self.reached, _tree.tensors((self.call.leaves, self.call.kwargs)))
+
+    def _put_back(self) -> None:
+        self.record.note(self.guard.restore())
+        set_rng_state(self.rng)
 
     # --- the first call of a signature: everything is found out here
 
     def first(self, key: Any, graph: bool) -> Jacobian:
         self.record = Record((0, 0, 0), Context(graph=graph))
         self._take_guard()
-        try:
-            self._look()
-        finally:
-            self.record.stateful = self.guard.restore()
+        self._look()
+        self.record.note(self.guard.restore())
         if self.found is None or 0 in self.record.sizes:
             self.memory.latest = None
             return self._of_nothing()
@@ -95,16 +110,17 @@ class _Attempt:
             )
         if torch.is_grad_enabled() and not record.context.graph and has_hidden_leaves(self.found):
             record.context = Context(graph=True)
-            set_rng_state(self.rng)
+            self._put_back()
             self.found = self._probe()
-        leaves = self.found.output.leaves
-        outputs = sum(out[0].numel() for out in leaves) if self.call.batch else 0
+        seeds = self.found.seeds  # of the shape of what func returns, also if it is a transform
+        outputs = sum(seed[0].numel() for seed in seeds) if self.call.batch else 0
         inputs = sizes_of(self.call.inputs, self.call.layout.diff_dims)
         record.sizes = self.call.batch, outputs, inputs
         if self.checked and 0 not in record.sizes:
-            set_rng_state(self.rng)
+            self._put_back()
             check_attached(self.found)
             if record.random:  # each engine is verified with draws of its own
+                self._put_back()
                 check_rows(self.call, self.reached)
 
     def _probe(self) -> Probe:
@@ -121,18 +137,15 @@ class _Attempt:
 
     def _probe_copies(self) -> Probe:
         """Once more, with copies for a function that works in place on its arguments."""
-        self.guard.restore()
-        set_rng_state(self.rng)
+        self._put_back()
+        self.record.stateful = False  # what changed was an argument, which gets copied now
         self.record.clone = True
         self.call = self.call._replace(clone=True)
         return self._probe()
 
     def _of_nothing(self) -> Jacobian:
-        try:
-            set_rng_state(self.rng)
-            return empty(self.call, self.record.context)
-        finally:
-            self.guard.restore()
+        set_rng_state(self.rng)
+        return empty(self.call)
 
     def _routes(self) -> list[Route]:
         """Routes worth trying; the record says why the others are not."""
@@ -142,7 +155,7 @@ class _Attempt:
         for route in routes(*words):
             reason = self._unsuitable(route)
             if reason:
-                self.record.errors[route] = ValueError(reason)
+                self.record.errors[route] = _UnsuitableError(reason)
             else:
                 found.append(route)
         forward = self.record.context.graph and any(route.is_forward_formula for route in found)
@@ -162,8 +175,7 @@ class _Attempt:
     def _is_forward_safe(self) -> bool:
         with Recorder() as recorder, torch.no_grad():
             self.call._replace(clone=True)(self.call.inputs)
-        self.guard.restore()
-        set_rng_state(self.rng)
+        self._put_back()
         return is_forward_safe(recorder.names)
 
     # --- later calls, until the cheapest route is known
@@ -171,24 +183,19 @@ class _Attempt:
     def again(self, record: Record) -> Jacobian:
         self.record = record
         route = record.choice or record.next()
-        if record.stateful or route not in record.times:  # copies every parameter
+        if record.needs_guard or route not in record.times:  # copies every parameter
             self._take_guard()
         if self.options.check is True or (self.checked and route not in record.times):
             record.probes += 1
             self.found = probe(self.call, record.context, seed=record.probes)
             self.drawn = rng_state()
-        result = self._try(route) if self.found else self._run(route)
+            self._put_back()
+        result = self._try(route) if self.found else self._timed(route)
         if result is None:
             result = self._run_first_that_works()
         if record.choice is None:
             record.settle(checked=self.checked)
         return result
-
-    def _run(self, route: Route) -> Jacobian:
-        try:
-            return self._timed(route)
-        finally:
-            self.guard.restore()
 
     # --- running and verifying one route
 
@@ -204,7 +211,7 @@ class _Attempt:
         """Run a route and verify it; ``None``, with the reason in the record, if it fails."""
         try:
             found = self._reference(route)
-            set_rng_state(self.rng)
+            self._put_back()
             result = self._timed(route)
             drawn = rng_state()
             problem = self._verify(found, result)
@@ -216,7 +223,7 @@ class _Attempt:
             self.record.drop(route, error)
             return None
         finally:
-            self.guard.restore()
+            self._put_back()
             set_rng_state(self.drawn)
         if problem is not None:
             words = f"{self.options.name}: {route} was verified and refused: {problem}."
@@ -228,18 +235,26 @@ class _Attempt:
     def _reference(self, route: Route) -> Probe | None:
         if not (self.checked and self.record.random and route.engine != "sum"):
             return self.found
-        set_rng_state(self.rng)
-        found = probe(executed(self.call, route.engine), self.record.context)
-        self.guard.restore()
-        return found
+        self._put_back()
+        return probe(executed(self.call, route.engine), self.record.context)
 
     def _timed(self, route: Route) -> Jacobian:
         self._synchronize()
         start = time.perf_counter()
-        result = run(self.call, route, self.record.context, strict=True)
+        call = self.call
+        if self.record.stateful and route.runs_often:  # every run starts from the same state
+            call = call._replace(func=self._from_the_start(call.func))
+        result = run(call, route, self.record.context, strict=True)
         self._synchronize()
         self.record.times.setdefault(route, []).append(time.perf_counter() - start)
         return result
+
+    def _from_the_start(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        def restored(*args: Any, **kwargs: Any) -> Any:
+            self.guard.restore()
+            return func(*args, **kwargs)
+
+        return restored
 
     def _synchronize(self) -> None:
         if torch.cuda.is_initialized() and any(x.is_cuda for x in self.call.inputs):
@@ -250,9 +265,9 @@ class _Attempt:
             return None
         problem = mismatch(found, result)
         if problem is not None:
-            set_rng_state(self.rng)
+            self._put_back()
             check_rows(self.call, self.reached)
-            set_rng_state(self.rng)
+            self._put_back()
             if is_noise(found, result):
                 problem = None
         if problem is None and self.options.has_aux and found is self.found:
@@ -282,16 +297,17 @@ class _Attempt:
 
     def _failure(self) -> Exception:
         errors, options = self.record.errors, self.options
-        last = list(errors.values())[-1]
-        if isinstance(last, VerificationError):
-            return last
-        kind = ValueError if isinstance(last, ValueError) else RuntimeError
+        # Where an engine was asked for, its first attempt tells; else the plainest one, the last.
+        error = list(errors.values())[-1 if options.engine == "auto" else 0]
+        if isinstance(error, VerificationError):
+            return error
+        kind = ValueError if isinstance(error, _UnsuitableError) else RuntimeError
         raised = kind(
             f"{options.name}: engine={options.engine!r} with mode={options.mode!r} cannot "
-            f"differentiate func, although func itself runs: {brief(last)}. "
+            f"differentiate func, although func itself runs: {brief(error)}. "
             'Use engine="auto" and mode="auto", or look at explain() for every attempt.'
         )
-        raised.__cause__ = last
+        raised.__cause__ = error
         return raised
 
 

@@ -13,6 +13,7 @@ from funcjac._batched import Call, Layout
 from funcjac._modes import Route, is_worth_a_try
 from funcjac._passes import Context
 from funcjac._reach import Reach
+from funcjac._state import Restored
 
 _MOST_RECORDS = 256
 # Turns of a route before its best time counts: more where a run is short and easily
@@ -33,6 +34,7 @@ class Record:
         choice: the route that all later calls take, once it is known.
         clone: whether ``func`` works in place on its arguments.
         stateful: whether ``func`` changes modules or tensors that must be put back.
+        leaks: whether it leaves tensors of torch.func in lists and dicts.
         random: whether ``func`` draws random numbers.
         probes: how many there were, so that each draws another cotangent.
     """
@@ -45,8 +47,20 @@ class Record:
     choice: Route | None = None
     clone: bool = False
     stateful: bool = False
+    leaks: bool = False
     random: bool = False
     probes: int = 0
+
+    @property
+    def needs_guard(self) -> bool:
+        """Whether something must be put back after the next call."""
+        functional = self.choice is None or self.choice.is_functional
+        return self.stateful or (self.leaks and functional)
+
+    def note(self, restored: Restored) -> None:
+        """Learn from what had to be put back."""
+        self.stateful |= restored.changed
+        self.leaks |= restored.leaked
 
     def drop(self, route: Route, error: Exception) -> None:
         """Leave a route for good."""
@@ -117,7 +131,12 @@ def signature(call: Call, reached: Reach, graph: bool) -> tuple[Any, ...]:
     if call.kwargs:
         leaves, spec = _tree.flatten_args(call.kwargs)
         kwargs = (spec, *[_meta(leaf) for leaf in leaves])
-    modes = (graph, torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"))
+    modes = (
+        graph,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+    )
     if torch.cuda.is_available():
         modes = (*modes, torch.is_autocast_enabled("cuda"))
     return call.layout.spec, metas, kwargs, modes, tuple(reached.token)

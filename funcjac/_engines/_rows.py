@@ -17,7 +17,7 @@ from funcjac._batched import Call, Output
 from funcjac._bind import bind
 from funcjac._modes import Route
 from funcjac._native import vmap_fallback
-from funcjac._passes import Context, Jacobian, jacobian, join_tensors, split_tensors
+from funcjac._passes import Context, Jacobian, empty, jacobian, join_tensors, split_tensors
 from funcjac._state import rng_state, set_rng_state
 
 
@@ -48,6 +48,8 @@ def by_vmap(call: Call, route: Route, context: Context) -> Jacobian:
 
 def by_loop(call: Call, route: Route, context: Context) -> Jacobian:
     """One row after the other; the reference, and the last resort."""
+    if call.batch == 0:
+        return empty(call)
     same = rng_state() if call.options.randomness == "same" else None
     pieces: list[list[Tensor]] = []
     whole: list[Tensor] = []
@@ -143,29 +145,9 @@ def _flatten_row(found: Jacobian) -> tuple[tuple[Tensor, ...], Any]:
 def _unflatten_rows(rest: Any, tensors: Iterable[Tensor]) -> Jacobian:
     (outputs, inputs), spec, aux = rest
     flat = list(tensors)
-    blocks = [flat[i * inputs : (i + 1) * inputs] for i in range(outputs)]
+    # What does not depend on the row came out of vmap as one row, expanded.
+    blocks = [[b.contiguous() for b in flat[i * inputs : (i + 1) * inputs]] for i in range(outputs)]
     outs = flat[outputs * inputs : outputs * inputs + outputs]
     return Jacobian(
         blocks, Output(outs, spec, join_tensors(aux, flat[outputs * inputs + outputs :]))
     )
-
-
-def empty(call: Call, context: Context) -> Jacobian:
-    """The Jacobian of an empty batch, or of rows without elements: run the function for shapes."""
-    output = call(call.inputs)
-    blocks = []
-    for out in output.leaves:
-        rows = [
-            x.shape if dim is None else x.shape[:dim] + x.shape[dim + 1 :]
-            for x, dim in zip(call.inputs, call.layout.diff_dims)
-        ]
-        blocks.append(
-            [
-                x.new_zeros(
-                    (call.batch, *out.shape[1:], *row),
-                    dtype=torch.promote_types(out.dtype, x.dtype),
-                )
-                for x, row in zip(call.inputs, rows)
-            ]
-        )
-    return Jacobian(blocks, output)

@@ -7,57 +7,69 @@ import torch
 
 from funcjac._batched import Call
 from funcjac._engines._record import Memory
-from funcjac._engines._rows import BY_ENGINE, by_sum, empty
+from funcjac._engines._rows import BY_ENGINE, by_sum
 from funcjac._modes import Recorder, Route, is_forward_safe, prefers_forward, sizes_of
-from funcjac._passes import Context, Jacobian
-from funcjac._reach import reach
+from funcjac._native import outside_transforms
+from funcjac._passes import Context, Jacobian, empty
+from funcjac._reach import Reach, reach
 
 _CONTEXT = Context(functional=True, graph=True)
 
 
 def solve_transformed(call: Call, memory: Memory) -> Jacobian:
-    route = _route(call, memory)
+    """The Jacobian of ``call`` by torch.func alone; nobody looks at values here."""
     if torch.compiler.is_compiling():
+        # What runs is not known yet, so nothing is known of its forward formulas.
+        mode = "rev" if call.options.mode == "auto" else call.options.mode
+        route = Route("vmap", mode, call.options.chunk_size, transposed=True)
         return BY_ENGINE["vmap"](call, route, _CONTEXT)
-    if call.batch == 0:
-        return empty(call, _CONTEXT)
-    if reach(call.func, memory.codes).scripted:
+    reached = reach(call.func, memory.codes)
+    if reached.scripted:
         raise RuntimeError(
             f"{call.options.name}: expected no TorchScript inside of torch.func transforms, got a "
             "scripted function: torch differentiates it wrongly there from its second call on. "
             "Call the transform outside of torch.func, or use the module before scripting."
         )
+    with _Buffers(reached):
+        if call.batch == 0:
+            return empty(call)
+        return _solve(call, _route(call, memory, reached))
+
+
+def _solve(call: Call, route: Route) -> Jacobian:
     if call.batch == 1:
         return by_sum(call, route, _CONTEXT)
-    engine = call.options.engine
-    if engine != "auto":
-        return BY_ENGINE[engine](call, route, _CONTEXT)
+    if call.options.engine != "auto":
+        return BY_ENGINE[call.options.engine](call, route, _CONTEXT)
     try:
         return BY_ENGINE["vmap"](call, route, _CONTEXT)
     except Exception:
         # The sum trick cannot be verified here, so it is not tried.
-        return BY_ENGINE["loop"](
-            call, Route("loop", route.mode, 1, False, route.transposed), _CONTEXT
-        )
+        route = Route("loop", route.mode, 1, vectorized=False)
+        return BY_ENGINE["loop"](call, route, _CONTEXT)
 
 
-def _route(call: Call, memory: Memory) -> Route:
+def _route(call: Call, memory: Memory, reached: Reach) -> Route:
     options = call.options
-    mode, transposed = options.mode, False
+    mode = options.mode
     if mode != "rev":
         outputs, safe = _sizes(call, memory)
+        safe = safe and not reached.custom
         inputs = sizes_of(call.inputs, call.layout.diff_dims)
         if mode == "auto":
-            mode = "fwd" if prefers_forward(outputs, inputs) else "rev"
-        transposed = mode == "fwd" and not safe
-    return Route(options.engine, mode, options.chunk_size, transposed=transposed)
+            mode = "fwd" if safe and prefers_forward(outputs, inputs) else "rev"
+        elif not safe:
+            raise RuntimeError(
+                f"{options.name}: expected func to have forward formulas that may be "
+                'differentiated again with mode="fwd" inside of a torch.func transform, got an '
+                "operation of which torch's are wrong or unknown (layer norm, batch norm, det, "
+                'slogdet, solve, a custom autograd.Function). Use mode="rev" or "auto".'
+            )
+    return Route(options.engine, mode, options.chunk_size)
 
 
 def _sizes(call: Call, memory: Memory) -> tuple[int, bool]:
     """Elements of an output row, and whether forward formulas may be differentiated again."""
-    if torch.compiler.is_compiling():
-        leaves = call(call.inputs).leaves
-        return sum(out.numel() for out in leaves) // call.batch, False
     key = (call.layout.spec, *[getattr(leaf, "shape", None) for leaf in call.leaves])
     found = memory.sizes.get(key)
     if found is None:
@@ -66,3 +78,27 @@ def _sizes(call: Call, memory: Memory) -> tuple[int, bool]:
         size = sum(out.numel() for out in leaves) // max(call.batch, 1)
         found = memory.sizes[key] = (size, is_forward_safe(recorder.names))
     return found
+
+
+class _Buffers:
+    """Puts buffers back that a module in training mode moves as it runs."""
+
+    def __init__(self, reached: Reach) -> None:
+        self.buffers = [
+            buffer
+            for module in reached.modules.values()
+            if module.training
+            for buffer in module._buffers.values()
+            if buffer is not None
+        ]
+
+    def __enter__(self) -> None:
+        if self.buffers:
+            with outside_transforms():
+                self.values = [buffer.clone() for buffer in self.buffers]
+
+    def __exit__(self, *_: object) -> None:
+        if self.buffers:
+            with outside_transforms(), torch.no_grad():
+                for buffer, value in zip(self.buffers, self.values):
+                    buffer.copy_(value)

@@ -1,0 +1,39 @@
+"""What holds for every test: a seed, one thread, and torch left as it was found."""
+
+import importlib
+import warnings
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+    # torch imports this on the first jvp of a function that needs it, and scripts it with a
+    # deprecation warning of its own; warnings are errors here, and the import would fail.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_it_was():
+    torch.manual_seed(0)
+    before = _settings()
+    yield
+    assert _settings() == before
+
+
+def _settings():
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "anomaly mode": torch.is_anomaly_enabled(),
+        "transforms": torch._C._functorch.peek_interpreter_stack(),
+        "forward-mode level": torch.autograd.forward_ad._current_level,
+        "vmap fallback": torch._C._functorch._is_vmap_fallback_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }

@@ -1,0 +1,307 @@
+"""What the house is built like: which way imports go, what is public, how long a file is."""
+
+import ast
+import doctest
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import funcjac
+
+ROOT = pathlib.Path(funcjac.__file__).parent
+FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
+every_file = pytest.mark.parametrize("name", FILES)
+MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_NESTING = 300, 40, 3
+
+# Names of the contract that exist today: others join with their modules.
+PUBLIC = {
+    "batch_jacobian",
+    "check_batched",
+    "check_derivative",
+    "explain",
+    "Explanation",
+    "BatchMixingError",
+    "VerificationError",
+    "EngineFallbackWarning",
+}
+# What a later module may use, from the ground up. A module may import from lines above its own.
+LAYERS = [
+    ["errors", "_tree", "_native", "_modes", "_block", "_digits", "_reach"],
+    ["_batched", "_basis", "_state"],
+    ["_bind", "_passes"],
+    ["_probe"],
+    ["_verify", "_mixing"],
+    ["_engines"],
+    ["_jacobian"],
+    ["_check", "_explain"],
+    ["__init__"],
+    ["__main__"],
+]
+
+
+def module_of(name):
+    """``_engines/_rows.py -> funcjac._engines._rows``."""
+    parts = ["funcjac", *name.removesuffix(".py").split("/")]
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {module_of(name): name for name in FILES}
+
+
+def tree_of(name):
+    return ast.parse(FILES[name].read_text(encoding="utf-8"))
+
+
+def imports(name):
+    """Every module that a file imports, inside functions too, with relative ones resolved."""
+    found = set()
+    package = module_of(name).split(".") if name.endswith("__init__.py") else None
+    package = package or module_of(name).split(".")[:-1]
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            found.add(base)
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own_imports(name):
+    """Imports from within the package: the deepest module each one names."""
+    found = {module for module in imports(name) if module in MODULES}
+    parents = {module.rpartition(".")[0] for module in found}
+    return found - (parents - {"funcjac._engines"}) - {module_of(name)}
+
+
+GRAPH = {module_of(name): own_imports(name) for name in FILES}
+
+
+# --- imports -----------------------------------------------------------------------------
+
+
+def test_the_graph_is_not_empty():
+    """The tests below would pass on a graph without edges."""
+    assert "funcjac._tree" in GRAPH["funcjac._batched"]
+    assert "funcjac._jacobian" in GRAPH["funcjac"]
+    assert sum(map(len, GRAPH.values())) > 30
+
+
+def test_imports_have_no_cycles():
+    done = set()
+
+    def visit(module, path):
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module in done:
+            return
+        for other in sorted(GRAPH[module]):
+            visit(other, [*path, module])
+        done.add(module)
+
+    # A package and the modules inside it are one place for those outside of it.
+    for module in GRAPH:
+        visit(module, [])
+
+
+def layer(module):
+    stem = module.split(".")[1] if "." in module else "__init__"
+    return next(i for i, names in enumerate(LAYERS) if stem in names)
+
+
+def test_every_module_has_a_layer():
+    stems = {module.split(".")[1] if "." in module else "__init__" for module in GRAPH}
+    assert stems == {stem for names in LAYERS for stem in names}
+
+
+@pytest.mark.parametrize("module", GRAPH)
+def test_imports_go_one_way(module):
+    """Nothing goes back up, and what stands on one layer does not lean on its neighbour."""
+    inside = "funcjac._engines"
+    for other in GRAPH[module]:
+        if module.startswith(inside) and other.startswith(inside):
+            continue
+        if module == "funcjac.__main__":
+            continue
+        same = {"funcjac._state", "funcjac._basis", "funcjac._passes", "funcjac._bind"}
+        assert layer(other) < layer(module) or {module, other} <= same, f"{module} -> {other}"
+
+
+@every_file
+def test_only_the_tree_module_imports_optree(name):
+    uses = any(module.split(".")[0] == "optree" for module in imports(name))
+    assert uses == (name == "_tree.py")
+
+
+def test_the_tree_module_imports_nothing_of_the_package():
+    assert GRAPH["funcjac._tree"] == set()
+    assert GRAPH["funcjac.errors"] == set()
+
+
+@every_file
+def test_private_torch_in_few_places(name):
+    """``torch._C`` and the like are used in one module, where a comment says why."""
+    private = {
+        ast.unparse(node)
+        for node in ast.walk(tree_of(name))
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and ast.unparse(node).startswith("torch.")
+    }
+    assert not private or name in {"_native.py", "_state.py"}, private
+
+
+def test_importing_is_light():
+    """``import funcjac`` loads nothing heavy that ``import torch`` has not loaded."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import funcjac; "
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    loaded = out.stdout.split()
+    assert "funcjac._jacobian" in loaded
+    heavy = ("torch._dynamo", "torch._inductor", "torch._functorch.aot", "torch.fx.experimental")
+    heavy += ("torch.utils.flop_counter", "sympy", "matplotlib", "numpy", "pandas", "sklearn")
+    assert not [module for module in loaded if module.startswith(heavy)]
+    strangers = {m.split(".")[0] for m in loaded} - {"funcjac", "optree", "torch"}
+    assert strangers <= set(sys.stdlib_module_names) | {"typing_extensions"}
+
+
+# --- what is public ----------------------------------------------------------------------
+
+
+def test_the_public_names_are_those_of_the_contract():
+    named = {
+        alias.asname or alias.name
+        for node in ast.walk(tree_of("__init__.py"))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert named == PUBLIC
+    public = {name for name in vars(funcjac) if not name.startswith("_")}
+    assert public - {"errors"} == PUBLIC
+    assert funcjac.__version__
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_public_names_have_docstrings(name):
+    thing = getattr(funcjac, name)
+    text = inspect.getdoc(thing)
+    assert text
+    if isinstance(thing, type):
+        return
+    assert doctest.DocTestParser().get_examples(thing.__doc__), f"{name} has no example"
+    for part in ("Args:", "Raises:", "Example:"):
+        assert part in text
+    parameters = [p for p in inspect.signature(thing).parameters if p not in ("args", "kwargs")]
+    for parameter in parameters:
+        assert f"{parameter}:" in text, f"{name} does not document {parameter}"
+
+
+def test_the_words_of_batch_jacobian_are_those_of_the_contract():
+    parameters = inspect.signature(funcjac.batch_jacobian).parameters
+    assert list(parameters) == [
+        "func",
+        "argnums",
+        "in_dims",
+        "out_dims",
+        "mode",
+        "engine",
+        "chunk_size",
+        "has_aux",
+        "return_value",
+        "randomness",
+        "check",
+    ]
+    defaults = {name: p.default for name, p in parameters.items() if name != "func"}
+    assert defaults == {
+        "argnums": 0,
+        "in_dims": 0,
+        "out_dims": 0,
+        "mode": "auto",
+        "engine": "auto",
+        "chunk_size": None,
+        "has_aux": False,
+        "return_value": False,
+        "randomness": "error",
+        "check": "auto",
+    }
+    keywords = [n for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    assert keywords == list(parameters)[2:]
+
+
+# --- style -------------------------------------------------------------------------------
+
+
+@every_file
+def test_a_file_is_short(name):
+    lines = FILES[name].read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MOST_LINES
+    assert ast.get_docstring(tree_of(name))
+
+
+def functions(name):
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+@every_file
+def test_a_function_is_short(name):
+    for node in functions(name):
+        first = node.body[0]
+        documented = ast.get_docstring(node) is not None
+        length = node.end_lineno - node.lineno + 1
+        length -= first.end_lineno - first.lineno + 1 if documented else 0
+        assert length <= MOST_LINES_OF_A_FUNCTION, f"{name}: {node.name} has {length} lines"
+
+
+BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try)
+
+
+def nesting(node):
+    inside = []
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.ClassDef, ast.Lambda)):
+            continue
+        # elif is written as an if inside of else
+        chained = isinstance(node, ast.If) and node.orelse == [child] and isinstance(child, ast.If)
+        inside.append(nesting(child) + (isinstance(child, BLOCKS) and not chained))
+    return max(inside, default=0)
+
+
+@every_file
+def test_nesting_is_shallow(name):
+    for node in functions(name):
+        assert nesting(node) <= MOST_NESTING, f"{name}: {node.name}"
+
+
+@every_file
+def test_transforms_stay_pure(name):
+    """No ``.backward()``, and no ``print`` outside of the demonstration."""
+    calls = [node for node in ast.walk(tree_of(name)) if isinstance(node, ast.Call)]
+    named = {node.func.attr for node in calls if isinstance(node.func, ast.Attribute)}
+    plain = {node.func.id for node in calls if isinstance(node.func, ast.Name)}
+    if name not in {"__main__.py", "_digits.py"}:
+        assert "backward" not in named
+        assert "print" not in plain
+        assert not plain & {"eval", "exec", "globals", "setattr"}
+
+
+def test_errors_bring_their_remedy():
+    """Every exception and warning tells whoever meets it what to do about it."""
+    for kind in (
+        funcjac.BatchMixingError,
+        funcjac.VerificationError,
+        funcjac.EngineFallbackWarning,
+    ):
+        assert len(inspect.getdoc(kind).splitlines()) >= 4
+
+
+def test_the_package_is_typed():
+    assert (ROOT / "py.typed").exists()

@@ -1,0 +1,125 @@
+"""The README runs, and so does ``python -m funcjac``."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from funcjac._digits import digits, make_networks
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_readme_blocks_run_in_order(capsys):
+    text = (ROOT / "README.md").read_text("utf-8")
+    # Blank lines before a block make line numbers in a traceback those of the README.
+    blocks = [
+        "\n" * text[: found.start(1)].count("\n") + found[1]
+        for found in re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    ]
+    assert len(blocks) > 8
+    torch.manual_seed(0)
+    scope, checked = {}, 0
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+        checked += _check_shapes(block, scope)
+    assert checked > 8
+    assert "BatchNorm1d in training mode" in capsys.readouterr().out
+
+
+def _check_shapes(block, scope):
+    """Hold lines such as ``x.shape  # (3, 10)`` against what comes out, and count them."""
+    found = re.findall(r"^(\S.*\.shape) +# (\([\d, ()]+\))", block, re.MULTILINE)
+    for expression, said in found:
+        shapes = eval(expression, scope)
+        single = isinstance(shapes, torch.Size)
+        assert (tuple(shapes) if single else tuple(map(tuple, shapes))) == eval(said), expression
+    return len(found)
+
+
+def test_readme_shows_every_file_of_the_package():
+    text = (ROOT / "README.md").read_text("utf-8")
+    files = sorted(path.name for path in (ROOT / "funcjac").glob("*.py"))
+    assert [name for name in files if not re.search(rf"^  {name} ", text, re.MULTILINE)] == []
+    shown = re.findall(r"^  (\w+\.py) ", text, re.MULTILINE)
+    assert sorted(shown) == files
+
+
+def test_readme_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text("utf-8")
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\(([^)#]+)", prose)
+    assert len(links) > 4
+    missing = [link for link in links if ":" not in link and not (ROOT / link).exists()]
+    assert missing == []
+
+
+def test_digits():
+    images, labels = digits()
+    assert images.shape == (256, 1, 8, 8)
+    assert labels.shape == (256,)
+    assert (images.min(), images.max()) == (0, 1)
+    assert torch.equal(images * 16, (images * 16).round())
+    assert labels.bincount().tolist() == [26, 26, 26, 26, 25, 26, 25, 25, 26, 25]
+    assert labels[:5].tolist() == [0, 1, 2, 3, 4]
+    for net in make_networks().values():
+        assert net(images).shape == (256, 10)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """What the demonstration prints, as a user without a terminal sees it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "funcjac"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_demo_answers_the_question(demo):
+    for call, shape in {
+        "autograd.functional.jacobian(net, x)": "(3, 10, 3, 5)",
+        "batch_jacobian(net)(x)": "(3, 10, 5)",
+        "batch_jacobian(batch_jacobian(net))(x)": "(3, 10, 5, 5)",
+    }.items():
+        assert re.search(rf"^{re.escape(call)} +{re.escape(shape)} ", demo, re.MULTILINE)
+    differences = re.findall(r"(\S+) from the loop", demo.partition("2. ")[0])
+    assert len(differences) == 2
+    assert all(float(difference) < 1e-6 for difference in differences)
+
+
+def test_demo_tables(demo):
+    convolutional, lstm = demo.split("\n2. ")[1].split("\n3. ")
+    found, failed = _rows(convolutional)
+    assert not failed
+    assert len(found) == 5  # and the loop, which is the reference
+    found, failed = _rows(lstm)
+    assert "funcjac.batch_jacobian" in found
+    assert "vmap(jacfwd)" in failed
+    assert "EngineFallbackWarning" in lstm
+    assert "left engine 'vmap'" in lstm
+    for section in (convolutional, lstm):
+        assert "(256, 10, 1, 8, 8)" in section
+        assert "verified against a plain VJP" in section
+
+
+def _rows(section):
+    """Largest differences of the ways that worked, and the errors of those that did not."""
+    largest = float(re.search(r"entries up to (\S+)", section)[1])
+    pattern = r"^(\S.*?)  +[\d.]+ m?s +[\d.]+ MiB +(\S+)$"
+    rows = dict(re.findall(pattern, section, re.MULTILINE))
+    assert rows.pop("loop over rows") == "reference"
+    found = {name: float(difference) for name, difference in rows.items()}
+    assert all(difference < 1e-5 * largest for difference in found.values()), found
+    failed = dict(re.findall(r"^(\S.*?)  +(\w+Error: .+)$", section, re.MULTILINE))
+    return found, failed
+
+
+def test_demo_is_tidy(demo):
+    lines = demo.split("\n")
+    assert [line for line in lines if len(line) > 100 or line != line.rstrip()] == []
+    assert "\r" not in demo

@@ -1,0 +1,635 @@
+"""Verification: what it sees, what it names, that it can fail, and when it looks again."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from funcjac import (
+    BatchMixingError,
+    EngineFallbackWarning,
+    VerificationError,
+    batch_jacobian,
+    check_batched,
+    check_derivative,
+)
+from funcjac._engines import _rows
+
+B = 4
+ENGINES = ("vmap", "sum", "loop")
+quiet = pytest.mark.filterwarnings("ignore::funcjac.EngineFallbackWarning")
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def equal(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+# --- rows that mix -----------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind, **words):
+        super().__init__()
+        self.core = kind(3, 4, **words)
+
+    def forward(self, x):
+        return self.core(x)[0]
+
+
+class Attention(nn.Module):
+    def __init__(self, **words):
+        super().__init__()
+        self.core = nn.MultiheadAttention(4, 2, **words)
+
+    def forward(self, x):
+        return self.core(x, x, x)[0]
+
+
+# module, shape of a row, what the message says
+MODULES = {
+    "BatchNorm train": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)),
+        (3,),
+        r"1: BatchNorm1d in training mode \(call \.eval\(\), or use GroupNorm\)",
+    ),
+    "BatchNorm2d train": (
+        lambda: nn.Sequential(nn.BatchNorm2d(2)),
+        (2, 3, 3),
+        "0: BatchNorm2d in training mode",
+    ),
+    "deep BatchNorm": (
+        lambda: nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))),
+        (3,),
+        "0.1: BatchNorm1d in training mode",
+    ),
+    "BatchNorm itself": (lambda: nn.BatchNorm1d(3), (3,), "Suspects: BatchNorm1d in training mode"),
+    "BatchNorm without statistics": (
+        lambda: nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)).eval(),
+        (3,),
+        r"0: BatchNorm1d without running statistics \(set track_running_stats=True\)",
+    ),
+    "LSTM": (lambda: Recurrent(nn.LSTM), (5, 3), "core: LSTM with batch_first=False"),
+    "GRU": (lambda: Recurrent(nn.GRU), (5, 3), "core: GRU with batch_first=False"),
+    "RNN": (lambda: Recurrent(nn.RNN), (5, 3), "core: RNN with batch_first=False"),
+    "attention": (Attention, (5, 4), "core: MultiheadAttention with batch_first=False"),
+}
+FUNCTIONS = {
+    "mean": lambda x: x - x.mean(0),
+    "softmax over the batch": lambda x: x.softmax(0),
+    "in-batch attention": lambda x: (x @ x.T).softmax(1) @ x,
+    "neighbour": lambda x: x * x.roll(1, 0),
+    "cumulative sum": lambda x: x.cumsum(0),
+    "sorted batch": lambda x: x.sort(0).values,
+    "norm of the batch": lambda x: x / x.norm(),
+    "one row into another": lambda x: torch.cat([x[:-1], x[-1:] + 1e-2 * x[:1]]),
+}
+
+
+@pytest.mark.parametrize("mode", ["fwd", "rev"])
+@pytest.mark.parametrize("engine", ["sum", "auto"])
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_that_mix_rows_are_named(name, engine, mode):
+    make, row, message = MODULES[name]
+    module = make().double()
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    jacobian = batch_jacobian(module, engine=engine, mode=mode)
+    for _ in range(2):
+        with pytest.raises(BatchMixingError, match=f"^batch_jacobian: .*{message}"):
+            jacobian(randn(B, *row))
+    with pytest.raises(BatchMixingError, match=f"^check_batched: .*{message}"):
+        check_batched(module, randn(B, *row))
+    equal(module.state_dict(), before)
+
+
+@pytest.mark.parametrize("draw", [torch.randn, torch.rand])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_cotangent_is_not_the_users_own_draw(seed, draw):
+    """``x @ J`` is zero for a norm: a cotangent equal to ``x`` would prove nothing."""
+    torch.manual_seed(seed)
+    x = draw(B, 3, dtype=torch.float64)
+    with pytest.raises(BatchMixingError):
+        batch_jacobian(FUNCTIONS["norm of the batch"], engine="vmap")(x)
+
+
+@pytest.mark.parametrize("pair", [(a, b) for a in range(B) for b in range(B) if a != b], ids=str)
+def test_any_one_row_that_leaks_into_any_other(pair):
+    source, target = pair
+    where = torch.zeros(B, 1, dtype=torch.float64)
+    where[target] = 0.1
+    func = lambda x: x + where[: len(x)] * x[source : source + 1] if len(x) == B else x
+    with pytest.raises(BatchMixingError):
+        batch_jacobian(func, engine="sum")(randn(B, 3))
+    with pytest.raises(BatchMixingError):
+        check_batched(func, randn(B, 3))
+
+
+@quiet
+@pytest.mark.parametrize("engine", ["sum", "auto"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_that_mix_rows(name, engine):
+    func, x = FUNCTIONS[name], randn(B, 3)
+    with pytest.raises(BatchMixingError, match=r"No module known to mix rows.*x\.mean\(0\)"):
+        batch_jacobian(func, engine=engine)(x)
+    with pytest.raises(BatchMixingError, match=r"No module known to mix rows.*x\.mean\(0\)"):
+        check_batched(func, x)
+
+
+@pytest.mark.parametrize("engine", ["vmap", "loop"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_mixing_is_no_matter_of_the_engine(name, engine):
+    """Rows run alone give a Jacobian, but not that of this function on this batch."""
+    with pytest.raises(BatchMixingError):
+        batch_jacobian(FUNCTIONS[name], engine=engine)(randn(B, 3))
+
+
+@pytest.mark.parametrize("name", ["mean", "neighbour"])
+def test_mixing_in_float32(name):
+    with pytest.raises(BatchMixingError):
+        batch_jacobian(FUNCTIONS[name])(torch.randn(B, 3))
+
+
+def test_mixing_under_no_grad():
+    with torch.no_grad(), pytest.raises(BatchMixingError):
+        batch_jacobian(FUNCTIONS["mean"])(randn(B, 3))
+
+
+def test_mixing_of_random_functions():
+    func = lambda x: (x - x.mean(0)) * torch.rand_like(x)
+    with pytest.raises(BatchMixingError):
+        batch_jacobian(func, randomness="different")(randn(B, 3))
+
+
+def test_mixing_in_the_second_argument_only():
+    func = lambda x, y: x.sin() * (y - y.mean(0))
+    with pytest.raises(BatchMixingError):
+        batch_jacobian(func, 1)(randn(B, 3), randn(B, 3))
+
+
+def test_mixing_of_what_nobody_differentiates_is_seen_by_check_batched():
+    func = lambda x, y: x.sin() * (y - y.mean(0))
+    with pytest.raises(BatchMixingError):
+        check_batched(func, randn(B, 3), randn(B, 3))
+
+
+def test_mixing_through_detached_values():
+    """A statistic without a graph leaves derivatives right, and values that mix."""
+    func = lambda x: x * x.detach().mean(0)
+    with pytest.raises(BatchMixingError):
+        check_batched(func, randn(B, 3))
+
+
+def test_a_batch_of_one_cannot_mix():
+    x = randn(1, 3)
+    equal(batch_jacobian(FUNCTIONS["cumulative sum"])(x), torch.eye(3).double().unsqueeze(0))
+
+
+def test_mixing_in_two_levels():
+    inner = batch_jacobian(lambda x: (x - x.mean(0)) ** 3)
+    with pytest.raises(BatchMixingError):
+        batch_jacobian(inner)(randn(B, 3))
+
+
+def test_rows_that_do_not_mix_pass():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.LayerNorm(4)).double().eval()
+    check_batched(net, randn(B, 3))
+    check_batched(lambda x: x.T, randn(B, 3), out_dims=1)
+    check_batched(lambda x, w: x @ w, randn(B, 3), randn(3, 5), in_dims=(0, None))
+    check_batched(nn.Dropout(), randn(B, 3))
+    check_batched(lambda x, i: x.gather(1, i), randn(B, 3), torch.randint(3, (B, 2)))
+    check_batched(torch.sin, randn(2, 3))
+
+
+# --- what autograd cannot see ------------------------------------------------------------
+
+
+class WrongBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * grad * x.cos()
+
+
+def no_grad_inside(x):
+    with torch.no_grad():
+        return x.sin()
+
+
+DETACHED = {
+    "detach": lambda x: x.detach().sin(),
+    "numpy": lambda x: torch.from_numpy(x.detach().numpy()).sin(),
+    "no_grad": no_grad_inside,
+    "torch.tensor": lambda x: torch.tensor(x.tolist(), dtype=x.dtype).sin(),
+    "data": lambda x: x.data * 2,
+}
+
+
+@quiet
+@pytest.mark.parametrize("engine", ["sum", "auto"])
+@pytest.mark.parametrize("mode", ["fwd", "rev"])
+@pytest.mark.parametrize("name", DETACHED)
+def test_detached_functions(name, mode, engine):
+    with pytest.raises(
+        VerificationError, match=r"^batch_jacobian: .*autograd.*Look for.*detach\(\)"
+    ):
+        batch_jacobian(DETACHED[name], engine=engine, mode=mode)(randn(B, 3))
+
+
+def test_a_detached_leaf_among_others():
+    func = lambda x: (x.sin(), x.detach() ** 2)
+    with pytest.raises(VerificationError, match=r"detach\(\)"):
+        batch_jacobian(func)(randn(B, 3))
+
+
+def test_constants_are_not_detached_functions():
+    func = lambda x: (x.sin(), torch.ones_like(x), (x > -100).to(x.dtype), x.detach().round() * 0)
+    jac = batch_jacobian(func)(randn(B, 3))
+    equal(list(jac[1:]), [torch.zeros(B, 3, 3).double()] * 3)
+
+
+def test_a_wrong_backward_is_not_seen_but_checked():
+    """Plain reverse mode itself is the yardstick; only values tell that it is wrong."""
+    x = randn(B, 3)
+    jacobian = batch_jacobian(WrongBackward.apply, engine="sum", mode="rev")
+    equal(jacobian(x), torch.diag_embed(2 * x.cos()))
+    report = check_derivative(jacobian, x)
+    assert not report.ok
+    assert report.central_difference > 0.1
+    assert "WRONG" in str(report)
+
+
+# --- verification can fail ---------------------------------------------------------------
+
+
+def break_everywhere(block):
+    block *= 1.01
+
+
+def break_one_row(block):
+    block[2] *= 1.01
+
+
+def break_one_entry(block):
+    block[3, 0, 1] += 1e-2
+
+
+def transpose_rows(block):
+    block[:2] = block[:2].flip(0)
+
+
+def poison(block):
+    block[1, 0, 0] = torch.nan
+
+
+def drop_a_column(block):
+    block[:, :, 2] = 0
+
+
+BREAKS = [
+    break_everywhere, break_one_row, break_one_entry, transpose_rows, poison, drop_a_column
+]  # fmt: skip
+every_break = pytest.mark.parametrize("harm", BREAKS, ids=lambda harm: harm.__name__)
+
+
+def break_engine(monkeypatch, engine, harm):
+    """Let an engine return a result that ``harm`` has changed."""
+    original = _rows.BY_ENGINE[engine]
+
+    def broken(*args, **kwargs):
+        found = original(*args, **kwargs)
+        blocks = [[block.detach().clone() for block in row] for row in found.blocks]
+        for row in blocks:
+            harm(row[0])
+        return found._replace(blocks=blocks)
+
+    monkeypatch.setitem(_rows.BY_ENGINE, engine, broken)
+
+
+def network():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5)).double()
+    return net.requires_grad_(False)
+
+
+@every_break
+@pytest.mark.parametrize("mode", ["fwd", "rev"])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("check", ["auto", True])
+def test_a_broken_engine_is_caught(check, engine, mode, harm, monkeypatch):
+    break_engine(monkeypatch, engine, harm)
+    jacobian = batch_jacobian(network(), engine=engine, mode=mode, check=check)
+    with pytest.raises(VerificationError, match=f"^batch_jacobian: {engine}/{mode}.*cotangent"):
+        jacobian(randn(B, 3))
+
+
+@every_break
+def test_a_broken_engine_in_float32(harm, monkeypatch):
+    break_engine(monkeypatch, "sum", harm)
+    jacobian = batch_jacobian(network().float(), engine="sum", mode="rev")
+    with pytest.raises(VerificationError):
+        jacobian(torch.randn(B, 3))
+
+
+@every_break
+def test_check_false_sees_nothing(harm, monkeypatch):
+    """The counterpart of the tests above: it is the verification that catches."""
+    net, x = network(), randn(B, 3)
+    right = batch_jacobian(net)(x)
+    break_engine(monkeypatch, "sum", harm)
+    wrong = batch_jacobian(net, engine="sum", mode="rev", check=False)(x)
+    assert not torch.equal(wrong, right)
+
+
+@every_break
+def test_auto_goes_on_to_the_next_engine(harm, monkeypatch):
+    net, x = network(), randn(B, 3)
+    right = batch_jacobian(net)(x)
+    break_engine(monkeypatch, "vmap", harm)
+    jacobian = batch_jacobian(net)
+    with pytest.warns(EngineFallbackWarning, match="VerificationError"):
+        equal(jacobian(x), right)
+    for _ in range(25):
+        equal(jacobian(x), right)
+
+
+@quiet
+def test_auto_raises_where_every_engine_is_broken(monkeypatch):
+    for engine in ENGINES:
+        break_engine(monkeypatch, engine, break_everywhere)
+    with pytest.raises(VerificationError):
+        batch_jacobian(network())(randn(B, 3))
+
+
+def test_check_true_looks_on_every_call(monkeypatch):
+    net, x = network(), randn(B, 3)
+    words = {"engine": "sum", "mode": "rev"}
+    always, once = batch_jacobian(net, check=True, **words), batch_jacobian(net, **words)
+    for _ in range(25):
+        always(x), once(x)
+    break_engine(monkeypatch, "sum", break_one_entry)
+    with pytest.raises(VerificationError):
+        always(x)
+    assert not torch.equal(once(x), batch_jacobian(net, engine="loop")(x))
+
+
+def test_no_route_is_used_before_it_is_verified(monkeypatch):
+    """Auto tries cheaper routes on later calls: a broken one must not slip through there."""
+    net, x = network(), randn(B, 3)
+    right = batch_jacobian(net)(x)
+    break_engine(monkeypatch, "sum", break_one_entry)
+    jacobian = batch_jacobian(net)
+    for _ in range(40):
+        equal(jacobian(x), right)
+
+
+@pytest.mark.parametrize("what", ["shape", "dtype", "requires_grad", "grad mode"])
+def test_a_new_signature_is_verified(what, monkeypatch):
+    net, x = network(), randn(B, 3)
+    jacobian = batch_jacobian(net, engine="sum", mode="rev")
+    for _ in range(10):
+        jacobian(x)
+    break_engine(monkeypatch, "sum", break_everywhere)
+    jacobian(x)  # as before: verified once
+    if what == "shape":
+        x = randn(B + 1, 3)
+    elif what == "dtype":
+        net.float()
+        x = x.float()
+    elif what == "requires_grad":
+        x.requires_grad_()
+    with torch.set_grad_enabled(what != "grad mode"), pytest.raises(VerificationError):
+        jacobian(x)
+
+
+# --- functions that change ---------------------------------------------------------------
+
+
+def test_a_changed_training_flag():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double().eval()
+    jacobian = batch_jacobian(net)
+    x = randn(B, 3)
+    for _ in range(30):
+        right = jacobian(x)
+    net.train()
+    with pytest.raises(BatchMixingError, match="BatchNorm1d in training mode"):
+        jacobian(x)
+    net.eval()
+    equal(jacobian(x), right)
+
+
+class Holder:
+    """Modules and functions in every place where a function may find them."""
+
+    def __init__(self):
+        self.module = nn.Tanh()
+
+    def method(self, x):
+        return self.module(x)
+
+
+HELPER = nn.Tanh()
+
+
+def helper(x):
+    return x.tanh()
+
+
+def uses_a_global_module(x):
+    return HELPER(x)
+
+
+def uses_a_global_function(x):
+    return helper(x)
+
+
+def mixes(x):
+    return x - x.mean(0)
+
+
+def calls_a_caller(x):
+    return uses_a_global_function(x)
+
+
+@pytest.mark.parametrize("func", [uses_a_global_function, calls_a_caller])
+def test_a_redefined_global_helper(func, monkeypatch):
+    jacobian, x = batch_jacobian(func), randn(B, 3)
+    for _ in range(30):
+        jacobian(x)
+    monkeypatch.setitem(globals(), "helper", mixes)
+    with pytest.raises(BatchMixingError):
+        jacobian(x)
+
+
+def test_a_replaced_global_module(monkeypatch):
+    jacobian, x = batch_jacobian(uses_a_global_module), randn(B, 3)
+    for _ in range(30):
+        jacobian(x)
+    monkeypatch.setitem(globals(), "HELPER", nn.BatchNorm1d(3).double())
+    with pytest.raises(BatchMixingError, match="BatchNorm1d"):
+        jacobian(x)
+
+
+def test_a_replaced_submodule():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh()).double()
+    jacobian, x = batch_jacobian(net), randn(B, 3)
+    for _ in range(30):
+        jacobian(x)
+    net[1] = nn.BatchNorm1d(4).double()
+    with pytest.raises(BatchMixingError, match="1: BatchNorm1d"):
+        jacobian(x)
+
+
+def test_a_replaced_submodule_at_the_same_address():
+    """The old module is freed first, so that the new one may get its id."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh()).double()
+    jacobian, x = batch_jacobian(net), randn(B, 3)
+    for _ in range(30):
+        jacobian(x)
+    address, kept = id(net[1]), []
+    del net[1]
+    for _ in range(1000):
+        kept.append(nn.BatchNorm1d(4).double())
+        if id(kept[-1]) == address:
+            break
+    net.append(kept[-1])
+    with pytest.raises(BatchMixingError, match="1: BatchNorm1d"):
+        jacobian(x)
+
+
+def test_a_changed_closure():
+    inner = torch.tanh
+
+    def func(x):
+        return inner(x)
+
+    jacobian, x = batch_jacobian(func), randn(B, 3)
+    for _ in range(30):
+        jacobian(x)
+    inner = mixes
+    with pytest.raises(BatchMixingError):
+        jacobian(x)
+
+
+@pytest.mark.parametrize("where", ["method", "call", "attribute function"])
+def test_a_changed_attribute(where):
+    holder = Holder()
+    holder.function = torch.tanh
+    func = {
+        "method": holder.method,
+        "call": lambda x: holder.module(x),
+        "attribute function": lambda x: holder.function(x),
+    }[where]
+    jacobian, x = batch_jacobian(func), randn(B, 3)
+    for _ in range(30):
+        jacobian(x)
+    holder.module, holder.function = nn.BatchNorm1d(3).double(), mixes
+    with pytest.raises(BatchMixingError):
+        jacobian(x)
+
+
+def test_a_changed_flag():
+    """A flag given as an argument is part of the signature."""
+    func = lambda x, mix: mixes(x) if mix else x
+    jacobian, x = batch_jacobian(func), randn(B, 3)
+    for _ in range(30):
+        jacobian(x, mix=False)
+    with pytest.raises(BatchMixingError):
+        jacobian(x, mix=True)
+
+
+def test_a_hook_added_later():
+    net = network()
+    jacobian, x = batch_jacobian(net), randn(B, 3)
+    for _ in range(30):
+        jacobian(x)
+    net[1].register_forward_hook(lambda module, args, out: mixes(out))
+    with pytest.raises(BatchMixingError):
+        jacobian(x)
+
+
+def test_weights_changed_in_place_are_seen():
+    """The values of parameters are no part of the signature, and results follow them."""
+    net, x = network(), randn(B, 3)
+    jacobian = batch_jacobian(net)
+    for _ in range(30):
+        before = jacobian(x)
+    with torch.no_grad():
+        net[2].weight.mul_(3)
+    equal(jacobian(x), 3 * before)
+
+
+# --- the warning -------------------------------------------------------------------------
+
+
+def branches(x):
+    return x.sin() if bool((x > -100).all()) else x
+
+
+def test_the_warning_says_it_all_once():
+    jacobian, x = batch_jacobian(branches), randn(B, 3)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for batch in (B, B, 3, 2):  # new signatures do not warn again
+            jacobian(x[:batch])
+            jacobian(x[:batch].float())
+    assert [warning.category for warning in found] == [EngineFallbackWarning]
+    text = str(found[0].message)
+    assert text.startswith("batch_jacobian: left engine 'vmap' for 'sum', because RuntimeError: ")
+    assert "vmap" in text
+    assert "engine='sum'" in text
+    assert 'warnings.filterwarnings("ignore", category=funcjac.EngineFallbackWarning)' in text
+    assert found[0].filename == __file__
+
+
+def test_the_warning_comes_once_for_each_transform():
+    x = randn(B, 3)
+    for _ in range(2):
+        with pytest.warns(EngineFallbackWarning):
+            batch_jacobian(branches)(x)
+
+
+@pytest.mark.parametrize("how", ["engine", "filter"])
+def test_the_warning_can_be_silenced_as_it_says(how):
+    words = {"engine": "sum"} if how == "engine" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if how == "filter":
+            warnings.filterwarnings("ignore", category=EngineFallbackWarning)
+        jac = batch_jacobian(branches, **words)(x := randn(B, 3))
+    equal(jac, torch.diag_embed(x.cos()))
+
+
+def test_no_warning_where_vmap_works():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jacobian = batch_jacobian(network())
+        for _ in range(30):
+            jacobian(randn(B, 3))
+
+
+def test_the_warning_as_an_error_leaves_a_transform_that_works():
+    jacobian, x = batch_jacobian(branches), randn(B, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EngineFallbackWarning)
+        with pytest.raises(EngineFallbackWarning):
+            jacobian(x)
+        equal(jacobian(x), torch.diag_embed(x.cos()))
+
+
+@quiet
+def test_a_slow_fallback_inside_torch_is_a_failure_of_vmap():
+    """Torch runs renorm under vmap one sample at a time, with a warning."""
+    func = lambda x: x.renorm(2, 0, 1.0) if x.ndim == 2 else x
+    with pytest.raises(RuntimeError, match="fallback"):
+        batch_jacobian(func, engine="vmap")(randn(B, 3))
+    x = randn(B, 3)
+    expected = torch.autograd.functional.jacobian(func, x)
+    equal(batch_jacobian(func)(x), torch.stack([expected[b, :, b] for b in range(B)]))
