@@ -71,6 +71,8 @@ class Call(NamedTuple):
 
     Attributes:
         clone: whether ``func`` works in place on its arguments and must be given copies.
+        direct: whether a ``func`` that is a transform itself runs as one more level of this
+            one, which verifies them together, rather than by choices of its own.
     """
 
     func: Callable[..., Any]
@@ -80,6 +82,7 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
     batch: int
     clone: bool = False
+    direct: bool = False
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -111,7 +114,12 @@ class Call(NamedTuple):
         if self.clone:
             leaves, kwargs = _tree.map_tensors(Tensor.clone, (leaves, kwargs))
         args = leaves if self.layout.plain else _tree.unflatten(self.layout.spec, leaves)
-        return as_output(self.options, self.func(*args, **kwargs), self.batch)
+        inner = getattr(self.func, "__funcjac__", None) if self.direct else None
+        if inner is not None:
+            out = inner.within(tuple(args), kwargs, clone=self.clone)
+        else:
+            out = self.func(*args, **kwargs)
+        return as_output(self.options, out, self.batch)
 
 
 def as_output(options: Options, out: Any, batch: int) -> Output:

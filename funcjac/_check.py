@@ -243,13 +243,14 @@ def _central_difference(call: Call, reference: Jacobian) -> float:
     worst = 0.0
     for plus, minus, blocks in zip(ahead, behind, reference.blocks):
         slope = (plus - minus) / (2 * h)
+        if not slope.numel():
+            continue
         product = torch.zeros_like(slope)
         for block, t, dim in zip(blocks, ts, dims):
             rows = t.expand(call.batch, *t.shape) if dim is None else t.movedim(dim, 0)
             left = block.reshape(call.batch, slope[0].numel(), -1).to(slope.dtype)
             columns = rows.reshape(call.batch, -1, 1).to(slope.dtype)
             product += (left @ columns).view_as(slope)
-        if slope.numel():
-            size = product.abs().max().item() or 1.0
-            worst = max(worst, ((slope - product).abs().max() / size).item())
+        size = product.abs().max().item() or 1.0
+        worst = max(worst, ((slope - product).abs().max() / size).item())
     return worst

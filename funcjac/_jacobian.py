@@ -11,7 +11,7 @@ from torch import Tensor
 from funcjac import _tree
 from funcjac._batched import Call, Layout, Options
 from funcjac._bind import bind, check_inputs
-from funcjac._engines import Jacobian, Memory, solve, solve_transformed
+from funcjac._engines import Jacobian, Memory, solve, solve_transformed, solve_within
 from funcjac._modes import ENGINES, MODES
 from funcjac._native import is_transformed
 from funcjac.errors import refuse
@@ -35,6 +35,11 @@ class Transform:
         call = bind(self.func, self.options, self.memory.layouts, args, kwargs)
         check_inputs(call)
         return call
+
+    def within(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, clone: bool) -> Any:
+        """The result as a level of another transform, which verifies the two together."""
+        call = self.bind(args, kwargs)._replace(clone=clone)
+        return assemble(call, solve_within(call, self.memory))
 
 
 def batch_jacobian(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from funcjac._batched import Call
-from funcjac._passes import Context
+from funcjac._linear import Context
 from funcjac._probe import probe, tolerance, wide
 from funcjac._reach import Reach
 from funcjac.errors import BatchMixingError

@@ -9,7 +9,7 @@ from torch import Tensor
 from funcjac import _tree
 from funcjac._batched import Call, Output
 from funcjac._bind import bind
-from funcjac._passes import Context, plain_inputs
+from funcjac._linear import Context, plain_inputs
 from funcjac.errors import brief
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 0.05, torch.bfloat16: 0.1}
@@ -115,7 +115,8 @@ def nested(call: Call, inputs: list[Tensor]) -> Call | None:
     if inner.options.has_aux != call.options.has_aux:
         return None
     args = _tree.unflatten(call.layout.spec, call.with_inputs(inputs).leaves)
-    return bind(inner.func, inner.options, inner.layouts, args, call.kwargs)
+    bound = bind(inner.func, inner.options, inner.layouts, args, call.kwargs)
+    return bound._replace(clone=call.clone)
 
 
 def total(parts: Iterable[Tensor]) -> Tensor:
@@ -125,10 +126,9 @@ def total(parts: Iterable[Tensor]) -> Tensor:
 
 def outer_product(seed: Tensor, tangent: Tensor, dim: int | None) -> Tensor:
     """``(B, *out), (..., B, ...) -> (B, *out, *in)``, the batch of ``tangent`` at ``dim``."""
-    batch = seed.shape[0]
-    rows = tangent.expand(batch, *tangent.shape) if dim is None else tangent.movedim(dim, 0)
-    left = seed.reshape(batch, -1, 1) * rows.reshape(batch, 1, -1)
-    return left.reshape(*seed.shape, *rows.shape[1:])
+    rows = tangent.expand(len(seed), *tangent.shape) if dim is None else tangent.movedim(dim, 0)
+    left = seed.reshape(*seed.shape, *[1] * (rows.ndim - 1))
+    return left * rows.reshape(len(seed), *[1] * (seed.ndim - 1), *rows.shape[1:])
 
 
 def random_like(like: Tensor, generator: torch.Generator) -> Tensor:

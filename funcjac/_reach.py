@@ -7,6 +7,7 @@ not meet a decision made for what was there before.
 
 import functools
 import types
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,7 +90,7 @@ def reach(func: Callable[..., Any], codes: dict[types.CodeType, tuple[str, ...]]
 
 def _visit_module(module: nn.Module, found: Reach, stack: list[tuple[Any, int]]) -> None:
     found.modules[id(module)] = module
-    found.token += (id(module), module.training)
+    found.token += (weakref.ref(module), module.training)  # an id may be given out again
     if isinstance(module, torch.jit.ScriptModule):
         found.scripted = True
         return

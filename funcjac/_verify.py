@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from funcjac import _tree
-from funcjac._passes import Context, Jacobian
+from funcjac._linear import Context
+from funcjac._passes import Jacobian
 from funcjac._probe import (
     Probe,
     graph_leaves,

@@ -49,4 +49,4 @@ def brief(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     text = lines[0] if len(lines[0]) <= 200 else lines[0][:200] + "..."
     name = type(error).__name__
-    return text.rstrip(". ") if name.startswith("_") else f"{name}: {text}".rstrip(". ")
+    return text.rstrip(". ") if name == "UnsuitableError" else f"{name}: {text}".rstrip(". ")

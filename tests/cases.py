@@ -44,6 +44,7 @@ class Case:
         match: text of that exception.
         cannot: routes such as ``vmap/fwd``, or ``vmap`` or ``fwd`` for all of those, on which
             torch fails or is wrong: a documented error is allowed there, a wrong number nowhere.
+        cannot_twice: likewise where the Jacobian is to be differentiated.
         oracle: ``rows``, or ``batch`` where rows cannot run one after the other.
         twice: whether plain autograd differentiates the Jacobian once more.
         smooth: whether central differences see the derivative that autograd is asked for.
@@ -56,6 +57,7 @@ class Case:
     expected: type[Exception] | None = None
     match: str = ""
     cannot: str = ""
+    cannot_twice: str = ""
     oracle: str = "rows"
     twice: bool = True
     smooth: bool = True
@@ -66,10 +68,11 @@ class Case:
             torch.manual_seed(0)
             return self.make()
 
-    def can(self, route: str) -> bool:
-        """Whether ``route`` (``engine/mode``) must be right."""
+    def can(self, route: str, *, twice: bool = False) -> bool:
+        """Whether ``route`` (``engine/mode``) must be right, and differentiable if ``twice``."""
         engine, mode = route.split("/")
-        return not {route, engine, mode} & set(self.cannot.split())
+        cannot = self.cannot + " " + self.cannot_twice * twice
+        return not {route, engine, mode} & set(cannot.split())
 
 
 def given(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Setup:
@@ -1214,6 +1217,7 @@ CASES: list[Case] = [
         "sparse",
         lambda: given(lambda x, w=rand(3, 5): torch.sparse.mm(x.to_sparse(), w), x43()),
         cannot="vmap",
+        cannot_twice="fwd",
     ),
     # rows that depend on one another
     Case("minus_mean", "mixing", on_x(lambda x: x - x.mean(0)), expected=BatchMixingError),

@@ -31,8 +31,8 @@ PUBLIC = {
 LAYERS = [
     ["errors", "_tree", "_native", "_modes", "_block", "_digits", "_reach"],
     ["_batched", "_basis", "_state"],
-    ["_bind", "_passes"],
-    ["_probe"],
+    ["_bind", "_linear"],
+    ["_passes", "_probe"],
     ["_verify", "_mixing"],
     ["_engines"],
     ["_jacobian"],

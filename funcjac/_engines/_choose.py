@@ -6,9 +6,7 @@ routes until one passes verification. The calls after it give every other route 
 cheaper a turn, each verified before its result is handed out, until the fastest is known.
 """
 
-import sys
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,14 +16,16 @@ from funcjac import _tree
 from funcjac._batched import Call
 from funcjac._engines._record import Memory, Record, requires_grad, signature
 from funcjac._engines._rows import executed, run
+from funcjac._engines._tell import UnsuitableError, failure, warn_of_fallback
+from funcjac._linear import Context
 from funcjac._mixing import check_rows
 from funcjac._modes import Recorder, Route, is_forward_safe, routes, sizes_of
-from funcjac._passes import Context, Jacobian, empty
+from funcjac._passes import Jacobian, empty
 from funcjac._probe import Probe, has_hidden_leaves, probe
 from funcjac._reach import Reach, reach
 from funcjac._state import Guard, guard, has_lazy, rng_state, same_rng_state, set_rng_state
 from funcjac._verify import aux_mismatch, check_attached, graph_mismatch, is_noise, mismatch
-from funcjac.errors import BatchMixingError, EngineFallbackWarning, VerificationError, brief
+from funcjac.errors import BatchMixingError, VerificationError
 
 
 def solve(call: Call, memory: Memory) -> Jacobian:
@@ -43,10 +43,6 @@ def solve(call: Call, memory: Memory) -> Jacobian:
         return run(call, record.choice, record.context)
     with _Attempt(call, memory, reached) as attempt:
         return attempt.again(record)
-
-
-class _UnsuitableError(ValueError):
-    """A route that is not even tried."""
 
 
 class _Attempt:
@@ -155,7 +151,7 @@ class _Attempt:
         for route in routes(*words):
             reason = self._unsuitable(route)
             if reason:
-                self.record.errors[route] = _UnsuitableError(reason)
+                self.record.errors[route] = UnsuitableError(reason)
             else:
                 found.append(route)
         forward = self.record.context.graph and any(route.is_forward_formula for route in found)
@@ -203,9 +199,9 @@ class _Attempt:
         for route in list(self.record.routes):
             result = self._try(route)
             if result is not None:
-                self._warn(route)
+                warn_of_fallback(self.options, self.memory, self.record, route)
                 return result
-        raise self._failure()
+        raise failure(self.options, self.record)
 
     def _try(self, route: Route) -> Jacobian | None:
         """Run a route and verify it; ``None``, with the reason in the record, if it fails."""
@@ -275,45 +271,3 @@ class _Attempt:
         if problem is None and self.record.context.graph:
             problem = graph_mismatch(found, result)
         return problem
-
-    # --- telling
-
-    def _warn(self, route: Route) -> None:
-        left = [error for r, error in self.record.errors.items() if r.engine == "vmap"]
-        if self.options.engine != "auto" or not left or route.engine == "vmap":
-            return
-        if self.memory.warned:
-            return
-        self.memory.warned = True
-        verified = "verified" if self.checked else "not verified (check=False)"
-        warnings.warn(
-            f"{self.options.name}: left engine 'vmap' for '{route.engine}', because "
-            f"{brief(left[0])}. The result is {verified}. Pass engine={route.engine!r}, or "
-            'warnings.filterwarnings("ignore", category=funcjac.EngineFallbackWarning), to '
-            "silence this.",
-            EngineFallbackWarning,
-            stacklevel=_outside(),
-        )
-
-    def _failure(self) -> Exception:
-        errors, options = self.record.errors, self.options
-        # Where an engine was asked for, its first attempt tells; else the plainest one, the last.
-        error = list(errors.values())[-1 if options.engine == "auto" else 0]
-        if isinstance(error, VerificationError):
-            return error
-        kind = ValueError if isinstance(error, _UnsuitableError) else RuntimeError
-        raised = kind(
-            f"{options.name}: engine={options.engine!r} with mode={options.mode!r} cannot "
-            f"differentiate func, although func itself runs: {brief(error)}. "
-            'Use engine="auto" and mode="auto", or look at explain() for every attempt.'
-        )
-        raised.__cause__ = error
-        return raised
-
-
-def _outside() -> int:
-    """The stack level of the first frame outside of the package, for warnings."""
-    level, frame = 1, sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("funcjac"):
-        frame, level = frame.f_back, level + 1
-    return level

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from funcjac import _tree
 from funcjac._batched import Call, Layout
+from funcjac._linear import Context
 from funcjac._modes import Route, is_worth_a_try
-from funcjac._passes import Context
 from funcjac._reach import Reach
 from funcjac._state import Restored
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from funcjac._batched import Call, Output
 from funcjac._bind import bind
+from funcjac._linear import Context, join_tensors, split_tensors
 from funcjac._modes import Route
 from funcjac._native import vmap_fallback
-from funcjac._passes import Context, Jacobian, empty, jacobian, join_tensors, split_tensors
+from funcjac._passes import Jacobian, empty, jacobian
 from funcjac._state import rng_state, set_rng_state
 
 
@@ -82,6 +83,7 @@ BY_ENGINE: dict[str, Callable[[Call, Route, Context], Jacobian]] = {
 
 def run(call: Call, route: Route, context: Context, *, strict: bool = False) -> Jacobian:
     """Take a route; with ``strict``, an operation without a batching rule raises."""
+    call = call._replace(direct=True)
     if strict or route.slow:
         with vmap_fallback(allowed=route.slow):
             return BY_ENGINE[route.engine](call, route, context)

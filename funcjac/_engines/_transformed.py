@@ -8,9 +8,10 @@ import torch
 from funcjac._batched import Call
 from funcjac._engines._record import Memory
 from funcjac._engines._rows import BY_ENGINE, by_sum
+from funcjac._linear import Context
 from funcjac._modes import Recorder, Route, is_forward_safe, prefers_forward, sizes_of
-from funcjac._native import outside_transforms
-from funcjac._passes import Context, Jacobian, empty
+from funcjac._native import is_transformed, outside_transforms
+from funcjac._passes import Jacobian, empty
 from funcjac._reach import Reach, reach
 
 _CONTEXT = Context(functional=True, graph=True)
@@ -36,7 +37,29 @@ def solve_transformed(call: Call, memory: Memory) -> Jacobian:
         return _solve(call, _route(call, memory, reached))
 
 
+def solve_within(call: Call, memory: Memory) -> Jacobian:
+    """The Jacobian of ``call`` as one level of a transform that keeps rows apart itself.
+
+    Whatever the outer engine, this level is the sum trick: on a batch of one, or on a batch
+    whose rows the outer transform has proved to be independent.
+    """
+    functional = is_transformed()
+    call = call._replace(direct=True)
+    if torch.compiler.is_compiling():
+        route = Route("sum", "fwd" if call.options.mode == "fwd" else "rev", transposed=True)
+        return by_sum(call, route, _CONTEXT)
+    route = _route(call, memory, reach(call.func, memory.codes), functional=functional)
+    engine = call.options.engine
+    if engine == "auto":
+        alike = None not in call.layout.diff_dims and call.options.randomness != "same"
+        engine = "sum" if alike else "vmap"
+    if call.batch == 1 or 0 in (call.batch, *[x.numel() for x in call.inputs]):
+        engine = "sum"
+    return BY_ENGINE[engine](call, route, _CONTEXT._replace(functional=functional))
+
+
 def _solve(call: Call, route: Route) -> Jacobian:
+    call = call._replace(direct=True)
     if call.batch == 1:
         return by_sum(call, route, _CONTEXT)
     if call.options.engine != "auto":
@@ -49,23 +72,25 @@ def _solve(call: Call, route: Route) -> Jacobian:
         return BY_ENGINE["loop"](call, route, _CONTEXT)
 
 
-def _route(call: Call, memory: Memory, reached: Reach) -> Route:
+def _route(call: Call, memory: Memory, reached: Reach, *, functional: bool = True) -> Route:
+    """Forward mode only by formulas that may be differentiated again, which they will be."""
     options = call.options
-    mode = options.mode
+    mode, transposed = options.mode, False
     if mode != "rev":
         outputs, safe = _sizes(call, memory)
-        safe = safe and not reached.custom
+        safe = safe and not reached.custom and not reached.scripted
         inputs = sizes_of(call.inputs, call.layout.diff_dims)
         if mode == "auto":
             mode = "fwd" if safe and prefers_forward(outputs, inputs) else "rev"
-        elif not safe:
+        elif not safe and functional:
             raise RuntimeError(
                 f"{options.name}: expected func to have forward formulas that may be "
                 'differentiated again with mode="fwd" inside of a torch.func transform, got an '
                 "operation of which torch's are wrong or unknown (layer norm, batch norm, det, "
                 'slogdet, solve, a custom autograd.Function). Use mode="rev" or "auto".'
             )
-    return Route(options.engine, mode, options.chunk_size)
+        transposed = mode == "fwd" and not functional
+    return Route(options.engine, mode, options.chunk_size, transposed=transposed)
 
 
 def _sizes(call: Call, memory: Memory) -> tuple[int, bool]:

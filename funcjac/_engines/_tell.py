@@ -1,0 +1,54 @@
+"""Telling the user: which engine was left, and why nothing works."""
+
+import sys
+import warnings
+
+from funcjac._batched import Options
+from funcjac._engines._record import Memory, Record
+from funcjac._modes import Route
+from funcjac.errors import EngineFallbackWarning, VerificationError, brief
+
+
+class UnsuitableError(ValueError):
+    """A route that is not even tried."""
+
+
+def warn_of_fallback(options: Options, memory: Memory, record: Record, route: Route) -> None:
+    """Say once that vmap was left for ``route``, and why."""
+    left = [error for r, error in record.errors.items() if r.engine == "vmap"]
+    if options.engine != "auto" or not left or route.engine == "vmap" or memory.warned:
+        return
+    memory.warned = True
+    verified = "verified" if options.check is not False else "not verified (check=False)"
+    warnings.warn(
+        f"{options.name}: left engine 'vmap' for '{route.engine}', because {brief(left[0])}. The "
+        f"result is {verified}. Pass engine={route.engine!r}, or "
+        'warnings.filterwarnings("ignore", category=funcjac.EngineFallbackWarning), to silence '
+        "this.",
+        EngineFallbackWarning,
+        stacklevel=_outside(),
+    )
+
+
+def failure(options: Options, record: Record) -> Exception:
+    """What to raise when no route works."""
+    # Where an engine was asked for, its first attempt tells; else the plainest one, the last.
+    error = list(record.errors.values())[-1 if options.engine == "auto" else 0]
+    if isinstance(error, VerificationError):
+        return error
+    kind = ValueError if isinstance(error, UnsuitableError) else RuntimeError
+    raised = kind(
+        f"{options.name}: engine={options.engine!r} with mode={options.mode!r} cannot "
+        f"differentiate func, although func itself runs: {brief(error)}. "
+        'Use engine="auto" and mode="auto", or look at explain() for every attempt.'
+    )
+    raised.__cause__ = error
+    return raised
+
+
+def _outside() -> int:
+    """The stack level of the first frame outside of the package, for warnings."""
+    level, frame = 1, sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("funcjac"):
+        frame, level = frame.f_back, level + 1
+    return level
