@@ -114,12 +114,22 @@ class Call(NamedTuple):
         if self.clone:
             leaves, kwargs = _tree.map_tensors(Tensor.clone, (leaves, kwargs))
         args = leaves if self.layout.plain else _tree.unflatten(self.layout.spec, leaves)
-        inner = getattr(self.func, "__funcjac__", None) if self.direct else None
+        inner = transform_behind(self.func) if self.direct else None
         if inner is not None:
             out = inner.within(tuple(args), kwargs, clone=self.clone)
         else:
             out = self.func(*args, **kwargs)
         return as_output(self.options, out, self.batch)
+
+
+def transform_behind(func: Any) -> Any:
+    """The transform that ``func`` was made by, ``None`` if it was made by none.
+
+    Wrappers copy attributes (``functools.wraps``, as in ``torch.vmap``): only the function
+    itself counts.
+    """
+    found = getattr(func, "__dict__", {}).get("__funcjac__")
+    return found if found is not None and found.memory.function is func else None
 
 
 def as_output(options: Options, out: Any, batch: int) -> Output:

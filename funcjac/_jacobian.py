@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funcjac import _tree
-from funcjac._batched import Call, Layout, Options
+from funcjac._batched import Call, Layout, Options, transform_behind
 from funcjac._bind import bind, check_inputs
 from funcjac._engines import Jacobian, Memory, solve, solve_transformed, solve_within
 from funcjac._modes import ENGINES, MODES
@@ -154,6 +154,7 @@ def as_transformed(function: Any, transform: Transform) -> Callable[..., Any]:
     """Give a transformed function its own transform, and the name of what it transforms."""
     functools.update_wrapper(function, transform.func)
     function.__funcjac__ = transform
+    transform.memory.function = function
     return function
 
 
@@ -185,8 +186,8 @@ def transform_of(transformed: Any, name: str) -> Transform:
     Raises:
         TypeError: it does not come from funcjac.
     """
-    transform = getattr(transformed, "__funcjac__", None)
-    if not isinstance(transform, Transform):
+    transform = transform_behind(transformed)
+    if transform is None:
         raise TypeError(
             f"{name}: expected a function returned by a funcjac transform, got "
             f"{type(transformed).__name__}. Wrap it first, as in batch_jacobian(func)."

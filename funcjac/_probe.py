@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funcjac import _tree
-from funcjac._batched import Call, Output
+from funcjac._batched import Call, Output, transform_behind
 from funcjac._bind import bind
 from funcjac._linear import Context, plain_inputs
 from funcjac.errors import brief
@@ -109,7 +109,7 @@ def _pull_back(
 
 def nested(call: Call, inputs: list[Tensor]) -> Call | None:
     """The call that ``func`` would make if it is itself a transform whose output is a Jacobian."""
-    inner = getattr(call.func, "__funcjac__", None)
+    inner = transform_behind(call.func)
     if inner is None or inner.options.return_value:
         return None
     if inner.options.has_aux != call.options.has_aux:

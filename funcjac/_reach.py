@@ -15,9 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Plain objects (a trainer, a config) are looked into this deep, and no walk goes on for ever.
+# Plain objects (a trainer, a config) are looked into this deep and lists up to this length (a
+# longer one holds data, not layers); and no walk goes on for ever.
 _DEPTH = 2
+_WIDEST = 256
 _MOST = 20_000
+
+# What stays the same from call to call: names in code, and how modules of a class run.
+Known = dict[Any, Any]
 _CONTAINERS = (tuple, list, dict, set, frozenset)
 _DULL = (
     type(None),
@@ -56,8 +61,8 @@ class Reach:
     custom: bool = False
 
 
-def reach(func: Callable[..., Any], codes: dict[types.CodeType, tuple[str, ...]]) -> Reach:
-    """Walk everything that ``func`` can reach; ``codes`` remembers the names in code."""
+def reach(func: Callable[..., Any], known: Known) -> Reach:
+    """Walk everything that ``func`` can reach; ``known`` remembers what never changes."""
     found = Reach()
     seen: set[int] = set()
     stack: list[tuple[Any, int]] = [(func, 0)]
@@ -70,9 +75,9 @@ def reach(func: Callable[..., Any], codes: dict[types.CodeType, tuple[str, ...]]
             found.requires_grad |= item.requires_grad
             found.tensors.append(item)
         elif isinstance(item, nn.Module):
-            _visit_module(item, found, stack)
+            _visit_module(item, known, found, stack)
         elif isinstance(item, types.FunctionType):
-            _visit_function(item, codes, found, stack)
+            _visit_function(item, known, found, stack)
         elif isinstance(item, types.MethodType):
             stack += ((item.__func__, depth), (item.__self__, depth))
         elif isinstance(item, functools.partial):
@@ -81,35 +86,50 @@ def reach(func: Callable[..., Any], codes: dict[types.CodeType, tuple[str, ...]]
             found.custom |= issubclass(item, torch.autograd.Function)
         elif isinstance(item, _CONTAINERS):
             found.containers.append(item)
-            values: Iterable[Any] = item.values() if isinstance(item, dict) else item
-            stack += [(value, depth) for value in values if type(value) not in _DULL]
+            if len(item) <= _WIDEST:
+                values: Iterable[Any] = item.values() if isinstance(item, dict) else item
+                stack += [(value, depth) for value in values if type(value) not in _DULL]
         else:
             _visit_object(item, depth, found, stack)
     return found
 
 
-def _visit_module(module: nn.Module, found: Reach, stack: list[tuple[Any, int]]) -> None:
+def _visit_module(
+    module: nn.Module, known: Known, found: Reach, stack: list[tuple[Any, int]]
+) -> None:
+    kind = type(module)
+    forward = known.get(kind, known)
+    if forward is known:
+        forward = known[kind] = _own_forward(kind)
     found.modules[id(module)] = module
     found.token += (weakref.ref(module), module.training)  # an id may be given out again
-    if isinstance(module, torch.jit.ScriptModule):
+    if forward is torch.jit.ScriptModule:
         found.scripted = True
         return
+    if forward is not None:
+        stack.append((forward, 0))
     if not found.requires_grad:
         for parameter in module._parameters.values():
             if parameter is not None and parameter.requires_grad:
                 found.requires_grad = True
                 break
-    forward = type(module).forward
-    if not forward.__module__.startswith("torch."):
-        stack.append((forward, 0))
-    stack += [(child, 0) for child in module._modules.values() if child is not None]
+    for child in module._modules.values():
+        if child is not None:
+            stack.append((child, 0))  # noqa: PERF401  no second list on the way of every call
     if module._forward_hooks or module._forward_pre_hooks:
         stack += ((module._forward_hooks, 0), (module._forward_pre_hooks, 0))
 
 
+def _own_forward(kind: type[nn.Module]) -> Any:
+    """The ``forward`` that a user wrote, ``None`` for torch's, ``ScriptModule`` for those."""
+    if issubclass(kind, torch.jit.ScriptModule):
+        return torch.jit.ScriptModule
+    return None if kind.forward.__module__.startswith("torch.") else kind.forward
+
+
 def _visit_function(
     func: types.FunctionType,
-    codes: dict[types.CodeType, tuple[str, ...]],
+    known: Known,
     found: Reach,
     stack: list[tuple[Any, int]],
 ) -> None:
@@ -124,9 +144,9 @@ def _visit_function(
         stack += [(_content(cell), 0) for cell in func.__closure__]
     if func.__defaults__:
         stack.append((func.__defaults__, 0))
-    names = codes.get(code)
+    names = known.get(code)
     if names is None:
-        names = codes[code] = tuple(_names(code))
+        names = known[code] = tuple(_names(code))
     scope = func.__globals__
     if scope.get("__name__", "").startswith("torch."):
         return  # a wrapper such as torch.vmap's: what it wraps is in its closure

@@ -1,8 +1,7 @@
 """What is remembered of a signature, and when its choice is made."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from types import CodeType
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from funcjac import _tree
 from funcjac._batched import Call, Layout
 from funcjac._linear import Context
 from funcjac._modes import Route, is_worth_a_try
-from funcjac._reach import Reach
+from funcjac._reach import Known, Reach
 from funcjac._state import Restored
 
 _MOST_RECORDS = 256
@@ -105,17 +104,19 @@ class Memory:
         layouts: by structure of the arguments.
         records: by signature.
         sizes: by shapes, what a transform inside of others needs to choose a mode.
-        codes: names that functions look up, by their code.
+        known: what walks through functions and modules find every time.
         warned: whether leaving vmap was told.
         latest: the record of the last call, for ``explain``.
+        function: what was returned to the user.
     """
 
     layouts: dict[Any, Layout] = field(default_factory=dict)
     records: dict[Any, Record] = field(default_factory=dict)
     sizes: dict[Any, tuple[int, bool]] = field(default_factory=dict)
-    codes: dict[CodeType, tuple[str, ...]] = field(default_factory=dict)
+    known: Known = field(default_factory=dict)
     warned: bool = False
     latest: Record | None = None
+    function: Callable[..., Any] | None = None
 
     def remember(self, key: Any, record: Record) -> None:
         """Keep a record; the oldest makes room."""

@@ -24,7 +24,7 @@ def solve_transformed(call: Call, memory: Memory) -> Jacobian:
         mode = "rev" if call.options.mode == "auto" else call.options.mode
         route = Route("vmap", mode, call.options.chunk_size, transposed=True)
         return BY_ENGINE["vmap"](call, route, _CONTEXT)
-    reached = reach(call.func, memory.codes)
+    reached = reach(call.func, memory.known)
     if reached.scripted:
         raise RuntimeError(
             f"{call.options.name}: expected no TorchScript inside of torch.func transforms, got a "
@@ -48,7 +48,7 @@ def solve_within(call: Call, memory: Memory) -> Jacobian:
     if torch.compiler.is_compiling():
         route = Route("sum", "fwd" if call.options.mode == "fwd" else "rev", transposed=True)
         return by_sum(call, route, _CONTEXT)
-    route = _route(call, memory, reach(call.func, memory.codes), functional=functional)
+    route = _route(call, memory, reach(call.func, memory.known), functional=functional)
     engine = call.options.engine
     if engine == "auto":
         alike = None not in call.layout.diff_dims and call.options.randomness != "same"
