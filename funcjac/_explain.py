@@ -78,8 +78,8 @@ class Explanation:
             f"{self.name}: {shapes}",
             f"runs   engine={self.engine!r}, mode={self.mode!r}: {self.passes} passes in chunks of "
             f"{self.chunk}; {verified}; {graph}",
-            f"costs  {_amount(self.flops, 'FLOP', 1000)}, at most "
-            f"{_amount(self.memory, 'B', 1024)} at once",
+            f"costs  {_amount(self.flops, 'FLOP', 1000)} in matrix products and convolutions, at "
+            f"most {_amount(self.memory, 'B', 1024)} at once",
             "",
             f"{'engine':<7}{'mode':<6}{'passes':>7}{'time':>11}  why",
         ]
