@@ -31,7 +31,7 @@ def bind(
         return Call(
             func, options, layout, leaves, kwargs, _batch_size(options.name, layout, leaves)
         )
-    key = (spec, tuple([leaf.ndim if isinstance(leaf, Tensor) else None for leaf in leaves]))
+    key = (spec, tuple([x.ndim if isinstance(x, Tensor) else str(x is None) for x in leaves]))
     layout = layouts.get(key)
     if layout is None:
         layout = make_layout(options, args, leaves, spec)

@@ -10,13 +10,13 @@ from torch import Tensor
 from funcjac import _tree
 from funcjac._batched import Call, Options
 from funcjac._bind import bind
-from funcjac._engines import Context, Jacobian, run
-from funcjac._jacobian import check_options, transform_of, usable
+from funcjac._engines import Context, Jacobian, executed, run
+from funcjac._jacobian import check_options, refuse_transformed, transform_of, usable
 from funcjac._mixing import check_rows, mixing_error
-from funcjac._modes import ENGINES, MODES, routes, sizes_of
+from funcjac._modes import ENGINES, MODES, Route, routes, sizes_of
 from funcjac._probe import tolerance
 from funcjac._reach import Reach, reach
-from funcjac._state import guard, rng_state, set_rng_state
+from funcjac._state import Guard, guard, rng_state, same_rng_state, set_rng_state
 from funcjac.errors import brief, refuse
 
 
@@ -25,11 +25,11 @@ def check_batched(
 ) -> None:
     """Raises if the rows of ``func``'s output depend on other rows of its input.
 
-    Two tests, each with the random state replayed: other values in the odd rows must leave
-    the output of the even ones as it was, and a random cotangent in one of any two rows must not
-    reach the input of the other. They miss mixing that happens only for other values of the
-    input than those given. Cost: two runs of ``func``, and two with a backward pass for each
-    bit of the batch size.
+    Two tests for any two rows, each with the random state replayed: other values in one row
+    must leave the output of the other as it was, and a random cotangent in one must not reach
+    the input of the other. They miss mixing that happens only for other values of the input
+    than those given. Cost: four runs of ``func`` for each bit of the batch size, two of them
+    with a backward pass.
 
     Args:
         func: a batched function.
@@ -54,12 +54,14 @@ def check_batched(
     argnums = tuple(range(len(args))) or (0,)
     options = Options("check_batched", argnums, in_dims, out_dims, randomness="different")
     check_options(func, options)
+    refuse_transformed("check_batched")
+    args, kwargs = usable((args, kwargs))
     call = bind(func, options, {}, args, kwargs)
     if call.batch < 2:
         raise refuse("check_batched", ValueError, "at least two rows", call.batch)
     floats = [i for i in call.layout.batched if call.leaves[i].is_floating_point()]
     call = call._replace(layout=replace(call.layout, diff=tuple(floats)))
-    reached = reach(func, {})
+    reached = reach((func, args, kwargs), {})
     state, rng = guard(reached, _tree.tensors((args, kwargs))), rng_state()
     try:
         _check_values(call, reached)
@@ -72,22 +74,27 @@ def check_batched(
 
 
 def _check_values(call: Call, reached: Reach) -> None:
-    """Give every odd row the values of the row before: the even ones must not notice."""
+    """Give some rows the values of others, for any two rows: the rest must not notice."""
     layout, rng = call.layout, rng_state()
     before = _values(call)
     order = torch.arange(call.batch, device="cpu")
-    order -= order % 2
-    leaves = list(call.leaves)
-    for i in layout.batched:
-        leaves[i] = leaves[i].index_select(layout.dims[i] or 0, order.to(leaves[i].device))
-    set_rng_state(rng)
-    after = _values(call._replace(leaves=leaves))
-    for one, other in zip(before, after):
-        limit = tolerance([one.dtype], one.device) / 100
-        size = one.abs().nan_to_num(0, 0, 0).amax() if one.numel() else 0
-        difference = (one[::2] - other[::2]).abs().nan_to_num(0)
-        if (difference > limit * size).any():
-            raise mixing_error(call.options.name, reached)
+    for bit in range((call.batch - 1).bit_length()):
+        for moved in ((order >> bit) & 1, 1 - ((order >> bit) & 1)):
+            source = torch.where(moved == 1, order[moved == 0][0], order)
+            leaves = list(call.leaves)
+            for i in layout.batched:
+                leaves[i] = leaves[i].index_select(layout.dims[i] or 0, source.to(leaves[i].device))
+            set_rng_state(rng)
+            after = _values(call._replace(leaves=leaves))
+            if any(_differ(one, other, moved == 0) for one, other in zip(before, after)):
+                raise mixing_error(call.options.name, reached)
+
+
+def _differ(one: Tensor, other: Tensor, rows: Tensor) -> bool:
+    limit = tolerance([one.dtype], one.device) / 100
+    size = one.abs().nan_to_num(0, 0, 0).amax(0) if one.numel() else 0
+    kept = rows.to(one.device)
+    return bool(((one[kept] - other[kept]).abs().nan_to_num(0) > limit * size).any())
 
 
 def _values(call: Call) -> list[Tensor]:
@@ -178,11 +185,13 @@ def check_derivative(
         True
     """
     transform = transform_of(transformed, "check_derivative")
+    refuse_transformed("check_derivative")
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
-            return check_derivative(transformed, *usable(args), **usable(kwargs))
+            return check_derivative(transformed, *args, **kwargs)
+    args, kwargs = usable((args, kwargs))
     call = transform.bind(args, kwargs)
-    reached = reach(call.func, {})
+    reached = reach((call.func, call.leaves, call.kwargs), {})
     state, rng = guard(reached, _tree.tensors((args, kwargs))), rng_state()
     found: dict[tuple[str, str], Jacobian | Exception] = {}
     with torch.no_grad():
@@ -194,13 +203,32 @@ def check_derivative(
         reference = found["loop", "rev"]
         if isinstance(reference, Exception):
             raise reference
+        references = _references(call, reference, state)
         dtypes = [x.dtype for x in call.inputs] + [out.dtype for out in reference.output.leaves]
         limit = tolerance(dtypes, call.inputs[0].device)
-        comparisons = [_compare(*key, one, reference) for key, one in found.items()]
-        central = _central_difference(call, reference)
+        comparisons = [_compare(*key, one, references[key[0]]) for key, one in found.items()]
+        central = _central_difference(call, references["sum"])
         state.restore()
         set_rng_state(rng)
     return DerivativeReport(tuple(comparisons), central, limit, 10 * limit ** (2 / 3))
+
+
+def _references(call: Call, loop: Jacobian, state: Guard) -> dict[str, Jacobian]:
+    """What each engine is compared with: the loop, or plain autograd of its own random draws."""
+    rng = rng_state()
+    call(call.inputs)
+    drawn = rng_state()
+    state.restore()
+    set_rng_state(rng)
+    found: dict[str, Jacobian] = dict.fromkeys(ENGINES, loop)
+    if same_rng_state(rng, drawn) or None in call.layout.diff_dims:
+        return found
+    for engine in ENGINES:
+        one_by_one = Route("sum", "rev", 1, vectorized=False)
+        found[engine] = run(executed(call._replace(clone=True), engine), one_by_one, Context())
+        state.restore()
+        set_rng_state(rng)
+    return found
 
 
 def _run(call: Call, engine: str, mode: str) -> Jacobian | Exception:

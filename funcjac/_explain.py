@@ -13,6 +13,7 @@ from funcjac import _tree
 from funcjac._engines import Record
 from funcjac._jacobian import Transform, evaluate, transform_of
 from funcjac._modes import Route
+from funcjac.errors import brief
 
 # Every route has had its turns long before this many calls.
 _MOST_CALLS = 100
@@ -53,7 +54,7 @@ class Explanation:
         memory: bytes of the tensors alive at once during one call, at most.
         differentiable: whether the result carries a graph.
         verified: whether results were compared with a plain vector-Jacobian product.
-        attempts: every route, the one that runs first.
+        attempts: every route that was tried or found unsuitable, the one that runs first.
     """
 
     name: str
@@ -120,9 +121,9 @@ def explain(transformed: Callable[..., Any], *args: Any, **kwargs: Any) -> Expla
         **kwargs: keyword arguments as for ``transformed``.
 
     Returns:
-        An :class:`Explanation`: engine, mode, passes, chunk, FLOP, bytes, and each route with
-        its time or the exception that ruled it out. ``print`` gives a table, ``.plot()`` a
-        picture.
+        An :class:`Explanation`: engine, mode, passes, chunk, FLOP, bytes, and each route that was
+        tried, with its time or the exception that ruled it out. ``print`` gives a table,
+        ``.plot()`` a picture.
 
     Raises:
         TypeError: ``transformed`` does not come from funcjac.
@@ -186,7 +187,7 @@ def _attempt(route: Route, record: Record) -> Attempt:
     times = record.times.get(route)
     reason = "" if route == record.choice else "slower"
     if error is not None:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        reason = brief(error)
     _, outputs, inputs = record.sizes
     return Attempt(
         route.engine,

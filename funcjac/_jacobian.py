@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funcjac import _tree
-from funcjac._batched import Call, Layout, Options, transform_behind
+from funcjac._batched import Call, Options, transform_behind
 from funcjac._bind import bind, check_inputs
 from funcjac._engines import Jacobian, Memory, solve, solve_transformed, solve_within
 from funcjac._modes import ENGINES, MODES
@@ -26,10 +26,6 @@ class Transform:
     func: Callable[..., Any]
     options: Options
     memory: Memory = field(default_factory=Memory)
-
-    @property
-    def layouts(self) -> dict[Any, Layout]:
-        return self.memory.layouts
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         call = bind(self.func, self.options, self.memory.layouts, args, kwargs)
@@ -80,8 +76,10 @@ def batch_jacobian(
         engine: ``"vmap"``, ``"sum"`` (the sum trick, by plain autograd), ``"loop"``, or
             ``"auto"``: vmap first, what works if it fails, in the end the fastest that was
             verified.
-        chunk_size: basis vectors in one pass; ``None`` for as many as a pass of 256 MiB carries.
-            It bounds memory and never changes values.
+        chunk_size: basis vectors in one pass. ``None`` for as many as keep what goes into or
+            comes out of a pass within 2**26 numbers (inside of other transforms, all). It bounds
+            memory and never changes values. Chunks go into one preallocated result, except
+            where it is to be differentiated: there they are joined at the end.
         has_aux: ``func`` returns ``(output, aux)``; ``aux`` is any object.
         return_value: also return ``func``'s output, from the same forward pass.
         randomness: ``"different"`` draws for each row, ``"same"`` once for all rows, ``"error"``
@@ -129,17 +127,17 @@ def batch_jacobian(
         torch.Size([2, 3, 3, 3])
     """
     options = Options(
-        "batch_jacobian",
-        argnums,
-        in_dims,
-        out_dims,
-        mode,
-        engine,
-        chunk_size,
-        has_aux,
-        return_value,
-        randomness,
-        check,
+        name="batch_jacobian",
+        argnums=argnums,
+        in_dims=in_dims,
+        out_dims=out_dims,
+        mode=mode,
+        engine=engine,
+        chunk_size=chunk_size,
+        has_aux=has_aux,
+        return_value=return_value,
+        randomness=randomness,
+        check=check,
     )
     check_options(func, options)
     transform = Transform(func, options)
@@ -152,7 +150,7 @@ def batch_jacobian(
 
 def as_transformed(function: Any, transform: Transform) -> Callable[..., Any]:
     """Give a transformed function its own transform, and the name of what it transforms."""
-    functools.update_wrapper(function, transform.func)
+    functools.update_wrapper(function, transform.func, updated=())
     function.__funcjac__ = transform
     transform.memory.function = function
     return function
@@ -199,6 +197,15 @@ def _is_inference(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_inference()
 
 
+def refuse_transformed(name: str) -> None:
+    """Raise inside of transforms, where values cannot be looked at."""
+    if is_transformed():
+        raise RuntimeError(
+            f"{name}: expected to be called outside of torch.func transforms and torch.compile, "
+            "where values can be looked at. Call it on plain tensors."
+        )
+
+
 def usable(tree: Any) -> Any:
     """Copies of inference tensors, which autograd cannot save."""
     return _tree.map_tensors(lambda x: x.clone() if x.is_inference() else x, tree)
@@ -227,7 +234,8 @@ def check_options(func: Any, options: Options) -> None:
     for word in ("has_aux", "return_value"):
         if type(getattr(options, word)) is not bool:
             raise refuse(name, TypeError, f"{word} to be a bool", repr(getattr(options, word)))
-    if options.check not in ("auto", True, False) or type(options.check) is int:
+    is_auto = isinstance(options.check, str) and options.check == "auto"
+    if not is_auto and type(options.check) is not bool:
         raise refuse(name, ValueError, "check to be 'auto', True or False", repr(options.check))
 
 

@@ -51,9 +51,14 @@ def plain_pullback(call: Call, context: Context) -> tuple[Output, Pull]:
 def plain_inputs(call: Call, context: Context) -> list[Tensor]:
     """Inputs that plain autograd can differentiate by, without touching the caller's."""
     return [
-        x.view_as(x) if context.graph and x.requires_grad else x.detach().requires_grad_()
-        for x in call.inputs
+        x.view_as(x) if context.graph and x.requires_grad else _own_leaf(x) for x in call.inputs
     ]
+
+
+def _own_leaf(x: Tensor) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    vars(leaf)["funcjac"] = True  # not the user's: graphs are searched for those
+    return leaf
 
 
 def plain_vjp(

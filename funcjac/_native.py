@@ -1,5 +1,10 @@
-"""What funcjac needs of torch's private API, each with what happens where it is gone."""
+"""What funcjac uses of torch's private API.
 
+Whether a transform is at work (``peek_interpreter_stack``) and the switch of vmap's slow
+fallback are needed; what else is used only saves time, and says what runs without it.
+"""
+
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -7,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch._functorch import pyfunctorch
 
@@ -16,11 +22,13 @@ _FUNCTORCH: Any = getattr(torch._C, "_functorch", None)
 _ENGINE: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
 
 
-def is_transformed() -> bool:
-    """Whether a torch.func transform, a dual level or a compiler is at work.
+# Raised by torch inside of a function to leave it: no failure of the function.
+_STOP = getattr(torch.utils.checkpoint, "_StopRecomputationError", None)
+CONTROL_FLOW: tuple[type[Exception], ...] = () if _STOP is None else (_STOP,)
 
-    Without it plain autograd would be tried inside of torch.func, which raises.
-    """
+
+def is_transformed() -> bool:
+    """Whether a torch.func transform, a dual level or a compiler is at work."""
     return (
         torch.compiler.is_compiling()
         or _FUNCTORCH.peek_interpreter_stack() is not None
@@ -44,18 +52,23 @@ _PROCESS = threading.RLock()
 
 @contextmanager
 def forward_levels() -> Iterator[None]:
-    """Where forward mode may enter its levels: one thread at a time.
-
-    Torch loads its decompositions the first time, with a warning about TorchScript that is
-    none of the caller's business. Without this private API they are loaded by the first pass.
-    """
+    """Where forward mode may enter its levels: one thread at a time."""
     with _PROCESS:
-        load = getattr(torch.autograd.forward_ad, "_maybe_load_decompositions", None)
-        if load is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                load()
+        _load_decompositions()
         yield
+
+
+@functools.cache
+def _load_decompositions() -> None:
+    """Load what torch loads at its first dual number, without its warning about TorchScript.
+
+    Without this private API the first pass loads it, and warns.
+    """
+    load = getattr(torch.autograd.forward_ad, "_maybe_load_decompositions", None)
+    if load is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            load()
 
 
 def outside_transforms() -> AbstractContextManager[Any]:
@@ -134,15 +147,17 @@ def _by_vmap(function: Callable[[Tensor], Tensors], vectors: Tensor) -> Tensors:
 def vmap_fallback(*, allowed: bool) -> Iterator[None]:
     """Whether an operation without a batching rule may run as a loop inside torch, or raises.
 
-    Either way without torch's warning. Without this private API such operations run slowly
-    and with the warning, and are left only when another route is measured to be faster.
+    Where it may, torch's warning is off meanwhile; torch cannot tell whether it was on, and
+    it is on afterwards.
     """
     with _PROCESS:
         before = _FUNCTORCH._is_vmap_fallback_enabled()
         _FUNCTORCH._set_vmap_fallback_enabled(allowed)
-        _FUNCTORCH._set_vmap_fallback_warning_enabled(False)
+        if allowed:
+            _FUNCTORCH._set_vmap_fallback_warning_enabled(False)
         try:
             yield
         finally:
             _FUNCTORCH._set_vmap_fallback_enabled(before)
-            _FUNCTORCH._set_vmap_fallback_warning_enabled(True)
+            if allowed:
+                _FUNCTORCH._set_vmap_fallback_warning_enabled(True)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from funcjac import _tree
 from funcjac._batched import Call, Output, transform_behind
-from funcjac._bind import bind
 from funcjac._linear import Context, plain_inputs
 from funcjac.errors import brief
 
@@ -25,7 +24,6 @@ class Probe:
         seeds: the cotangent, for each output leaf ``(B, *out)``.
         grads: what plain autograd pulls back to each input; ``None`` where nothing depends on it.
         output: what ``func`` returned.
-        own: leaves of the autograd graph that the probe made itself.
         seed: of the random cotangent.
     """
 
@@ -34,29 +32,26 @@ class Probe:
     seeds: list[Tensor]
     grads: list[Tensor | None]
     output: Output
-    own: set[int]
     draw: "_Draw"
     seed: int
 
 
 def probe(call: Call, context: Context, rows: Tensor | None = None, seed: int = 0) -> Probe:
     """Run ``func`` once and pull a random cotangent back; ``rows`` masks rows of it with 0."""
-    draw = _Draw(torch.Generator("cpu").manual_seed(_SEED + seed), rows, [])
+    draw = _Draw(torch.Generator("cpu").manual_seed(_SEED + seed), rows)
     inputs = plain_inputs(call, context)
     with torch.enable_grad():
         scalar, seeds, output = _contract(call, inputs, draw)
         grads = _pull_back(call.options.name, scalar, inputs, graph=context.graph)
-    own = {id(x) for x in [*inputs, *draw.aliases]}
-    return Probe(call, inputs, seeds, list(grads), output, own, draw, seed)
+    return Probe(call, inputs, seeds, list(grads), output, draw, seed)
 
 
 @dataclass(frozen=True)
 class _Draw:
-    """Where random numbers come from, and what was made on the way (kept alive for their ids)."""
+    """Where random numbers come from, and the rows that get any."""
 
     generator: torch.Generator
     rows: Tensor | None
-    aliases: list[Tensor]
 
 
 def _contract(call: Call, inputs: list[Tensor], draw: _Draw) -> tuple[Tensor, list[Tensor], Output]:
@@ -69,13 +64,12 @@ def _contract(call: Call, inputs: list[Tensor], draw: _Draw) -> tuple[Tensor, li
     inner = nested(call, inputs)
     if inner is None:
         output = call(inputs)
-        seeds = [random_like(out, draw.generator) for out in output.leaves]
+        seeds = [random_like(out, draw.generator) / _sizes(out) for out in output.leaves]
         if draw.rows is not None:
             seeds = [seed * _rowwise(draw.rows, seed) for seed in seeds]
         pairs = zip(seeds, output.leaves)
         return total((s.to(o.dtype) * o).sum() for s, o in pairs), seeds, output
     aliases = plain_inputs(inner, Context(graph=True))
-    draw.aliases.extend(aliases)
     scalar, outer, output = _contract(inner, aliases, draw)
     grads = _pull_back(call.options.name, scalar, aliases, graph=True)
     tangents = [random_like(x, draw.generator) for x in aliases]
@@ -115,8 +109,7 @@ def nested(call: Call, inputs: list[Tensor]) -> Call | None:
     if inner.options.has_aux != call.options.has_aux:
         return None
     args = _tree.unflatten(call.layout.spec, call.with_inputs(inputs).leaves)
-    bound = bind(inner.func, inner.options, inner.layouts, args, call.kwargs)
-    return bound._replace(clone=call.clone)
+    return inner.bind(args, call.kwargs)._replace(clone=call.clone)
 
 
 def total(parts: Iterable[Tensor]) -> Tensor:
@@ -137,6 +130,14 @@ def random_like(like: Tensor, generator: torch.Generator) -> Tensor:
     return drawn.to(like.device, like.dtype)
 
 
+def _sizes(out: Tensor) -> Tensor:
+    """Size of each output over the batch, so that large ones do not hide small ones."""
+    if out.shape[0] == 0:
+        return out.new_ones(out.shape[1:])
+    size = out.detach().abs().amax(0).nan_to_num(1, 1, 1)
+    return torch.where(size > torch.finfo(size.dtype).tiny ** 0.5, size, 1)
+
+
 def _rowwise(rows: Tensor, like: Tensor) -> Tensor:
     return rows.to(like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
 
@@ -144,11 +145,11 @@ def _rowwise(rows: Tensor, like: Tensor) -> Tensor:
 def has_hidden_leaves(found: Probe) -> bool:
     """Whether the output was computed from tensors that require grad and were not found."""
     outs = [out for out in found.output.leaves if out.grad_fn is not None]
-    return any(id(leaf) not in found.own for out in outs for leaf in graph_leaves(out))
+    return any(True for out in outs for _ in graph_leaves(out))
 
 
 def graph_leaves(root: Tensor) -> Iterator[Tensor]:
-    """The leaf tensors that require grad and that ``root`` was computed from."""
+    """The user's leaf tensors that require grad and that ``root`` was computed from."""
     stack, seen = [root.grad_fn], set()
     while stack:
         node = stack.pop()
@@ -156,7 +157,7 @@ def graph_leaves(root: Tensor) -> Iterator[Tensor]:
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
-        if variable is not None and type(node).__name__ == "AccumulateGrad":
+        if variable is not None and "funcjac" not in variable.__dict__:
             yield variable
         stack += [parent for parent, _ in node.next_functions]
 

@@ -5,10 +5,12 @@ it: a switch of ``training``, a layer put in another's place or a redefined help
 not meet a decision made for what was there before.
 """
 
+import collections
 import functools
+import itertools
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 # Plain objects (a trainer, a config) are looked into this deep and lists up to this length (a
-# longer one holds data, not layers); and no walk goes on for ever.
+# longer one holds data, unless it begins with layers); and no walk goes on for ever.
 _DEPTH = 2
 _WIDEST = 256
 _MOST = 20_000
 
 # What stays the same from call to call: names in code, and how modules of a class run.
 Known = dict[Any, Any]
-_CONTAINERS = (tuple, list, dict, set, frozenset)
+_CONTAINERS = (tuple, list, dict, set, frozenset, collections.deque)
+_FUNCTIONS = (types.FunctionType,)
 _DULL = (
     type(None),
     bool,
@@ -61,11 +64,14 @@ class Reach:
     custom: bool = False
 
 
-def reach(func: Callable[..., Any], known: Known) -> Reach:
-    """Walk everything that ``func`` can reach; ``known`` remembers what never changes."""
+def reach(start: Any, known: Known) -> Reach:
+    """Walk everything that ``start``, a function or a tuple, can reach.
+
+    ``known`` remembers what stays the same from call to call.
+    """
     found = Reach()
     seen: set[int] = set()
-    stack: list[tuple[Any, int]] = [(func, 0)]
+    stack: list[tuple[Any, int]] = [(start, 0)]
     while stack and len(seen) < _MOST:
         item, depth = stack.pop()
         if type(item) in _DULL or id(item) in seen:
@@ -86,8 +92,8 @@ def reach(func: Callable[..., Any], known: Known) -> Reach:
             found.custom |= issubclass(item, torch.autograd.Function)
         elif isinstance(item, _CONTAINERS):
             found.containers.append(item)
-            if len(item) <= _WIDEST:
-                values: Iterable[Any] = item.values() if isinstance(item, dict) else item
+            values: Iterable[Any] = item.values() if isinstance(item, dict) else item
+            if len(item) <= _WIDEST or any(map(callable, itertools.islice(values, 8))):
                 stack += [(value, depth) for value in values if type(value) not in _DULL]
         else:
             _visit_object(item, depth, found, stack)
@@ -98,16 +104,15 @@ def _visit_module(
     module: nn.Module, known: Known, found: Reach, stack: list[tuple[Any, int]]
 ) -> None:
     kind = type(module)
-    forward = known.get(kind, known)
-    if forward is known:
-        forward = known[kind] = _own_forward(kind)
+    facts = known.get(kind)
+    if facts is None or not (facts[1] or facts[0] is kind.forward):
+        facts = known[kind] = _facts(kind)
+    _, scripted, written = facts
     found.modules[id(module)] = module
     found.token += (weakref.ref(module), module.training)  # an id may be given out again
-    if forward is torch.jit.ScriptModule:
+    if scripted:
         found.scripted = True
         return
-    if forward is not None:
-        stack.append((forward, 0))
     if not found.requires_grad:
         for parameter in module._parameters.values():
             if parameter is not None and parameter.requires_grad:
@@ -116,15 +121,33 @@ def _visit_module(
     for child in module._modules.values():
         if child is not None:
             stack.append((child, 0))  # noqa: PERF401  no second list on the way of every call
+    if written or "forward" in module.__dict__:
+        _visit_attributes(module, found, stack)
+        stack += [(value, 0) for value in vars(kind).values() if type(value) in _FUNCTIONS]
+        stack.append((module.__dict__.get("forward", kind.forward), 0))
     if module._forward_hooks or module._forward_pre_hooks:
         stack += ((module._forward_hooks, 0), (module._forward_pre_hooks, 0))
 
 
-def _own_forward(kind: type[nn.Module]) -> Any:
-    """The ``forward`` that a user wrote, ``None`` for torch's, ``ScriptModule`` for those."""
+def _facts(kind: type[nn.Module]) -> tuple[Any, bool, bool]:
+    """How modules of a class run: ``forward``, whether scripted, whether a user wrote it."""
     if issubclass(kind, torch.jit.ScriptModule):
-        return torch.jit.ScriptModule
-    return None if kind.forward.__module__.startswith("torch.") else kind.forward
+        return None, True, False
+    return kind.forward, False, not kind.forward.__module__.startswith("torch.")
+
+
+_TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
+def _visit_attributes(module: nn.Module, found: Reach, stack: list[tuple[Any, int]]) -> None:
+    """What a user's module holds beside its parameters and children: switches, lists of layers."""
+    for name, value in module.__dict__.items():
+        if name in _TORCH_ATTRIBUTES:
+            continue
+        if type(value) in (bool, str):
+            found.token.append(value)
+        elif type(value) not in _DULL:
+            stack.append((value, 1))
 
 
 def _visit_function(
@@ -139,7 +162,7 @@ def _visit_function(
     elif (func.__module__ or "").startswith("torch."):
         return
     code = func.__code__
-    found.token.append(id(code))
+    found.token.append(code)  # equal code is the same function, also when a cell runs again
     if func.__closure__:
         stack += [(_content(cell), 0) for cell in func.__closure__]
     if func.__defaults__:
@@ -175,7 +198,7 @@ def _visit_object(item: Any, depth: int, found: Reach, stack: list[tuple[Any, in
     if isinstance(item, torch.jit.ScriptFunction):
         found.scripted = True
     elif depth < _DEPTH and hasattr(item, "__dict__"):
-        found.token.append(id(type(item)))
+        found.token.append(type(item))
         found.containers.append(vars(item))
         stack += [(value, depth + 1) for value in vars(item).values() if type(value) not in _DULL]
         method = vars(type(item)).get("__call__")

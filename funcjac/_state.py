@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from funcjac._native import is_wrapped
 from funcjac._reach import Reach
 
+_MOST_ELEMENTS = 2**22
+
 
 class Restored(NamedTuple):
-    """Whether modules or tensors had changed, and whether dead wrappers were taken out."""
+    """Whether attributes or tensors had changed, and whether dead wrappers were taken out."""
 
     changed: bool = False
+    moved: bool = False
     leaked: bool = False
 
 
@@ -32,7 +35,7 @@ class Guard:
 
     def restore(self) -> Restored:
         """Put everything back, and say what had changed."""
-        changed = self.restore_tensors(self.tensors)
+        changed, moved = False, self.restore_tensors(self.tensors)
         for module, attributes, inner in self.attributes:
             now = vars(module)
             if not _same_items(now, attributes):
@@ -47,7 +50,7 @@ class Guard:
             values = container.values() if isinstance(container, dict) else container
             if any(is_wrapped(value) for value in values):
                 leaked |= _restore_container(container, content)
-        return Restored(changed, leaked)
+        return Restored(changed, moved, leaked)
 
     @staticmethod
     def restore_tensors(tensors: list[tuple[Tensor, int, Tensor]]) -> bool:
@@ -63,16 +66,25 @@ class Guard:
         return changed
 
 
-def guard(found: Reach, arguments: Iterable[Tensor] = ()) -> Guard:
-    """Remember the state of everything that was found, and of the arguments."""
+def guard(found: Reach, arguments: Iterable[Tensor] = (), *, values: bool = True) -> Guard:
+    """Remember the state of everything that was found, and of the arguments.
+
+    ``values`` copies tensors: all of modules, and others unless they look like a data set.
+    """
     attributes = []
-    tensors = list(_versions(arguments)) + list(_versions(found.tensors))
+    given = list(arguments)
+    tensors = list(_versions(given)) if values else []
+    if values:
+        seen = {id(tensor) for tensor in given}
+        others = [t for t in found.tensors if t.numel() <= _MOST_ELEMENTS and id(t) not in seen]
+        tensors += _versions(others)
     for module in found.modules.values():
         now = dict(vars(module))
         inner = [(v, v.copy()) for v in now.values() if isinstance(v, (dict, list, set))]
         attributes.append((module, now, inner))
-        tensors += _versions(module.parameters(recurse=False))
-        tensors += _versions(module.buffers(recurse=False))
+        if values:
+            tensors += _versions(module.parameters(recurse=False))
+            tensors += _versions(module.buffers(recurse=False))
     containers = [(c, c.copy()) for c in found.containers if isinstance(c, (dict, list))]
     return Guard(attributes, tensors, containers)
 

@@ -58,8 +58,9 @@ def _excess(found: Probe, result: Jacobian, j: int) -> float:
     # A number on one side and a nan on the other is an error of the Jacobian, not of the probe.
     difference = torch.where(grad.isfinite(), difference.nan_to_num(torch.inf, torch.inf), 0)
     scale = torch.where(grad.isfinite(), grad.abs(), 0) + size.nan_to_num(0, 0, 0)
-    scale = scale.amax(1, keepdim=True)
-    ratio = torch.where(difference == 0, 0, difference / (_tolerance(found) * scale))
+    # Rounding is relative to the largest entry of the row, all else to the entry itself.
+    limit = _tolerance(found) * scale + _rounding(found) * scale.amax(1, keepdim=True)
+    ratio = torch.where(difference == 0, 0, difference / limit)
     return ratio.max().item()
 
 
@@ -81,6 +82,11 @@ def _contracted(seeds: list[Tensor], blocks: list[Tensor]) -> tuple[Tensor, Tens
         parts.append((left.to(right.dtype) @ right).squeeze(1))
         sizes.append(right.norm(dim=1) * left.norm(dim=2).to(right.dtype))
     return sum(parts[1:], parts[0]), sum(sizes[1:], sizes[0])
+
+
+def _rounding(found: Probe) -> float:
+    dtypes = [x.dtype for x in found.inputs] + [out.dtype for out in found.output.leaves]
+    return min(1000 * max(torch.finfo(dtype).eps for dtype in dtypes), _tolerance(found))
 
 
 def _tolerance(found: Probe) -> float:
@@ -146,7 +152,7 @@ def graph_mismatch(found: Probe, result: Jacobian) -> str | None:
     ]
     wanted, got = total(reference), total(ours)
     given = {id(leaf) for leaf in found.call.leaves}
-    theirs = {id(leaf): leaf for leaf in graph_leaves(wanted) if id(leaf) not in found.own}
+    theirs = {id(leaf): leaf for leaf in graph_leaves(wanted)}
     theirs |= {id(leaf): leaf for leaf in graph_leaves(got) if id(leaf) in given}
     leaves = list(theirs.values())
     try:
@@ -184,7 +190,10 @@ def aux_mismatch(found: Probe, result: Jacobian) -> str | None:
         return "its aux has another structure than that of the batch"
     limit = _tolerance(found)
     for one, two in zip(wanted, given):
-        if not isinstance(one, Tensor):
+        if not isinstance(one, Tensor) or not isinstance(two, Tensor):
+            plain = isinstance(one, (bool, int, float, str))
+            if type(one) is not type(two) or (plain and one != two):
+                return f"its aux holds {two!r}, that of the batch {one!r}"
             continue
         if one.shape != two.shape or one.dtype != two.dtype:
             return f"its aux has shape {tuple(two.shape)}, that of the batch {tuple(one.shape)}"

@@ -37,6 +37,10 @@ for _public in (BatchMixingError, EngineFallbackWarning, VerificationError):
     _public.__module__ = "funcjac"
 
 
+class UnsuitableError(ValueError):
+    """A route that is not even tried; part of a message, never raised by itself."""
+
+
 def refuse(
     name: str, kind: type[Exception], expected: str, got: object, remedy: str = ""
 ) -> Exception:
@@ -48,5 +52,5 @@ def brief(error: Exception) -> str:
     """An exception in one line."""
     lines = str(error).strip().splitlines() or [""]
     text = lines[0] if len(lines[0]) <= 200 else lines[0][:200] + "..."
-    name = type(error).__name__
-    return text.rstrip(". ") if name == "UnsuitableError" else f"{name}: {text}".rstrip(". ")
+    name = "" if isinstance(error, UnsuitableError) else f"{type(error).__name__}: "
+    return f"{name}{text}".rstrip(": .")

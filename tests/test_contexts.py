@@ -256,7 +256,7 @@ def test_compile_with_other_code(backend):
 @every_backend
 def test_compile_with_words(backend):
     w, x = randn(5, 3), randn(3, B)
-    func = lambda p, x, scale: ({"y": (x.T @ p["w"].T).sin() * scale}, {"x": x})
+    func = lambda p, x, scale: ({"y": (x.T @ p["w"].T).sin() * scale}, {"x": x.T})
     jacobian = batch_jacobian(
         func, 1, in_dims=(None, 1), has_aux=True, return_value=True, chunk_size=2
     )

@@ -2,7 +2,7 @@
 
 from funcjac._engines._choose import solve
 from funcjac._engines._record import Memory, Record
-from funcjac._engines._rows import run
+from funcjac._engines._rows import executed, run
 from funcjac._engines._transformed import solve_transformed, solve_within
 from funcjac._linear import Context
 from funcjac._passes import Jacobian
@@ -12,6 +12,7 @@ __all__ = [
     "Jacobian",
     "Memory",
     "Record",
+    "executed",
     "run",
     "solve",
     "solve_transformed",

@@ -14,35 +14,53 @@ import torch
 
 from funcjac import _tree
 from funcjac._batched import Call
-from funcjac._engines._record import Memory, Record, requires_grad, signature
+from funcjac._engines._record import (
+    Memory,
+    Record,
+    numbers,
+    remember,
+    requires_grad,
+    signature,
+)
 from funcjac._engines._rows import executed, run
-from funcjac._engines._tell import UnsuitableError, failure, warn_of_fallback
+from funcjac._engines._tell import failure, warn_of_fallback
 from funcjac._linear import Context
 from funcjac._mixing import check_rows
 from funcjac._modes import Recorder, Route, is_forward_safe, routes, sizes_of
+from funcjac._native import CONTROL_FLOW
 from funcjac._passes import Jacobian, empty
 from funcjac._probe import Probe, has_hidden_leaves, probe
 from funcjac._reach import Reach, reach
 from funcjac._state import Guard, guard, has_lazy, rng_state, same_rng_state, set_rng_state
 from funcjac._verify import aux_mismatch, check_attached, graph_mismatch, is_noise, mismatch
-from funcjac.errors import BatchMixingError, VerificationError
+from funcjac.errors import BatchMixingError, UnsuitableError, VerificationError
 
 
 def solve(call: Call, memory: Memory) -> Jacobian:
     """The Jacobian of ``call`` in plain (not transformed, not compiled) code."""
-    reached = reach(call.func, memory.known)
+    reached = reach((call.func, call.leaves, call.kwargs), memory.known)
     graph = torch.is_grad_enabled() and (reached.requires_grad or requires_grad(call))
-    key = signature(call, reached, graph)
+    key = signature(call, reached, graph=graph)
     record = memory.latest = memory.records.get(key)
     if record is None:
-        with _Attempt(call, memory, reached) as attempt:
+        with memory.lock, _Attempt(call, memory, reached) as attempt:
             return attempt.first(key, graph)
     if record.clone:
         call = call._replace(clone=True)
-    if record.choice is not None and not record.needs_guard and call.options.check is not True:
-        return run(call, record.choice, record.context)
-    with _Attempt(call, memory, reached) as attempt:
-        return attempt.again(record)
+    choice = None if record.needs_guard or call.options.check is True else record.choice
+    try:
+        if choice is not None and numbers(call) in record.numbers:
+            return run(call, choice, record.context)
+        with memory.lock, _Attempt(call, memory, reached) as attempt:
+            return attempt.again(record)
+    except (BatchMixingError, VerificationError):
+        raise
+    except Exception:
+        # func failed, or took another way than it did before: begin anew, and its own error
+        # comes from a plain run of it
+        memory.records.pop(key, None)
+    with memory.lock, _Attempt(call, memory, reached) as attempt:
+        return attempt.first(key, graph)
 
 
 class _Attempt:
@@ -54,7 +72,7 @@ class _Attempt:
         if has_lazy(reached):  # parameters take their shape now, as in any first call
             with torch.no_grad():
                 call(call.inputs)
-            reached = reach(call.func, memory.known)
+            reached = reach((call.func, call.leaves, call.kwargs), memory.known)
         self.call, self.memory, self.reached = call, memory, reached
         self.options, self.checked = call.options, call.options.check is not False
         self.guard = Guard([], [], [])
@@ -67,8 +85,9 @@ class _Attempt:
     def __exit__(self, *_: object) -> None:
         self.record.note(self.guard.restore())
 
-    def _take_guard(self) -> None:
-        self.guard = guard(self.reached, _tree.tensors((self.call.leaves, self.call.kwargs)))
+    def _take_guard(self, *, values: bool = True) -> None:
+        arguments = _tree.tensors((self.call.leaves, self.call.kwargs))
+        self.guard = guard(self.reached, arguments, values=values)
 
     def _put_back(self) -> None:
         self.record.note(self.guard.restore())
@@ -87,8 +106,9 @@ class _Attempt:
         self.memory.latest = self.record
         self.record.routes = self._routes()
         result = self._run_first_that_works()
+        self.record.numbers.add(numbers(self.call))
         self.record.settle(checked=self.checked)
-        self.memory.remember(key, self.record)
+        remember(self.memory.records, key, self.record)
         return result
 
     def _look(self) -> None:
@@ -156,6 +176,9 @@ class _Attempt:
                 found.append(route)
         forward = self.record.context.graph and any(route.is_forward_formula for route in found)
         if forward and not self._is_forward_safe():
+            unsafe = "torch's forward formula of an operation is wrong once differentiated again"
+            for route in [route for route in found if route.is_forward_formula]:
+                self.record.errors[route] = UnsuitableError(unsafe)
             found = [route for route in found if not route.is_forward_formula]
         return found
 
@@ -179,9 +202,10 @@ class _Attempt:
     def again(self, record: Record) -> Jacobian:
         self.record = record
         route = record.choice or record.next()
-        if record.needs_guard or route not in record.times:  # copies every parameter
-            self._take_guard()
-        if self.options.check is True or (self.checked and route not in record.times):
+        new = route not in record.times or numbers(self.call) not in record.numbers
+        if record.needs_guard or new:
+            self._take_guard(values=record.moves or new)  # copies every parameter
+        if self.options.check is True or (self.checked and new):
             record.probes += 1
             self.found = probe(self.call, record.context, seed=record.probes)
             self.drawn = rng_state()
@@ -189,6 +213,7 @@ class _Attempt:
         result = self._try(route) if self.found else self._timed(route)
         if result is None:
             result = self._run_first_that_works()
+        record.numbers.add(numbers(self.call))
         if record.choice is None:
             record.settle(checked=self.checked)
         return result
@@ -211,7 +236,7 @@ class _Attempt:
             result = self._timed(route)
             drawn = rng_state()
             problem = self._verify(found, result)
-        except BatchMixingError:
+        except (BatchMixingError, *CONTROL_FLOW):
             raise
         except Exception as error:
             # Messages do not tell what vmap cannot do, so whatever was raised, the next

@@ -1,5 +1,6 @@
 """What is remembered of a signature, and when its choice is made."""
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +16,7 @@ from funcjac._reach import Known, Reach
 from funcjac._state import Restored
 
 _MOST_RECORDS = 256
+_CAST = ("cpu", "cuda")
 # Turns of a route before its best time counts: more where a run is short and easily
 # disturbed. Half of them, for a first run may hold some set-up of torch's, end the turns of
 # a route that is this much slower than the best.
@@ -33,9 +35,11 @@ class Record:
         choice: the route that all later calls take, once it is known.
         clone: whether ``func`` works in place on its arguments.
         stateful: whether ``func`` changes modules or tensors that must be put back.
+        moves: whether tensors are among what it changes.
         leaks: whether it leaves tensors of torch.func in lists and dicts.
         random: whether ``func`` draws random numbers.
-        probes: how many there were, so that each draws another cotangent.
+        numbers: integer arguments, which may decide what runs, that were verified.
+        probes: how many there were after the first: each draws another cotangent.
     """
 
     sizes: tuple[int, int, int]
@@ -46,9 +50,11 @@ class Record:
     choice: Route | None = None
     clone: bool = False
     stateful: bool = False
+    moves: bool = False
     leaks: bool = False
     random: bool = False
     probes: int = 0
+    numbers: set[tuple[Any, ...]] = field(default_factory=set)
 
     @property
     def needs_guard(self) -> bool:
@@ -58,12 +64,15 @@ class Record:
 
     def note(self, restored: Restored) -> None:
         """Learn from what had to be put back."""
-        self.stateful |= restored.changed
+        self.stateful |= restored.changed or restored.moved
+        self.moves |= restored.moved
         self.leaks |= restored.leaked
 
     def drop(self, route: Route, error: Exception) -> None:
         """Leave a route for good."""
-        self.errors[route] = error
+        # A traceback would keep the batch and the copies of a guard alive.
+        error.__cause__ = error.__context__ = None
+        self.errors[route] = error.with_traceback(None)
         self.routes.remove(route)
         self.times.pop(route, None)
 
@@ -108,6 +117,7 @@ class Memory:
         warned: whether leaving vmap was told.
         latest: the record of the last call, for ``explain``.
         function: what was returned to the user.
+        lock: held by trial runs, which learn and put back.
     """
 
     layouts: dict[Any, Layout] = field(default_factory=dict)
@@ -117,30 +127,33 @@ class Memory:
     warned: bool = False
     latest: Record | None = None
     function: Callable[..., Any] | None = None
-
-    def remember(self, key: Any, record: Record) -> None:
-        """Keep a record; the oldest makes room."""
-        while len(self.records) >= _MOST_RECORDS:
-            self.records.pop(next(iter(self.records)))
-        self.records[key] = record
+    lock: Any = field(default_factory=threading.RLock)
 
 
-def signature(call: Call, reached: Reach, graph: bool) -> tuple[Any, ...]:
+def remember(records: dict[Any, Any], key: Any, record: Any) -> None:
+    """Keep a record; the oldest makes room."""
+    while len(records) >= _MOST_RECORDS:
+        records.pop(next(iter(records)))
+    records[key] = record
+
+
+def signature(call: Call, reached: Reach, *, graph: bool) -> tuple[Any, ...]:
     """What a decision depends on: trees, shapes, dtypes, devices, modes, modules."""
     metas = tuple([_meta(leaf) for leaf in call.leaves])
     kwargs: Any = None
     if call.kwargs:
         leaves, spec = _tree.flatten_args(call.kwargs)
         kwargs = (spec, *[_meta(leaf) for leaf in leaves])
-    modes = (
-        graph,
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-    )
-    if torch.cuda.is_available():
-        modes = (*modes, torch.is_autocast_enabled("cuda"))
+    modes: tuple[Any, ...] = (graph, torch.is_grad_enabled())
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        modes += tuple([(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _CAST])
     return call.layout.spec, metas, kwargs, modes, tuple(reached.token)
+
+
+def numbers(call: Call) -> tuple[Any, ...]:
+    """Arguments that are integers: a new one is verified, but no reason to measure again."""
+    leaves = [*call.leaves, *_tree.flatten(call.kwargs)[0]] if call.kwargs else call.leaves
+    return tuple([leaf for leaf in leaves if type(leaf) is int])
 
 
 def _meta(leaf: Any) -> Any:

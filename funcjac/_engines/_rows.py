@@ -102,9 +102,14 @@ def executed(call: Call, engine: str) -> Call:
     by_rows = _vmapped if engine == "vmap" else _looped
 
     def func(*args: Any, **kwargs: Any) -> Any:
-        return by_rows(bind(call.func, call.options, {}, args, kwargs)._replace(clone=call.clone))
+        return by_rows(_bound(call, args, kwargs))
 
     return call._replace(func=func, options=options)
+
+
+def _bound(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    bound = bind(call.func, call.options, {}, args, kwargs)
+    return bound._replace(clone=call.clone, direct=True)  # the draws of the very same run
 
 
 def _vmapped(call: Call) -> Any:
@@ -136,8 +141,12 @@ def _looped(call: Call) -> Any:
 def _flatten_row(found: Jacobian) -> tuple[tuple[Tensor, ...], Any]:
     """Tensors of a batch of one without their batch dimension, and what is not a tensor."""
     aux, rest = split_tensors(found.output.aux)
-    # An aux tensor with a leading dimension of one is taken to hold the row.
-    rows = [leaf[0] if leaf.ndim and leaf.shape[0] == 1 else leaf for leaf in aux]
+    if any(leaf.ndim == 0 or leaf.shape[0] != 1 for leaf in aux):
+        raise ValueError(
+            "expected aux tensors with a batch dimension in front where rows run one by one, got "
+            f"shapes {[tuple(leaf.shape) for leaf in aux]} for a batch of one"
+        )
+    rows = [leaf[0] for leaf in aux]
     blocks = [block[0] for blocks in found.blocks for block in blocks]
     outs = [out[0] for out in found.output.leaves]
     counts = (len(found.blocks), len(found.blocks[0]))

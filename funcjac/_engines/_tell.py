@@ -6,11 +6,7 @@ import warnings
 from funcjac._batched import Options
 from funcjac._engines._record import Memory, Record
 from funcjac._modes import Route
-from funcjac.errors import EngineFallbackWarning, VerificationError, brief
-
-
-class UnsuitableError(ValueError):
-    """A route that is not even tried."""
+from funcjac.errors import EngineFallbackWarning, UnsuitableError, VerificationError, brief
 
 
 def warn_of_fallback(options: Options, memory: Memory, record: Record, route: Route) -> None:
@@ -32,8 +28,10 @@ def warn_of_fallback(options: Options, memory: Memory, record: Record, route: Ro
 
 def failure(options: Options, record: Record) -> Exception:
     """What to raise when no route works."""
+    found = list(record.errors.values())
+    found = [error for error in found if not isinstance(error, UnsuitableError)] or found
     # Where an engine was asked for, its first attempt tells; else the plainest one, the last.
-    error = list(record.errors.values())[-1 if options.engine == "auto" else 0]
+    error = found[-1 if options.engine == "auto" else 0]
     if isinstance(error, VerificationError):
         return error
     kind = ValueError if isinstance(error, UnsuitableError) else RuntimeError

@@ -6,13 +6,14 @@ A batch of one is a row already, so a transform nested in another adds no vmap o
 import torch
 
 from funcjac._batched import Call
-from funcjac._engines._record import Memory
+from funcjac._engines._record import Memory, remember, signature
 from funcjac._engines._rows import BY_ENGINE, by_sum
 from funcjac._linear import Context
 from funcjac._modes import Recorder, Route, is_forward_safe, prefers_forward, sizes_of
 from funcjac._native import is_transformed, outside_transforms
 from funcjac._passes import Jacobian, empty
 from funcjac._reach import Reach, reach
+from funcjac._state import guard, rng_state, set_rng_state
 
 _CONTEXT = Context(functional=True, graph=True)
 
@@ -24,17 +25,21 @@ def solve_transformed(call: Call, memory: Memory) -> Jacobian:
         mode = "rev" if call.options.mode == "auto" else call.options.mode
         route = Route("vmap", mode, call.options.chunk_size, transposed=True)
         return BY_ENGINE["vmap"](call, route, _CONTEXT)
-    reached = reach(call.func, memory.known)
+    reached = reach((call.func, call.leaves, call.kwargs), memory.known)
     if reached.scripted:
         raise RuntimeError(
             f"{call.options.name}: expected no TorchScript inside of torch.func transforms, got a "
             "scripted function: torch differentiates it wrongly there from its second call on. "
             "Call the transform outside of torch.func, or use the module before scripting."
         )
+    state = guard(reached, values=False)
     with _Buffers(reached):
-        if call.batch == 0:
-            return empty(call)
-        return _solve(call, _route(call, memory, reached))
+        try:
+            if call.batch == 0:
+                return empty(call)
+            return _solve(call, _route(call, memory, reached))
+        finally:
+            state.restore()
 
 
 def solve_within(call: Call, memory: Memory) -> Jacobian:
@@ -48,7 +53,12 @@ def solve_within(call: Call, memory: Memory) -> Jacobian:
     if torch.compiler.is_compiling():
         route = Route("sum", "fwd" if call.options.mode == "fwd" else "rev", transposed=True)
         return by_sum(call, route, _CONTEXT)
-    route = _route(call, memory, reach(call.func, memory.known), functional=functional)
+    route = _route(
+        call,
+        memory,
+        reach((call.func, call.leaves, call.kwargs), memory.known),
+        functional=functional,
+    )
     engine = call.options.engine
     if engine == "auto":
         alike = None not in call.layout.diff_dims and call.options.randomness != "same"
@@ -59,7 +69,15 @@ def solve_within(call: Call, memory: Memory) -> Jacobian:
 
 
 def _solve(call: Call, route: Route) -> Jacobian:
-    call = call._replace(direct=True)
+    try:
+        return _by_rows(call._replace(direct=True), route)
+    except RuntimeError as error:
+        if "leaf Variable" not in str(error):
+            raise
+        return _by_rows(call._replace(direct=True, clone=True), route)  # func works in place
+
+
+def _by_rows(call: Call, route: Route) -> Jacobian:
     if call.batch == 1:
         return by_sum(call, route, _CONTEXT)
     if call.options.engine != "auto":
@@ -77,7 +95,7 @@ def _route(call: Call, memory: Memory, reached: Reach, *, functional: bool = Tru
     options = call.options
     mode, transposed = options.mode, False
     if mode != "rev":
-        outputs, safe = _sizes(call, memory)
+        outputs, safe = _sizes(call, memory, reached)
         safe = safe and not reached.custom and not reached.scripted
         inputs = sizes_of(call.inputs, call.layout.diff_dims)
         if mode == "auto":
@@ -93,15 +111,18 @@ def _route(call: Call, memory: Memory, reached: Reach, *, functional: bool = Tru
     return Route(options.engine, mode, options.chunk_size, transposed=transposed)
 
 
-def _sizes(call: Call, memory: Memory) -> tuple[int, bool]:
+def _sizes(call: Call, memory: Memory, reached: Reach) -> tuple[int, bool]:
     """Elements of an output row, and whether forward formulas may be differentiated again."""
-    key = (call.layout.spec, *[getattr(leaf, "shape", None) for leaf in call.leaves])
+    key = signature(call, reached, graph=True)
     found = memory.sizes.get(key)
     if found is None:
+        rng = rng_state()
         with Recorder() as recorder:
             leaves = call._replace(clone=True)(call.inputs).leaves
+        set_rng_state(rng)
         size = sum(out.numel() for out in leaves) // max(call.batch, 1)
-        found = memory.sizes[key] = (size, is_forward_safe(recorder.names))
+        found = size, is_forward_safe(recorder.names)
+        remember(memory.sizes, key, found)
     return found
 
 
