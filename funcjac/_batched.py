@@ -89,6 +89,12 @@ class Call(NamedTuple):
         """The tensors to differentiate."""
         return [self.leaves[i] for i in self.layout.diff]
 
+    @property
+    def reachable(self) -> list[Any]:
+        """What a walk starts from: the function, and arguments that are no tensors."""
+        found = [self.func, *[leaf for leaf in self.leaves if not isinstance(leaf, Tensor)]]
+        return [*found, self.kwargs] if self.kwargs else found
+
     def with_inputs(self, inputs: list[Tensor] | tuple[Tensor, ...]) -> "Call":
         leaves = list(self.leaves)
         for i, leaf in zip(self.layout.diff, inputs):

@@ -25,18 +25,26 @@ def bind(
     Raises:
         TypeError, ValueError: the arguments are not those of a batched function.
     """
-    leaves, spec = _tree.flatten_args(args)
     if torch.compiler.is_compiling():  # the compiler remembers by itself, and cannot hash a spec
+        leaves, spec = _tree.flatten_args(args)
         layout = make_layout(options, args, leaves, spec)
-        return Call(
-            func, options, layout, leaves, kwargs, _batch_size(options.name, layout, leaves)
-        )
-    key = (spec, tuple([x.ndim if isinstance(x, Tensor) else str(x is None) for x in leaves]))
-    layout = layouts.get(key)
-    if layout is None:
-        layout = make_layout(options, args, leaves, spec)
-        layouts[key] = layout
+    elif all(type(arg) is Tensor for arg in args):
+        leaves, key = list(args), tuple([arg.ndim for arg in args])
+        layout = layouts.get(key) or _remembered(options, layouts, key, args)
+    else:
+        leaves, spec = _tree.flatten_args(args)
+        # True == 1, so what is no tensor must not look like a number of dimensions
+        key = (spec, *[x.ndim if isinstance(x, Tensor) else str(x is None) for x in leaves])
+        layout = layouts.get(key) or _remembered(options, layouts, key, args)
     return Call(func, options, layout, leaves, kwargs, _batch_size(options.name, layout, leaves))
+
+
+def _remembered(
+    options: Options, layouts: dict[Any, Layout], key: Any, args: tuple[Any, ...]
+) -> Layout:
+    leaves, spec = _tree.flatten_args(args)
+    layouts[key] = layout = make_layout(options, args, leaves, spec)
+    return layout
 
 
 def check_inputs(call: Call) -> None:

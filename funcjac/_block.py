@@ -18,6 +18,7 @@ class Block:
         self.value: Tensor | None = None
         self.slots: Sequence[Tensor] = ()
         self.pieces: list[tuple[int, int, Tensor]] = []
+        self.zeros: list[tuple[int, int]] = []  # what does not depend on the input
 
     def add(self, piece: Tensor | None, dim: int | None, start: int, stop: int, many: bool) -> None:
         """Take in basis vectors ``start`` to ``stop``.
@@ -26,6 +27,7 @@ class Block:
         ``many`` vectors, their dimension goes from the front to ``axis``.
         """
         if piece is None:
+            self.zeros.append((start, stop))
             return
         if many:
             piece = self._placed(piece, dim)
@@ -54,7 +56,7 @@ class Block:
 
     def _allocated(self, like: Tensor) -> Tensor:
         if self.value is None:
-            self.value = like.new_zeros(self.shape)
+            self.value = like.new_empty(self.shape)
         return self.value
 
     def result(self, shape: tuple[int, ...], out: Tensor, x: Tensor) -> Tensor:
@@ -63,6 +65,9 @@ class Block:
         dtype = out.dtype if out.dtype == x.dtype else torch.result_type(out, x)
         if value is None:
             return x.new_zeros(shape, dtype=dtype)
+        if not self.pieces:
+            for start, stop in self.zeros:
+                value.narrow(self.axis, start, stop - start).zero_()
         value = (value if value.dtype == dtype else value.to(dtype)).contiguous()
         return value if value.shape == shape else value.view(shape)
 

@@ -61,7 +61,7 @@ def check_batched(
         raise refuse("check_batched", ValueError, "at least two rows", call.batch)
     floats = [i for i in call.layout.batched if call.leaves[i].is_floating_point()]
     call = call._replace(layout=replace(call.layout, diff=tuple(floats)))
-    reached = reach((func, args, kwargs), {})
+    reached = reach(call.reachable, {})
     state, rng = guard(reached, _tree.tensors((args, kwargs))), rng_state()
     try:
         _check_values(call, reached)
@@ -191,7 +191,7 @@ def check_derivative(
             return check_derivative(transformed, *args, **kwargs)
     args, kwargs = usable((args, kwargs))
     call = transform.bind(args, kwargs)
-    reached = reach((call.func, call.leaves, call.kwargs), {})
+    reached = reach(call.reachable, {})
     state, rng = guard(reached, _tree.tensors((args, kwargs))), rng_state()
     found: dict[tuple[str, str], Jacobian | Exception] = {}
     with torch.no_grad():

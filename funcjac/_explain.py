@@ -28,7 +28,7 @@ class Attempt:
         mode: ``"fwd"`` or ``"rev"``.
         how: what sets it apart from other routes of the same engine and mode.
         passes: basis vectors to pull back or push forward.
-        seconds: the fastest run, ``None`` if there was none.
+        seconds: of a usual run, ``None`` if there was none.
         reason: why it does not run, empty for the route that does.
     """
 
@@ -194,7 +194,7 @@ def _attempt(route: Route, record: Record) -> Attempt:
         route.mode,
         route.how,
         route.passes(outputs, inputs),
-        min(times) if times else None,
+        record.seconds(route) if times else None,
         reason,
     )
 

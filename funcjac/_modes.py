@@ -11,6 +11,8 @@ MODES = ("fwd", "rev")
 
 # Basis elements that one pass may carry when chunk_size is None: 2**26 floats are 256 MiB.
 _PASS_ELEMENTS = 2**26
+# 2**19 floats are 2 MiB.
+_CACHED_ELEMENTS = 2**19
 # A mode with this many times the passes of the other is not worth a measurement.
 _HOPELESS = 4
 # One pass forward costs about as much as the function, one backward about twice that.
@@ -42,6 +44,7 @@ class Route:
     def how(self) -> str:
         """What sets it apart from other routes of the same engine and mode, in words."""
         words = [] if self.vectorized or self.engine == "loop" else ["one by one"]
+        words += [f"{self.chunk} at once"] if self.vectorized and self.chunk else []
         words += ["transposed VJP"] if self.transposed else []
         words += ["loops inside torch"] if self.slow else []
         return ", ".join(words)
@@ -129,37 +132,47 @@ def routes(
     forward_first = mode == "fwd" or (mode == "auto" and prefers_forward(outputs, inputs))
     order = ("fwd", "rev") if forward_first else ("rev", "fwd")
     modes = order if mode == "auto" else (mode,)
-    chunk = chunk_size or _chunk(batch, outputs, inputs)
-    found = [
-        route
-        for e in ENGINES
-        for m in modes
-        for route in _variants(e, m, chunk)
-        if engine in ("auto", e)
-    ]
+    width = batch * max(outputs, inputs)
+    found = []
+    for e in ENGINES:
+        for m in modes if engine in ("auto", e) else ():
+            count, other = (outputs, inputs) if m == "rev" else (inputs, outputs)
+            chunk = chunk_size or _chunk(count, width)
+            cached = _cached(count, batch * other) if chunk is None else None
+            found += _variants(e, m, chunk, cached)
     if engine == "auto":  # vmap in the mode that the sizes call for, then on to the next engine
         found = [r for r in found if r.engine != "vmap" or r.mode == modes[0]]
     return found
 
 
-def _variants(engine: str, mode: str, chunk: int | None) -> Iterator[Route]:
+def _variants(engine: str, mode: str, chunk: int | None, cached: int | None) -> Iterator[Route]:
     for transposed in (False, True) if mode == "fwd" else (False,):
         if engine == "loop":
             yield Route(engine, mode, 1, vectorized=False, transposed=transposed)
             continue
         if chunk != 1 or engine == "vmap":
             yield Route(engine, mode, chunk, transposed=transposed)
+        if engine == "sum" and cached is not None:
+            yield Route(engine, mode, cached, transposed=transposed)
         if engine == "sum":
             if chunk != 1:
                 yield Route(engine, mode, chunk, transposed=transposed, slow=True)
             yield Route(engine, mode, 1, vectorized=False, transposed=transposed)
 
 
-def _chunk(batch: int, outputs: int, inputs: int) -> int | None:
+def _chunk(count: int, width: int) -> int | None:
     """Basis vectors in one pass so that a pass stays within a fixed size, or ``None`` for all."""
-    width = max(batch * max(outputs, inputs), 1)
-    fitting = max(_PASS_ELEMENTS // width, 1)
-    return None if fitting >= max(outputs, inputs) else fitting
+    fitting = max(_PASS_ELEMENTS // max(width, 1), 1)
+    return None if fitting >= count else fitting
+
+
+def _cached(count: int, width: int) -> int | None:
+    """Basis vectors whose results of ``width`` numbers stay in the cache together, if not all.
+
+    A large result that is computed in one piece is written twice, into fresh memory each time.
+    """
+    fitting = max(_CACHED_ELEMENTS // max(width, 1), 2)
+    return None if fitting >= count else -(-count // -(-count // fitting))
 
 
 def is_worth_a_try(route: Route, best: Route, outputs: int, inputs: int) -> bool:

@@ -26,7 +26,6 @@ _MOST = 20_000
 # What stays the same from call to call: names in code, and how modules of a class run.
 Known = dict[Any, Any]
 _CONTAINERS = (tuple, list, dict, set, frozenset, collections.deque)
-_FUNCTIONS = (types.FunctionType,)
 _DULL = (
     type(None),
     bool,
@@ -64,14 +63,14 @@ class Reach:
     custom: bool = False
 
 
-def reach(start: Any, known: Known) -> Reach:
-    """Walk everything that ``start``, a function or a tuple, can reach.
+def reach(start: list[Any], known: Known) -> Reach:
+    """Walk everything that can be reached from what is in ``start``.
 
     ``known`` remembers what stays the same from call to call.
     """
     found = Reach()
     seen: set[int] = set()
-    stack: list[tuple[Any, int]] = [(start, 0)]
+    stack: list[tuple[Any, int]] = [(item, 0) for item in start]
     while stack and len(seen) < _MOST:
         item, depth = stack.pop()
         if type(item) in _DULL or id(item) in seen:
@@ -123,7 +122,9 @@ def _visit_module(
             stack.append((child, 0))  # noqa: PERF401  no second list on the way of every call
     if written or "forward" in module.__dict__:
         _visit_attributes(module, found, stack)
-        stack += [(value, 0) for value in vars(kind).values() if type(value) in _FUNCTIONS]
+        for name, value in vars(kind).items():
+            if type(value) is types.FunctionType and not name.startswith("__"):
+                stack.append((value, 0))
         stack.append((module.__dict__.get("forward", kind.forward), 0))
     if module._forward_hooks or module._forward_pre_hooks:
         stack += ((module._forward_hooks, 0), (module._forward_pre_hooks, 0))

@@ -38,7 +38,7 @@ from funcjac.errors import BatchMixingError, UnsuitableError, VerificationError
 
 def solve(call: Call, memory: Memory) -> Jacobian:
     """The Jacobian of ``call`` in plain (not transformed, not compiled) code."""
-    reached = reach((call.func, call.leaves, call.kwargs), memory.known)
+    reached = reach(call.reachable, memory.known)
     graph = torch.is_grad_enabled() and (reached.requires_grad or requires_grad(call))
     key = signature(call, reached, graph=graph)
     record = memory.latest = memory.records.get(key)
@@ -72,7 +72,7 @@ class _Attempt:
         if has_lazy(reached):  # parameters take their shape now, as in any first call
             with torch.no_grad():
                 call(call.inputs)
-            reached = reach((call.func, call.leaves, call.kwargs), memory.known)
+            reached = reach(call.reachable, memory.known)
         self.call, self.memory, self.reached = call, memory, reached
         self.options, self.checked = call.options, call.options.check is not False
         self.guard = Guard([], [], [])

@@ -1,5 +1,6 @@
 """What is remembered of a signature, and when its choice is made."""
 
+import statistics
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -80,9 +81,14 @@ class Record:
         """The route whose turn it is."""
         return min(self.routes, key=lambda route: len(self.times.get(route, ())))
 
+    def seconds(self, route: Route) -> float:
+        """The usual time of a route; its first run may hold some set-up of torch's."""
+        times = self.times[route]
+        return statistics.median(times[1:] or times)
+
     def settle(self, *, checked: bool) -> None:
         """Give up on what is hopeless, and choose once every route left has had its turns."""
-        best = min(self.times, key=lambda route: min(self.times[route]))
+        best = min(self.times, key=self.seconds)
         self.routes = [r for r in self.routes if r == best or self._may_win(r, best, checked)]
         if len(self.routes) == 1 or all(self._turns_left(route) <= 0 for route in self.routes):
             self.choice = best
@@ -95,7 +101,7 @@ class Record:
     def _may_win(self, route: Route, best: Route, checked: bool) -> bool:
         times = self.times.get(route, [])
         had_enough = len(times) > max(self._turns_left(route), 1)
-        if had_enough and min(times) > _SLOWER * min(self.times[best]):
+        if had_enough and self.seconds(route) > _SLOWER * self.seconds(best):
             return False
         if route.engine == "sum" and best.engine != "sum" and not checked:
             return False  # the sum trick needs proof that rows are independent
@@ -147,7 +153,7 @@ def signature(call: Call, reached: Reach, *, graph: bool) -> tuple[Any, ...]:
     modes: tuple[Any, ...] = (graph, torch.is_grad_enabled())
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         modes += tuple([(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _CAST])
-    return call.layout.spec, metas, kwargs, modes, tuple(reached.token)
+    return id(call.layout), metas, kwargs, modes, tuple(reached.token)  # layouts are kept
 
 
 def numbers(call: Call) -> tuple[Any, ...]:

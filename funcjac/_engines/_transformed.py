@@ -25,7 +25,7 @@ def solve_transformed(call: Call, memory: Memory) -> Jacobian:
         mode = "rev" if call.options.mode == "auto" else call.options.mode
         route = Route("vmap", mode, call.options.chunk_size, transposed=True)
         return BY_ENGINE["vmap"](call, route, _CONTEXT)
-    reached = reach((call.func, call.leaves, call.kwargs), memory.known)
+    reached = reach(call.reachable, memory.known)
     if reached.scripted:
         raise RuntimeError(
             f"{call.options.name}: expected no TorchScript inside of torch.func transforms, got a "
@@ -56,7 +56,7 @@ def solve_within(call: Call, memory: Memory) -> Jacobian:
     route = _route(
         call,
         memory,
-        reach((call.func, call.leaves, call.kwargs), memory.known),
+        reach(call.reachable, memory.known),
         functional=functional,
     )
     engine = call.options.engine
