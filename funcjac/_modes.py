@@ -125,7 +125,12 @@ def prefers_forward(outputs: int, inputs: int) -> bool:
 
 
 def routes(
-    engine: str, mode: str, chunk_size: int | None, sizes: tuple[int, int, int]
+    engine: str,
+    mode: str,
+    chunk_size: int | None,
+    sizes: tuple[int, int, int],
+    *,
+    on_cpu: bool = True,
 ) -> list[Route]:
     """Routes in order, for ``sizes`` (batch, elements of an output row, of an input row)."""
     batch, outputs, inputs = sizes
@@ -138,22 +143,21 @@ def routes(
         for m in modes if engine in ("auto", e) else ():
             count, other = (outputs, inputs) if m == "rev" else (inputs, outputs)
             chunk = chunk_size or _chunk(count, width)
-            cached = _cached(count, batch * other) if chunk is None else None
-            found += _variants(e, m, chunk, cached)
+            if chunk is None and on_cpu and e == "sum":
+                chunk = _in_cache(count, batch * other)
+            found += _variants(e, m, chunk)
     if engine == "auto":  # vmap in the mode that the sizes call for, then on to the next engine
         found = [r for r in found if r.engine != "vmap" or r.mode == modes[0]]
     return found
 
 
-def _variants(engine: str, mode: str, chunk: int | None, cached: int | None) -> Iterator[Route]:
+def _variants(engine: str, mode: str, chunk: int | None) -> Iterator[Route]:
     for transposed in (False, True) if mode == "fwd" else (False,):
         if engine == "loop":
             yield Route(engine, mode, 1, vectorized=False, transposed=transposed)
             continue
         if chunk != 1 or engine == "vmap":
             yield Route(engine, mode, chunk, transposed=transposed)
-        if engine == "sum" and cached is not None:
-            yield Route(engine, mode, cached, transposed=transposed)
         if engine == "sum":
             if chunk != 1:
                 yield Route(engine, mode, chunk, transposed=transposed, slow=True)
@@ -166,10 +170,11 @@ def _chunk(count: int, width: int) -> int | None:
     return None if fitting >= count else fitting
 
 
-def _cached(count: int, width: int) -> int | None:
+def _in_cache(count: int, width: int) -> int | None:
     """Basis vectors whose results of ``width`` numbers stay in the cache together, if not all.
 
-    A large result that is computed in one piece is written twice, into fresh memory each time.
+    A large result that is computed in one piece is written twice, to fresh memory each time,
+    whose page faults cost more than further passes.
     """
     fitting = max(_CACHED_ELEMENTS // max(width, 1), 2)
     return None if fitting >= count else -(-count // -(-count // fitting))

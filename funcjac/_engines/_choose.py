@@ -168,7 +168,8 @@ class _Attempt:
         options = self.options
         words = (options.engine, options.mode, options.chunk_size, self.record.sizes)
         found = []
-        for route in routes(*words):
+        on_cpu = all(x.device.type == "cpu" for x in self.call.inputs)
+        for route in routes(*words, on_cpu=on_cpu):
             reason = self._unsuitable(route)
             if reason:
                 self.record.errors[route] = UnsuitableError(reason)
