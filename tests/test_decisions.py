@@ -244,7 +244,7 @@ def test_threads_may_try_at_once():
     assert not wrong
 
 
-# --- and the rest of what reviews found -----------------------------------------------------
+# --- odds and ends ---------------------------------------------------------------------------
 
 
 def test_without_proof_the_sum_trick_is_not_tried():
