@@ -313,3 +313,32 @@ def test_in_place_inside_of_torch_func():
     func = lambda x: x.mul_(2).sin()
     found = torch.func.grad(lambda x: batch_jacobian(func)(x).sum())(x)
     torch.testing.assert_close(found, -4 * (2 * x).sin())
+
+
+@quiet
+def test_what_was_chosen_and_is_wrong_now_is_chosen_no_more(monkeypatch):
+    """A new integer is verified: if the choice fails it, another engine runs, then and later."""
+    rows = funcjac._engines._rows
+    by_sum, x = rows.BY_ENGINE["sum"], randn(B, 3)
+    jacobian = settled(lambda x, n: (n * x).sin(), x, 1)
+    (record,) = jacobian.__funcjac__.memory.records.values()
+    assert record.choice.engine == "sum"
+
+    def broken(call, route, context):
+        found = by_sum(call, route, context)
+        return found._replace(blocks=[[1.01 * block for block in row] for row in found.blocks])
+
+    monkeypatch.setitem(rows.BY_ENGINE, "sum", broken)
+    for _ in range(CALLS):
+        torch.testing.assert_close(jacobian(x, 2), torch.diag_embed(2 * (2 * x).cos()))
+
+
+def test_a_settled_transform_may_be_checkpointed():
+    net, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh()).double(), randn(B, 3).requires_grad_()
+    jacobian = batch_jacobian(net, engine="sum", mode="rev", chunk_size=1)
+    for _ in range(CALLS):
+        right = jacobian(x)
+    (wanted,) = torch.autograd.grad(right.square().sum(), x)
+    found = torch.utils.checkpoint.checkpoint(jacobian, x, use_reentrant=False)
+    (grad,) = torch.autograd.grad(found.square().sum(), x)
+    torch.testing.assert_close(grad, wanted)

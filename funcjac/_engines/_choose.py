@@ -53,11 +53,11 @@ def solve(call: Call, memory: Memory) -> Jacobian:
             return run(call, choice, record.context)
         with memory.lock, _Attempt(call, memory, reached) as attempt:
             return attempt.again(record)
-    except (BatchMixingError, VerificationError):
+    except (BatchMixingError, *CONTROL_FLOW):
         raise
     except Exception:
-        # func failed, or took another way than it did before: begin anew, and its own error
-        # comes from a plain run of it
+        # func failed, took another way than it did before, or what was chosen is wrong for it
+        # now: begin anew, and an error of its own comes from a plain run of it
         memory.records.pop(key, None)
     with memory.lock, _Attempt(call, memory, reached) as attempt:
         return attempt.first(key, graph)
@@ -146,8 +146,9 @@ class _Attempt:
             if "leaf Variable" not in str(error) or self.call.clone:
                 raise
             return self._probe_copies()
-        arguments = _tree.tensors((self.call.leaves, self.call.kwargs))
-        if not self.call.clone and self.guard.restore_tensors(self.guard.tensors[: len(arguments)]):
+        arguments = {id(x) for x in _tree.tensors((self.call.leaves, self.call.kwargs))}
+        given = [entry for entry in self.guard.tensors if id(entry[0]) in arguments]
+        if not self.call.clone and self.guard.restore_tensors(given):
             return self._probe_copies()
         return found
 

@@ -75,6 +75,7 @@ class Record:
         error.__cause__ = error.__context__ = None
         self.errors[route] = error.with_traceback(None)
         self.routes.remove(route)
+        self.choice = None if route == self.choice else self.choice
         self.times.pop(route, None)
 
     def next(self) -> Route:

@@ -10,7 +10,7 @@ from funcjac._engines._record import Memory, remember, signature
 from funcjac._engines._rows import BY_ENGINE, by_sum
 from funcjac._linear import Context
 from funcjac._modes import Recorder, Route, is_forward_safe, prefers_forward, sizes_of
-from funcjac._native import is_transformed, outside_transforms
+from funcjac._native import CONTROL_FLOW, is_transformed, outside_transforms
 from funcjac._passes import Jacobian, empty
 from funcjac._reach import Reach, reach
 from funcjac._state import guard, rng_state, set_rng_state
@@ -53,12 +53,8 @@ def solve_within(call: Call, memory: Memory) -> Jacobian:
     if torch.compiler.is_compiling():
         route = Route("sum", "fwd" if call.options.mode == "fwd" else "rev", transposed=True)
         return by_sum(call, route, _CONTEXT)
-    route = _route(
-        call,
-        memory,
-        reach(call.reachable, memory.known),
-        functional=functional,
-    )
+    reached = reach(call.reachable, memory.known)
+    route = _route(call, memory, reached, functional=functional)
     engine = call.options.engine
     if engine == "auto":
         alike = None not in call.layout.diff_dims and call.options.randomness != "same"
@@ -84,6 +80,8 @@ def _by_rows(call: Call, route: Route) -> Jacobian:
         return BY_ENGINE[call.options.engine](call, route, _CONTEXT)
     try:
         return BY_ENGINE["vmap"](call, route, _CONTEXT)
+    except CONTROL_FLOW:
+        raise
     except Exception:
         # The sum trick cannot be verified here, so it is not tried.
         route = Route("loop", route.mode, 1, vectorized=False)
