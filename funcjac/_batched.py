@@ -17,6 +17,27 @@ from funcjac._tree import Tree, TreeSpec
 from funcjac.errors import refuse
 
 
+class Operator(NamedTuple):
+    """What a transform computes of a call, and how that is verified.
+
+    Attributes:
+        modes: what ``mode`` may be, beside ``"auto"``.
+        kernel: ``(call, route, context)`` to ``blocks[i][e]``, for output ``i`` and entry ``e``.
+        routes: ``(options, sizes, on_cpu)`` to what is worth trying, in order.
+        within: the mode inside of other transforms, from ``(mode, sizes, safe)``.
+        reference: the same by plain autograd, contracted with a cotangent; ``None`` where one
+            vector-Jacobian product is enough.
+        assemble: ``(call, blocks, output)`` to what the user gets.
+    """
+
+    modes: tuple[str, ...]
+    kernel: Callable[..., Any]
+    routes: Callable[..., Any]
+    within: Callable[..., Any]
+    assemble: Callable[..., Any]
+    reference: Callable[..., Any] | None = None
+
+
 @dataclass(frozen=True)
 class Options:
     """The words of one transform, checked when it is made."""
@@ -32,6 +53,7 @@ class Options:
     return_value: bool = False
     randomness: str = "error"
     check: bool | str = "auto"
+    operator: Any = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +93,7 @@ class Call(NamedTuple):
 
     Attributes:
         clone: whether ``func`` works in place on its arguments and must be given copies.
+        extra: how many of the last leaves are no arguments of ``func``, but of the operator.
         direct: whether a ``func`` that is a transform itself runs as one more level of this
             one, which verifies them together, rather than by choices of its own.
     """
@@ -83,6 +106,12 @@ class Call(NamedTuple):
     batch: int
     clone: bool = False
     direct: bool = False
+    extra: int = 0
+
+    @property
+    def extras(self) -> list[Any]:
+        """What the operator was given: weights, probes."""
+        return self.leaves[len(self.leaves) - self.extra :]
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -117,6 +146,8 @@ class Call(NamedTuple):
         leaves, kwargs = list(self.leaves), self.kwargs
         for i, leaf in zip(self.layout.diff, inputs):
             leaves[i] = leaf
+        if self.extra:
+            leaves = leaves[: -self.extra]
         if self.clone:
             leaves, kwargs = _tree.map_tensors(Tensor.clone, (leaves, kwargs))
         args = leaves if self.layout.plain else _tree.unflatten(self.layout.spec, leaves)

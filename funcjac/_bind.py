@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,6 +46,20 @@ def _remembered(
     leaves, spec = _tree.flatten_args(args)
     layouts[key] = layout = make_layout(options, args, leaves, spec)
     return layout
+
+
+def with_extras(
+    call: Call, layouts: dict[Any, Layout], extras: list[Any], dims: tuple[int | None, ...]
+) -> Call:
+    """The call with leaves of the operator's own behind the arguments."""
+    key = (id(call.layout), dims)
+    layout = layouts.get(key)
+    if layout is None:
+        old = call.layout
+        batched = [i for i, dim in enumerate(dims, len(old.dims)) if dim is not None]
+        layout = replace(old, dims=old.dims + dims, batched=(*old.batched, *batched))
+        layouts[key] = layout
+    return call._replace(leaves=[*call.leaves, *extras], layout=layout, extra=len(extras))
 
 
 def check_inputs(call: Call) -> None:

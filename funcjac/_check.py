@@ -11,7 +11,7 @@ from funcjac import _tree
 from funcjac._batched import Call, Options
 from funcjac._bind import bind
 from funcjac._engines import Context, Jacobian, executed, run
-from funcjac._jacobian import check_options, refuse_transformed, transform_of, usable
+from funcjac._jacobian import JACOBIAN, check_options, refuse_transformed, transform_of, usable
 from funcjac._mixing import check_rows, mixing_error
 from funcjac._modes import ENGINES, MODES, Route, routes, sizes_of
 from funcjac._probe import tolerance
@@ -52,7 +52,9 @@ def check_batched(
         funcjac.BatchMixingError: check_batched: expected each row of func's output ...
     """
     argnums = tuple(range(len(args))) or (0,)
-    options = Options("check_batched", argnums, in_dims, out_dims, randomness="different")
+    options = Options(
+        "check_batched", argnums, in_dims, out_dims, randomness="different", operator=JACOBIAN
+    )
     check_options(func, options)
     refuse_transformed("check_batched")
     args, kwargs = usable((args, kwargs))

@@ -9,14 +9,19 @@ import torch
 from torch import Tensor
 
 from funcjac import _tree
-from funcjac._batched import Call, Options, transform_behind
-from funcjac._bind import bind, check_inputs
+from funcjac._batched import Call, Operator, Options, transform_behind
+from funcjac._bind import bind, check_inputs, with_extras
 from funcjac._engines import Jacobian, Memory, solve, solve_transformed, solve_within
-from funcjac._modes import ENGINES, MODES
+from funcjac._modes import ENGINES, MODES, prefers_forward, routes
 from funcjac._native import is_transformed
+from funcjac._passes import jacobian
 from funcjac.errors import refuse
 
 _RANDOMNESS = ("error", "different", "same")
+
+
+# What an operator needs beside the arguments: tensors and their batch dimensions.
+Extras = Callable[..., tuple[list[Tensor], tuple["int | None", ...]]]
 
 
 @dataclass(frozen=True)
@@ -25,17 +30,21 @@ class Transform:
 
     func: Callable[..., Any]
     options: Options
+    extras: Extras | None = None
     memory: Memory = field(default_factory=Memory)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         call = bind(self.func, self.options, self.memory.layouts, args, kwargs)
         check_inputs(call)
-        return call
+        if self.extras is None:
+            return call
+        leaves, dims = self.extras(call, args, kwargs)
+        return with_extras(call, self.memory.layouts, leaves, dims)
 
     def within(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, clone: bool) -> Any:
         """The result as a level of another transform, which verifies the two together."""
         call = self.bind(args, kwargs)._replace(clone=clone)
-        return assemble(call, solve_within(call, self.memory))
+        return self.options.operator.assemble(call, solve_within(call, self.memory))
 
 
 def batch_jacobian(
@@ -127,6 +136,7 @@ def batch_jacobian(
         torch.Size([2, 3, 3, 3])
     """
     options = Options(
+        operator=JACOBIAN,
         name="batch_jacobian",
         argnums=argnums,
         in_dims=in_dims,
@@ -139,31 +149,41 @@ def batch_jacobian(
         randomness=randomness,
         check=check,
     )
-    check_options(func, options)
-    transform = Transform(func, options)
+    return transformed(func, options)
 
-    def jacobian(*args: Any, **kwargs: Any) -> Any:
+
+def transformed(
+    func: Callable[..., Any], options: Options, extras: Extras | None = None
+) -> Callable[..., Any]:
+    """The function that a transform returns, with the name of what it transforms.
+
+    Raises:
+        TypeError, ValueError: bad words.
+    """
+    check_options(func, options)
+    transform = Transform(func, options, extras)
+
+    def function(*args: Any, **kwargs: Any) -> Any:
         return evaluate(transform, args, kwargs)
 
-    return as_transformed(jacobian, transform)
-
-
-def as_transformed(function: Any, transform: Transform) -> Callable[..., Any]:
-    """Give a transformed function its own transform, and the name of what it transforms."""
-    functools.update_wrapper(function, transform.func, updated=())
-    function.__funcjac__ = transform
+    functools.update_wrapper(function, func, updated=())
+    vars(function)["__funcjac__"] = transform
     transform.memory.function = function
     return function
 
 
 def evaluate(transform: Transform, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    call = transform.bind(args, kwargs)
+    assemble = transform.options.operator.assemble
     if is_transformed():
+        call = transform.bind(args, kwargs)
         return assemble(call, solve_transformed(call, transform.memory))
-    if torch.is_inference_mode_enabled() or any(_is_inference(leaf) for leaf in call.leaves):
+    if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
-            call = transform.bind(*usable((args, kwargs)))
-            return assemble(call, solve(call, transform.memory))
+            return evaluate(transform, *usable((args, kwargs)))
+    call = transform.bind(args, kwargs)
+    if any(_is_inference(leaf) for leaf in call.leaves):
+        with torch.no_grad():
+            return evaluate(transform, *usable((args, kwargs)))
     return assemble(call, solve(call, transform.memory))
 
 
@@ -176,6 +196,17 @@ def assemble(call: Call, result: Jacobian) -> Any:
         return (jac, output.aux) if options.has_aux else jac
     value = _tree.unflatten(output.spec, output.leaves)
     return jac, (value, output.aux) if options.has_aux else value
+
+
+JACOBIAN = Operator(
+    modes=MODES,
+    kernel=jacobian,
+    routes=lambda options, sizes, on_cpu: routes(
+        options.engine, options.mode, options.chunk_size, sizes, on_cpu=on_cpu
+    ),
+    within=lambda sizes, safe: "fwd" if safe and prefers_forward(*sizes) else "rev",
+    assemble=assemble,
+)
 
 
 def transform_of(transformed: Any, name: str) -> Transform:
@@ -219,7 +250,7 @@ def check_options(func: Any, options: Options) -> None:
     _check_argnums(name, options.argnums)
     _check_dims(name, options)
     for word, allowed in (
-        ("mode", (*MODES, "auto")),
+        ("mode", (*options.operator.modes, "auto")),
         ("engine", (*ENGINES, "auto")),
         ("randomness", _RANDOMNESS),
     ):

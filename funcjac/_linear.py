@@ -45,7 +45,7 @@ def plain_pullback(call: Call, context: Context) -> tuple[Output, Pull]:
     def pull(i: int, last: bool, cotangent: Tensor) -> Tensors:
         return backward(leaves[i], inputs, cotangent, retain=graph or not last, graph=graph)
 
-    return output if graph else _detached(output), pull
+    return output if graph else detached(output), pull
 
 
 def plain_inputs(call: Call, context: Context) -> list[Tensor]:
@@ -160,7 +160,7 @@ def _plain_transpose(call: Call, context: Context) -> tuple[Output, Transpose]:
             return (None,) * len(seeds)
         return plain_vjp([grad], seeds, [tangent], retain=True, graph=context.graph)
 
-    return output if context.graph else _detached(output), transpose
+    return output if context.graph else detached(output), transpose
 
 
 def _functional_transpose(call: Call, context: Context) -> tuple[Output, Transpose]:
@@ -215,7 +215,7 @@ def join_tensors(rest: Any, tensors: Iterable[Tensor]) -> Any:
     return _tree.unflatten(spec, [next(found) if yes else o for yes, o in zip(is_tensor, others)])
 
 
-def _detached(output: Output) -> Output:
+def detached(output: Output) -> Output:
     """``output`` without its graph, which would otherwise outlive the pass."""
     aux = _tree.map_tensors(Tensor.detach, output.aux) if output.aux is not None else None
     return Output([out.detach() for out in output.leaves], output.spec, aux)

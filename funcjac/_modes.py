@@ -1,13 +1,15 @@
 """Forward or reverse, and in how many passes: the routes to a Jacobian."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ENGINES = ("vmap", "sum", "loop")
 MODES = ("fwd", "rev")
+NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd")
 
 # Basis elements that one pass may carry when chunk_size is None: 2**26 floats are 256 MiB.
 _PASS_ELEMENTS = 2**26
@@ -55,13 +57,19 @@ class Route:
     @property
     def is_forward_formula(self) -> bool:
         """Whether torch's forward-mode formulas are used."""
-        return self.mode == "fwd" and not self.transposed
+        return "fwd" in self.mode and not self.transposed
+
+    def is_differentiated_again(self, *, graph: bool) -> bool:
+        """Whether forward formulas are used and differentiated, by this or by the user."""
+        inner = self.mode.endswith("over_fwd")
+        return self.is_forward_formula and (graph or inner)
 
     @property
     def runs_often(self) -> bool:
         """Whether ``func`` runs more than once for one Jacobian."""
         chunked = self.chunk is not None
-        return self.engine == "loop" or (self.is_forward_formula and chunked)
+        nested = "_over_" in self.mode
+        return self.engine == "loop" or nested or (self.is_forward_formula and chunked)
 
     @property
     def is_functional(self) -> bool:
@@ -70,7 +78,10 @@ class Route:
 
     def passes(self, outputs: int, inputs: int) -> int:
         """Basis vectors to pull back or to push forward."""
-        return outputs if self.mode == "rev" else inputs
+        if self.mode == "taylor":
+            return inputs
+        counts = [outputs if mode == "rev" else inputs for mode in self.mode.split("_over_")]
+        return counts[0] if len(counts) == 1 else counts[1] * inputs
 
 
 # NOTE [Forward formulas that are wrong once differentiated again]
@@ -151,8 +162,56 @@ def routes(
     return found
 
 
+def second_routes(
+    options: Any, sizes: tuple[int, int, int], on_cpu: bool, *, first: str, modes: tuple[str, ...]
+) -> list[Route]:
+    """Routes to second derivatives: ``first`` is the engine that comes first, or Taylor.
+
+    ``modes`` are the nested ones that are worth trying when nobody asks for one.
+    """
+    del on_cpu
+    engine, mode, (batch, outputs, inputs) = options.engine, options.mode, sizes
+    found = []
+    if mode in ("auto", "taylor") and engine in ("auto", "sum"):
+        chunk = options.chunk_size
+        found += [Route("sum", "taylor", chunk), Route("sum", "taylor", chunk, slow=True)]
+    modes = modes if mode == "auto" else (mode,) if mode != "taylor" else ()
+    order = ("sum", "vmap", "loop") if first == "taylor" else ENGINES
+    nested: list[Route] = []
+    chunk = options.chunk_size or _chunk_of_both(batch, outputs, inputs)
+    for e in order:
+        for m in modes if engine in ("auto", e) else ():
+            nested += [r for r in _variants(e, m, chunk) if mode != "auto" or not r.transposed]
+    nested.sort(key=lambda route: route.transposed)
+    return found + nested if first == "taylor" else nested + found
+
+
+def partial_routes(options: Any, sizes: tuple[int, int, int], on_cpu: bool) -> list[Route]:
+    """Routes to mixed partial derivatives: Taylor, or one backward pass after another."""
+    del sizes, on_cpu
+    engine, mode, chunk = options.engine, options.mode, options.chunk_size
+    found = []
+    if mode in ("auto", "taylor") and engine in ("auto", "sum"):
+        found += [Route("sum", "taylor", chunk), Route("sum", "taylor", chunk, slow=True)]
+    if mode == "taylor":
+        return found
+    engines = ("sum", "vmap", "loop") if engine == "auto" else (engine,)
+    for e in engines:
+        found.append(Route(e, "rev" if mode == "auto" else mode, chunk, vectorized=False))
+    if mode == "fwd":
+        found += [replace(route, transposed=True) for route in found]
+    return found
+
+
+def _chunk_of_both(batch: int, outputs: int, inputs: int) -> int | None:
+    """Basis vectors in one pass of either level, so that both together stay within a size."""
+    width = batch * max(outputs, inputs)
+    fitting = max(int((_PASS_ELEMENTS / max(width, 1)) ** 0.5), 1)
+    return None if fitting >= max(outputs, inputs) else fitting
+
+
 def _variants(engine: str, mode: str, chunk: int | None) -> Iterator[Route]:
-    for transposed in (False, True) if mode == "fwd" else (False,):
+    for transposed in (False, True) if "fwd" in mode else (False,):
         if engine == "loop":
             yield Route(engine, mode, 1, vectorized=False, transposed=transposed)
             continue

@@ -40,7 +40,7 @@ class Jacobian(NamedTuple):
 
 def jacobian(call: Call, route: Route, context: Context) -> Jacobian:
     """The Jacobian of each row of ``call``, whose rows must be independent."""
-    if any(x.numel() == 0 for x in call.inputs):
+    if route.mode == "empty" or any(x.numel() == 0 for x in call.inputs):
         return empty(call)
     return (_reverse if route.mode == "rev" else _forward)(call, route, context)
 

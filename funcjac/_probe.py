@@ -1,7 +1,8 @@
 """A random cotangent and its plain vector-Jacobian product."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,23 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 0.05, tor
 _SEED = 0x6A61_636F_6269
 
 
+class Entry(NamedTuple):
+    """One column of blocks, as plain autograd has it.
+
+    Attributes:
+        seeds: what the block of each output is contracted with, from its first dimension on.
+        grad: what comes of that; ``None`` for zero, which has the form of ``like``.
+        dim: where ``grad`` has the batch; ``None`` for the sum over all rows.
+        size: of the terms that ``grad`` is a sum of, which may cancel.
+    """
+
+    seeds: list[Tensor]
+    grad: Tensor | None
+    like: Tensor
+    dim: int | None
+    size: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Probe:
     """A random cotangent and its plain VJP.
@@ -23,6 +41,7 @@ class Probe:
     Attributes:
         seeds: the cotangent, for each output leaf ``(B, *out)``.
         grads: what plain autograd pulls back to each input; ``None`` where nothing depends on it.
+        entries: what the blocks must come to.
         output: what ``func`` returned.
         seed: of the random cotangent.
     """
@@ -34,6 +53,18 @@ class Probe:
     output: Output
     draw: "_Draw"
     seed: int
+    entries: list[Entry] = field(default_factory=list)
+
+
+def verifier(call: Call, context: Context, seed: int = 0) -> Probe:
+    """Run ``func`` once, and get by plain autograd what the operator's blocks must come to."""
+    reference = call.options.operator.reference
+    if reference is None:
+        return probe(call, context, seed=seed)
+    found = probe(call, Context(graph=True), seed=seed)
+    with torch.enable_grad():
+        entries = reference(found, graph=context.graph)
+    return replace(found, entries=entries)
 
 
 def probe(call: Call, context: Context, rows: Tensor | None = None, seed: int = 0) -> Probe:
@@ -43,7 +74,9 @@ def probe(call: Call, context: Context, rows: Tensor | None = None, seed: int = 
     with torch.enable_grad():
         scalar, seeds, output = _contract(call, inputs, draw)
         grads = _pull_back(call.options.name, scalar, inputs, graph=context.graph)
-    return Probe(call, inputs, seeds, list(grads), output, draw, seed)
+    dims = call.layout.diff_dims
+    entries = [Entry(seeds, g, x, dim) for g, x, dim in zip(grads, inputs, dims)]
+    return Probe(call, inputs, seeds, list(grads), output, draw, seed, entries)
 
 
 @dataclass(frozen=True)
@@ -104,7 +137,7 @@ def _pull_back(
 def nested(call: Call, inputs: list[Tensor]) -> Call | None:
     """The call that ``func`` would make if it is itself a transform whose output is a Jacobian."""
     inner = transform_behind(call.func)
-    if inner is None or inner.options.return_value:
+    if inner is None or inner.options.return_value or inner.options.operator.reference:
         return None
     if inner.options.has_aux != call.options.has_aux:
         return None

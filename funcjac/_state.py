@@ -59,7 +59,7 @@ class Guard:
         for tensor, version, value in tensors:
             # Batch norm moves its running statistics without a new version.
             moved = tensor._version != version or not isinstance(tensor, nn.Parameter)
-            if moved and not _equal(tensor, value):
+            if moved and not same_values(tensor, value):
                 with torch.no_grad():
                     tensor.copy_(value)
                 changed = True
@@ -89,7 +89,7 @@ def guard(found: Reach, arguments: Iterable[Tensor] = (), *, values: bool = True
     return Guard(attributes, tensors, containers)
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def same_values(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 

@@ -20,14 +20,15 @@ from funcjac import _tree
 from funcjac._linear import Context
 from funcjac._passes import Jacobian
 from funcjac._probe import (
+    Entry,
     Probe,
     graph_leaves,
     nested,
     outer_product,
-    probe,
     random_like,
     tolerance,
     total,
+    verifier,
     wide,
 )
 from funcjac.errors import VerificationError, brief
@@ -41,33 +42,38 @@ _NOISE = 32
 
 def mismatch(found: Probe, result: Jacobian) -> str | None:
     """Where the Jacobian and the probe disagree, in words; ``None`` if they agree."""
-    worst = max((_excess(found, result, j), j) for j in range(len(found.inputs)))
-    if worst[0] <= 1:
+    worst = max(_excess(found, result, e) for e in range(len(found.entries)))
+    if worst <= 1:
         return None
-    error = worst[0] * _tolerance(found)
+    error = worst * _tolerance(found)
     return f"its product with a random cotangent is off by {error:.2g} of its size"
 
 
-def _excess(found: Probe, result: Jacobian, j: int) -> float:
-    """Largest difference in input ``j``, in units of what is tolerated."""
-    dim, grad = found.call.layout.diff_dims[j], _grad_rows(found, j)
-    predicted, size = _contracted(found.seeds, [blocks[j] for blocks in result.blocks])
-    if dim is None:
+def _excess(found: Probe, result: Jacobian, e: int) -> float:
+    """Largest difference in entry ``e``, in units of what is tolerated."""
+    entry = found.entries[e]
+    grad = _grad_rows(entry)
+    if not grad.numel():
+        return 0.0
+    predicted, size = _contracted(entry.seeds, [blocks[e] for blocks in result.blocks])
+    if entry.dim is None:
         predicted, size = predicted.sum(0, keepdim=True), size.sum(0, keepdim=True)
     difference = (predicted - grad).abs()
     # A number on one side and a nan on the other is an error of the Jacobian, not of the probe.
     difference = torch.where(grad.isfinite(), difference.nan_to_num(torch.inf, torch.inf), 0)
     scale = torch.where(grad.isfinite(), grad.abs(), 0) + size.nan_to_num(0, 0, 0)
+    if entry.size is not None:
+        scale = scale + wide(entry.size).nan_to_num(0, 0, 0).reshape(grad.shape)
     # Rounding is relative to the largest entry of the row, all else to the entry itself.
     limit = _tolerance(found) * scale + _rounding(found) * scale.amax(1, keepdim=True)
     ratio = torch.where(difference == 0, 0, difference / limit)
     return ratio.max().item()
 
 
-def _grad_rows(found: Probe, j: int) -> Tensor:
-    """What plain autograd pulled back to input ``j``, ``(B, N)``, or ``(1, N)`` if shared."""
-    dim, given = found.call.layout.diff_dims[j], found.grads[j]
-    grad = torch.zeros_like(found.inputs[j]) if given is None else given.detach()
+def _grad_rows(entry: Entry) -> Tensor:
+    """What plain autograd has for an entry, ``(B, N)``, or ``(1, N)`` summed over rows."""
+    dim, given = entry.dim, entry.grad
+    grad = torch.zeros_like(entry.like) if given is None else given.detach()
     grad = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
     return wide(grad).reshape(grad.shape[0], -1)
 
@@ -98,11 +104,13 @@ def is_noise(found: Probe, result: Jacobian) -> bool:
     """Whether rounding the input moves the VJP as much as the mismatch: bad conditioning."""
     eps = [torch.finfo(x.dtype).eps for x in found.inputs]
     moved = [x.detach() * (1 + e) for x, e in zip(found.inputs, eps)]
-    again = probe(found.call.with_inputs(moved), Context(), seed=found.seed)
-    for j, dim in enumerate(found.call.layout.diff_dims):
-        grad, other = _grad_rows(found, j), _grad_rows(again, j)
-        predicted, _ = _contracted(found.seeds, [blocks[j] for blocks in result.blocks])
-        predicted = predicted.sum(0, keepdim=True) if dim is None else predicted
+    again = verifier(found.call.with_inputs(moved), Context(), seed=found.seed)
+    for e, (entry, moved_entry) in enumerate(zip(found.entries, again.entries)):
+        grad, other = _grad_rows(entry), _grad_rows(moved_entry)
+        if not grad.numel():
+            continue
+        predicted, _ = _contracted(entry.seeds, [blocks[e] for blocks in result.blocks])
+        predicted = predicted.sum(0, keepdim=True) if entry.dim is None else predicted
         noise = (grad - other).abs().max()
         if not (predicted - grad).abs().max() <= _NOISE * noise:
             return False
@@ -142,15 +150,14 @@ def check_attached(found: Probe) -> None:
 
 def graph_mismatch(found: Probe, result: Jacobian) -> str | None:
     """Like :func:`mismatch`, for the derivatives of the Jacobian by whatever requires grad."""
-    dims = found.call.layout.diff_dims
-    tangents = [random_like(x, found.draw.generator) for x in found.inputs]
-    reference = [(g * t).sum() for g, t in zip(found.grads, tangents) if g is not None]
+    tangents = [random_like(entry.like, found.draw.generator) for entry in found.entries]
+    pairs = [(entry.grad, t) for entry, t in zip(found.entries, tangents)]
     ours = [
-        (outer_product(seed, t, dim).to(block.dtype) * block).sum()
-        for seed, blocks in zip(found.seeds, result.blocks)
-        for t, dim, block in zip(tangents, dims, blocks)
+        (outer_product(seed, t, entry.dim).to(blocks[e].dtype) * blocks[e]).sum()
+        for e, (entry, t) in enumerate(zip(found.entries, tangents))
+        for seed, blocks in zip(entry.seeds, result.blocks)
     ]
-    wanted, got = total(reference), total(ours)
+    wanted, got = total((g * t).sum() for g, t in pairs if g is not None), total(ours)
     given = {id(leaf) for leaf in found.call.leaves}
     theirs = {id(leaf): leaf for leaf in graph_leaves(wanted)}
     theirs |= {id(leaf): leaf for leaf in graph_leaves(got) if id(leaf) in given}
@@ -166,7 +173,12 @@ def graph_mismatch(found: Probe, result: Jacobian) -> str | None:
     scale = max(
         (wide(r).abs().nan_to_num(0, 0, 0).max().item() for r in right if r.numel()), default=0.0
     )
-    limit = 10 * _tolerance(found) * scale
+    sizes = [
+        entry.size.nan_to_num(0, 0, 0).max().item()
+        for entry in found.entries
+        if entry.size is not None
+    ]
+    limit = 10 * _tolerance(found) * scale + _rounding(found) * max(sizes, default=0.0)
     for r, g in zip(right, grads):
         error = (wide(r) - wide(g)).abs()
         if (error[r.isfinite()].nan_to_num(torch.inf) > limit).any():

@@ -41,6 +41,10 @@ class UnsuitableError(ValueError):
     """A route that is not even tried; part of a message, never raised by itself."""
 
 
+class UntraceableError(RuntimeError):
+    """Taylor propagation cannot follow a function; part of a message, never raised by itself."""
+
+
 def refuse(
     name: str, kind: type[Exception], expected: str, got: object, remedy: str = ""
 ) -> Exception:

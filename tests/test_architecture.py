@@ -19,6 +19,11 @@ MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_NESTING = 300, 40, 3
 # Names of the contract that exist today: others join with their modules.
 PUBLIC = {
     "batch_jacobian",
+    "batch_hessian",
+    "batch_hessian_diagonal",
+    "batch_laplacian",
+    "batch_divergence",
+    "batch_partials",
     "check_batched",
     "check_derivative",
     "explain",
@@ -29,13 +34,18 @@ PUBLIC = {
 }
 # What a later module may use, from the ground up. A module may import from lines above its own.
 LAYERS = [
-    ["errors", "_tree", "_native", "_modes", "_block", "_digits", "_reach"],
-    ["_batched", "_basis", "_state"],
-    ["_bind", "_linear"],
-    ["_passes", "_probe"],
-    ["_verify", "_mixing"],
+    ["errors", "_tree", "_native", "_modes", "_block", "_digits", "_reach", "_structure"],
+    ["_batched", "_basis", "_state", "_tape"],
+    ["_bind", "_linear", "_directions", "_jets"],
+    ["_passes", "_probe", "_elementwise"],
+    ["_verify", "_mixing", "_results", "_nested", "_trace", "_rules"],
+    ["_taylor", "_references"],
+    ["_along", "_pairs"],
+    ["_operators"],
     ["_engines"],
     ["_jacobian"],
+    ["_second_order", "_partials"],
+    ["_traces"],
     ["_check", "_explain"],
     ["__init__"],
     ["__main__"],

@@ -22,14 +22,14 @@ from funcjac._engines._record import (
     requires_grad,
     signature,
 )
-from funcjac._engines._rows import executed, run
+from funcjac._engines._rows import by_sum, executed, run
 from funcjac._engines._tell import failure, warn_of_fallback
 from funcjac._linear import Context
 from funcjac._mixing import check_rows
-from funcjac._modes import Recorder, Route, is_forward_safe, routes, sizes_of
+from funcjac._modes import Recorder, Route, is_forward_safe, sizes_of
 from funcjac._native import CONTROL_FLOW
-from funcjac._passes import Jacobian, empty
-from funcjac._probe import Probe, has_hidden_leaves, probe
+from funcjac._passes import Jacobian
+from funcjac._probe import Probe, has_hidden_leaves, verifier
 from funcjac._reach import Reach, reach
 from funcjac._state import Guard, guard, has_lazy, rng_state, same_rng_state, set_rng_state
 from funcjac._verify import aux_mismatch, check_attached, graph_mismatch, is_noise, mismatch
@@ -141,7 +141,7 @@ class _Attempt:
 
     def _probe(self) -> Probe:
         try:
-            found = probe(self.call, self.record.context)
+            found = verifier(self.call, self.record.context)
         except RuntimeError as error:
             if "leaf Variable" not in str(error) or self.call.clone:
                 raise
@@ -162,26 +162,25 @@ class _Attempt:
 
     def _of_nothing(self) -> Jacobian:
         set_rng_state(self.rng)
-        return empty(self.call)
+        return by_sum(self.call, Route("sum", "empty"), self.record.context)
 
     def _routes(self) -> list[Route]:
         """Routes worth trying; the record says why the others are not."""
         options = self.options
-        words = (options.engine, options.mode, options.chunk_size, self.record.sizes)
         found = []
         on_cpu = all(x.device.type == "cpu" for x in self.call.inputs)
-        for route in routes(*words, on_cpu=on_cpu):
+        for route in options.operator.routes(options, self.record.sizes, on_cpu):
             reason = self._unsuitable(route)
             if reason:
                 self.record.errors[route] = UnsuitableError(reason)
             else:
                 found.append(route)
-        forward = self.record.context.graph and any(route.is_forward_formula for route in found)
-        if forward and not self._is_forward_safe():
+        graph = self.record.context.graph
+        again = [route for route in found if route.is_differentiated_again(graph=graph)]
+        if again and not self._is_forward_safe():
             unsafe = "torch's forward formula of an operation is wrong once differentiated again"
-            for route in [route for route in found if route.is_forward_formula]:
-                self.record.errors[route] = UnsuitableError(unsafe)
-            found = [route for route in found if not route.is_forward_formula]
+            self.record.errors |= dict.fromkeys(again, UnsuitableError(unsafe))
+            found = [route for route in found if route not in again]
         return found
 
     def _unsuitable(self, route: Route) -> str | None:
@@ -209,7 +208,7 @@ class _Attempt:
             self._take_guard(values=record.moves or new)  # copies every parameter
         if self.options.check is True or (self.checked and new):
             record.probes += 1
-            self.found = probe(self.call, record.context, seed=record.probes)
+            self.found = verifier(self.call, record.context, seed=record.probes)
             self.drawn = rng_state()
             self._put_back()
         result = self._try(route) if self.found else self._timed(route)
@@ -259,7 +258,7 @@ class _Attempt:
         if not (self.checked and self.record.random and route.engine != "sum"):
             return self.found
         self._put_back()
-        return probe(executed(self.call, route.engine), self.record.context)
+        return verifier(executed(self.call, route.engine), self.record.context)
 
     def _timed(self, route: Route) -> Jacobian:
         self._synchronize()

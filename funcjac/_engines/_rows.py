@@ -18,13 +18,13 @@ from funcjac._bind import bind
 from funcjac._linear import Context, join_tensors, split_tensors
 from funcjac._modes import Route
 from funcjac._native import vmap_fallback
-from funcjac._passes import Jacobian, empty, jacobian
+from funcjac._passes import Jacobian
 from funcjac._state import rng_state, set_rng_state
 
 
 def by_sum(call: Call, route: Route, context: Context) -> Jacobian:
     """The sum trick on the whole batch: right if and only if rows are independent."""
-    return jacobian(call, route, context)
+    return call.options.operator.kernel(call, route, context)
 
 
 def by_vmap(call: Call, route: Route, context: Context) -> Jacobian:
@@ -36,7 +36,7 @@ def by_vmap(call: Call, route: Route, context: Context) -> Jacobian:
 
     def row(*leaves: Tensor) -> tuple[Tensor, ...]:
         rows = [leaf.unsqueeze(dim) for leaf, dim in zip(leaves, in_dims) if dim is not None]
-        found = jacobian(call.one_row(rows), route, context)
+        found = by_sum(call.one_row(rows), route, context)
         tensors, rest = _flatten_row(found)
         kept[:] = [rest]
         return tensors
@@ -49,8 +49,6 @@ def by_vmap(call: Call, route: Route, context: Context) -> Jacobian:
 
 def by_loop(call: Call, route: Route, context: Context) -> Jacobian:
     """One row after the other; the reference, and the last resort."""
-    if call.batch == 0:
-        return empty(call)
     same = rng_state() if call.options.randomness == "same" else None
     pieces: list[list[Tensor]] = []
     whole: list[Tensor] = []
@@ -58,7 +56,7 @@ def by_loop(call: Call, route: Route, context: Context) -> Jacobian:
     for b in range(call.batch):
         if same is not None:
             set_rng_state(same)
-        tensors, rest = _flatten_row(jacobian(call.one_row(row_of(call, b)), route, context))
+        tensors, rest = _flatten_row(by_sum(call.one_row(row_of(call, b)), route, context))
         if context.graph:
             pieces.append(list(tensors))
             continue

@@ -10,15 +10,20 @@ from funcjac.errors import EngineFallbackWarning, UnsuitableError, VerificationE
 
 
 def warn_of_fallback(options: Options, memory: Memory, record: Record, route: Route) -> None:
-    """Say once that vmap was left for ``route``, and why."""
-    left = [error for r, error in record.errors.items() if r.engine == "vmap"]
-    if options.engine != "auto" or not left or route.engine == "vmap" or memory.warned:
+    """Say once what was left for ``route``, and why: vmap, or Taylor propagation."""
+    taylor = "taylor" in options.operator.modes and options.mode == "auto"
+    first = ("mode", "taylor") if taylor else ("engine", "vmap")
+    left = [error for r, error in record.errors.items() if getattr(r, first[0]) == first[1]]
+    if options.engine != "auto" and not taylor:
+        return
+    if not left or getattr(route, first[0]) == first[1] or memory.warned:
         return
     memory.warned = True
     verified = "verified" if options.check is not False else "not verified (check=False)"
     warnings.warn(
-        f"{options.name}: left engine 'vmap' for '{route.engine}', because {brief(left[0])}. The "
-        f"result is {verified}. Pass engine={route.engine!r}, or "
+        f"{options.name}: left {first[0]} {first[1]!r} for {getattr(route, first[0])!r}, because "
+        f"{brief(left[0])}. The result is {verified}. Pass "
+        f"{first[0]}={getattr(route, first[0])!r}, or "
         'warnings.filterwarnings("ignore", category=funcjac.EngineFallbackWarning), to silence '
         "this.",
         EngineFallbackWarning,

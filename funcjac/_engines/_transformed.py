@@ -9,11 +9,12 @@ from funcjac._batched import Call
 from funcjac._engines._record import Memory, remember, signature
 from funcjac._engines._rows import BY_ENGINE, by_sum
 from funcjac._linear import Context
-from funcjac._modes import Recorder, Route, is_forward_safe, prefers_forward, sizes_of
+from funcjac._modes import Recorder, Route, is_forward_safe, sizes_of
 from funcjac._native import CONTROL_FLOW, is_transformed, outside_transforms
-from funcjac._passes import Jacobian, empty
+from funcjac._passes import Jacobian
 from funcjac._reach import Reach, reach
-from funcjac._state import guard, rng_state, set_rng_state
+from funcjac._state import guard, rng_state, same_values, set_rng_state
+from funcjac.errors import UntraceableError
 
 _CONTEXT = Context(functional=True, graph=True)
 
@@ -22,7 +23,7 @@ def solve_transformed(call: Call, memory: Memory) -> Jacobian:
     """The Jacobian of ``call`` by torch.func alone; nobody looks at values here."""
     if torch.compiler.is_compiling():
         # What runs is not known yet, so nothing is known of its forward formulas.
-        mode = "rev" if call.options.mode == "auto" else call.options.mode
+        mode = _compiled_mode(call)
         route = Route("vmap", mode, call.options.chunk_size, transposed=True)
         return BY_ENGINE["vmap"](call, route, _CONTEXT)
     reached = reach(call.reachable, memory.known)
@@ -36,7 +37,7 @@ def solve_transformed(call: Call, memory: Memory) -> Jacobian:
     with _Buffers(reached):
         try:
             if call.batch == 0:
-                return empty(call)
+                return by_sum(call, Route("sum", "empty"), _CONTEXT)
             return _solve(call, _route(call, memory, reached))
         finally:
             state.restore()
@@ -51,9 +52,11 @@ def solve_within(call: Call, memory: Memory) -> Jacobian:
     functional = is_transformed()
     call = call._replace(direct=True)
     if torch.compiler.is_compiling():
-        route = Route("sum", "fwd" if call.options.mode == "fwd" else "rev", transposed=True)
-        return by_sum(call, route, _CONTEXT)
+        return by_sum(call, Route("sum", _compiled_mode(call), transposed=True), _CONTEXT)
     reached = reach(call.reachable, memory.known)
+    taylor = None if functional else _by_taylor(call)
+    if taylor is not None:
+        return taylor
     route = _route(call, memory, reached, functional=functional)
     engine = call.options.engine
     if engine == "auto":
@@ -62,6 +65,26 @@ def solve_within(call: Call, memory: Memory) -> Jacobian:
     if call.batch == 1 or 0 in (call.batch, *[x.numel() for x in call.inputs]):
         engine = "sum"
     return BY_ENGINE[engine](call, route, _CONTEXT._replace(functional=functional))
+
+
+def _compiled_mode(call: Call) -> str:
+    """What will run is not known to be safe in forward mode, and cannot be looked at."""
+    options = call.options
+    return options.operator.within((0, 0), False) if options.mode == "auto" else options.mode
+
+
+def _by_taylor(call: Call) -> Jacobian | None:
+    """Taylor propagation, where the operator has it and nothing stands against it."""
+    options = call.options
+    has = "taylor" in options.operator.modes and options.mode in ("auto", "taylor")
+    if not has or options.engine not in ("auto", "sum") or None in call.layout.diff_dims:
+        return None
+    try:
+        return by_sum(call, Route("sum", "taylor", options.chunk_size), Context(graph=True))
+    except UntraceableError:
+        if options.mode == "taylor":
+            raise
+        return None
 
 
 def _solve(call: Call, route: Route) -> Jacobian:
@@ -92,20 +115,25 @@ def _route(call: Call, memory: Memory, reached: Reach, *, functional: bool = Tru
     """Forward mode only by formulas that may be differentiated again, which they will be."""
     options = call.options
     mode, transposed = options.mode, False
-    if mode != "rev":
+    if mode == "taylor":
+        raise RuntimeError(
+            f'{options.name}: expected no mode="taylor" inside of torch.func transforms, where '
+            'operations cannot be recorded. Use mode="auto".'
+        )
+    if mode == "auto" or "fwd" in mode:
         outputs, safe = _sizes(call, memory, reached)
         safe = safe and not reached.custom and not reached.scripted
         inputs = sizes_of(call.inputs, call.layout.diff_dims)
         if mode == "auto":
-            mode = "fwd" if safe and prefers_forward(outputs, inputs) else "rev"
+            mode = options.operator.within((outputs, inputs), safe)
         elif not safe and functional:
             raise RuntimeError(
                 f"{options.name}: expected func to have forward formulas that may be "
-                'differentiated again with mode="fwd" inside of a torch.func transform, got an '
+                f"differentiated again with mode={mode!r} inside of a torch.func transform, got an "
                 "operation of which torch's are wrong or unknown (layer norm, batch norm, det, "
-                'slogdet, solve, a custom autograd.Function). Use mode="rev" or "auto".'
+                'slogdet, solve, a custom autograd.Function). Use a reverse mode, or "auto".'
             )
-        transposed = mode == "fwd" and not functional
+        transposed = "fwd" in mode and not functional
     return Route(options.engine, mode, options.chunk_size, transposed=transposed)
 
 
@@ -142,7 +170,9 @@ class _Buffers:
                 self.values = [buffer.clone() for buffer in self.buffers]
 
     def __exit__(self, *_: object) -> None:
-        if self.buffers:
-            with outside_transforms(), torch.no_grad():
-                for buffer, value in zip(self.buffers, self.values):
+        if not self.buffers:
+            return
+        with outside_transforms(), torch.no_grad():
+            for buffer, value in zip(self.buffers, self.values):
+                if not same_values(buffer, value):  # a new version would break graphs
                     buffer.copy_(value)

@@ -1,0 +1,191 @@
+"""Along which directions an operator differentiates, and with which weights.
+
+``sum_r weights[r] D^2 f [left[r], right[r]]`` is a Laplacian for the standard basis, a weighted
+one for directions that are made from it and the weight, and an estimate for random probes
+(M. F. Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1989).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcjac._batched import Call
+from funcjac._native import is_transformed
+from funcjac.errors import refuse
+
+PROBES = ("rademacher", "gaussian")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The words of an operator that are its own."""
+
+    kind: str
+    weight: Tensor | Callable[..., Tensor] | None = None
+    weight_dim: int | None = None
+    samples: int | None = None
+    probes: str = "rademacher"
+    generator: torch.Generator | None = None
+    return_error: bool = False
+    indices: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def is_weighted(self) -> bool:
+        return self.weight is not None
+
+
+class Directions(NamedTuple):
+    """Directions in one input: ``(K, *x.shape)`` with the batch where the input has it.
+
+    Attributes:
+        right: second directions, ``None`` for the same ones.
+        basis: whether ``left`` is the standard basis.
+    """
+
+    left: Tensor
+    right: Tensor | None
+    weights: Tensor
+    basis: bool
+
+    def narrow(self, start: int, stop: int) -> Directions:
+        right = None if self.right is None else self.right[start:stop]
+        return Directions(self.left[start:stop], right, self.weights[start:stop], self.basis)
+
+
+def row_shape(x: Tensor, dim: int | None) -> torch.Size:
+    return x.shape if dim is None else x.shape[:dim] + x.shape[dim + 1 :]
+
+
+def basis(x: Tensor, dim: int | None, coordinates: list[int] | None = None) -> Tensor:
+    """The standard basis of a row, or some of it, the same in all rows: ``(K, *x.shape)``."""
+    row = row_shape(x, dim)
+    eye = torch.eye(row.numel(), dtype=x.dtype, device=x.device)
+    eye = eye if coordinates is None else eye[coordinates]
+    return _placed(eye.view(len(eye), 1, *row), x, dim)
+
+
+def _placed(rows: Tensor, x: Tensor, dim: int | None) -> Tensor:
+    """``(K, B or 1, *row)`` with the batch where the input has it."""
+    if dim is None:
+        return rows[:, 0]
+    rows = rows.expand(rows.shape[0], x.shape[dim], *rows.shape[2:])
+    return rows if dim == 0 else rows.movedim(1, dim + 1)
+
+
+def directions(call: Call, spec: Spec, j: int, *, exact: bool) -> Directions:
+    """Directions in input ``j``; ``exact`` for the standard basis wherever it can be."""
+    x, dim = call.inputs[j], call.layout.diff_dims[j]
+    row = row_shape(x, dim)
+    weight = call.extras[0] if spec.is_weighted else None
+    shared = weight is None or call.layout.dims[len(call.leaves) - call.extra] is None
+    if spec.samples is not None:
+        probes = call.extras[spec.is_weighted + j].movedim(1, 0)  # (k, B, *row)
+        even = x.new_full((len(probes),), 1 / len(probes))
+        right = None if weight is None else _placed(_applied(weight, probes, row, shared), x, dim)
+        return Directions(_placed(probes, x, dim), right, even, basis=False)
+    left = basis(x, dim)
+    if weight is None:
+        return Directions(left, None, x.new_ones(len(left)), basis=True)
+    is_vector = weight.ndim == len(row) + (not shared)
+    if shared and is_vector:
+        return Directions(left, None, weight.reshape(-1), basis=True)
+    if shared and not (exact or weight.requires_grad or is_transformed()):
+        values, vectors = torch.linalg.eigh(weight.detach().reshape(row.numel(), -1).double())
+        kept = values.abs() >= torch.finfo(x.dtype).eps * values.abs().max()
+        rows = vectors.mT[kept].to(x.dtype).view(-1, 1, *row)
+        return Directions(_placed(rows, x, dim), None, values[kept].to(x.dtype), basis=False)
+    eye = torch.eye(row.numel(), dtype=x.dtype, device=x.device).view(-1, 1, *row)
+    right = _placed(_applied(weight, eye, row, shared), x, dim)
+    return Directions(left, right, x.new_ones(len(left)), basis=True)
+
+
+def _applied(weight: Tensor, rows: Tensor, row: torch.Size, shared: bool) -> Tensor:
+    """The weight times each of ``(K, B or 1, *row)``."""
+    weight = weight.unsqueeze(0) if shared else weight  # (B or 1, *row[, *row])
+    if weight.ndim == len(row) + 1:
+        return weight * rows
+    size = row.numel()
+    matrix = weight.reshape(len(weight), size, size)
+    flat = rows.reshape(rows.shape[0], rows.shape[1], size)  # (K, B or 1, N)
+    found = torch.matmul(matrix, flat.movedim(0, -1)).movedim(-1, 0)
+    return found.reshape(rows.shape[0], -1, *row)
+
+
+# --- what a call carries with it ----------------------------------------------------------
+
+
+def extras_of(spec: Spec) -> Callable[..., tuple[list[Tensor], tuple[int | None, ...]]] | None:
+    """A function of a call and its arguments to weight and probes, with their batch dimensions."""
+    if not spec.is_weighted and spec.samples is None:
+        return None
+
+    def extras(call: Call, args: Any, kwargs: Any) -> tuple[list[Tensor], tuple[int | None, ...]]:
+        found: list[Tensor] = []
+        dims: list[int | None] = []
+        if spec.is_weighted:
+            weight = spec.weight(*args, **kwargs) if callable(spec.weight) else spec.weight
+            found.append(_checked(call, spec, weight))
+            dims.append(None if spec.weight_dim is None else 0)
+        if spec.samples is not None:
+            found += [_drawn(call, spec, j) for j in range(len(call.inputs))]
+            dims += [0] * len(call.inputs)
+        return found, tuple(dims)
+
+    return extras
+
+
+def _drawn(call: Call, spec: Spec, j: int) -> Tensor:
+    x = call.inputs[j]
+    shape = (call.batch, spec.samples or 0, *row_shape(x, call.layout.diff_dims[j]))
+    words = {"generator": spec.generator, "device": x.device}
+    if spec.generator is not None:
+        words["device"] = spec.generator.device
+    if spec.probes == "gaussian":
+        return torch.randn(shape, dtype=x.dtype, **words).to(x.device)
+    return (2 * torch.randint(0, 2, shape, **words) - 1).to(x.device, x.dtype)
+
+
+def _checked(call: Call, spec: Spec, weight: Any) -> Tensor:
+    """The weight with the batch in front, if it has one.
+
+    Raises:
+        TypeError, ValueError: it is no vector and no symmetric matrix for the one input.
+    """
+    name, dim = call.options.name, spec.weight_dim
+    if len(call.inputs) != 1:
+        raise refuse(
+            name,
+            ValueError,
+            "one input tensor with weight",
+            len(call.inputs),
+            "Name one in argnums.",
+        )
+    (x,) = call.inputs
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise refuse(name, TypeError, "weight to be a tensor of real numbers", got)
+    row, shape = row_shape(x, call.layout.diff_dims[0]), weight.shape
+    if dim is not None:
+        if not -weight.ndim <= dim < weight.ndim or shape[dim] != call.batch:
+            expected = f"weight to have a batch of {call.batch} in dimension {dim}"
+            raise refuse(name, ValueError, expected, f"shape {tuple(shape)}")
+        weight = weight.movedim(dim, 0)
+        shape = weight.shape[1:]
+    if shape not in (row, row + row):
+        whole, square = tuple(row), tuple(row + row)
+        rows = "in each row" if dim is not None else "(and weight_dim if there is one for each row)"
+        expected = f"weight of shape {whole} or {square} {rows}"
+        raise refuse(name, ValueError, expected, f"shape {tuple(shape)}")
+    weight = weight.to(x.device, x.dtype)
+    if shape != row and not is_transformed():
+        matrix = weight.detach().reshape(*weight.shape[: dim is not None], row.numel(), row.numel())
+        limit = 100 * torch.finfo(x.dtype).eps * matrix.abs().amax() if matrix.numel() else 0
+        if matrix.numel() and (matrix - matrix.mT).abs().amax() > limit:
+            remedy = "Pass (W + W.mT) / 2, which has the same sum."
+            raise refuse(name, ValueError, "a symmetric matrix as weight", "another", remedy)
+    return weight

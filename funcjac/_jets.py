@@ -1,0 +1,240 @@
+"""Which derivatives are propagated, and where one operation stands among them.
+
+A *jet* holds the derivatives of a tensor along a few directions, stacked in front: ``(P,
+*shape)``. First derivatives come first, then second ones, then those of higher order. A jet
+may end after any order; what is missing is zero. A :class:`Scheme` says which they are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from funcjac._tape import Node, Tape
+
+Jet = Optional[Tensor]  # noqa: UP045  evaluated in Python 3.10
+Index = tuple[int, ...]
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The derivatives of a jet.
+
+    Attributes:
+        firsts: number of directions.
+        seconds: number of second derivatives.
+        left, right: second derivative ``r`` is along directions ``left[r]`` and ``right[r]``.
+        weights: where given, second derivatives are added up with these, to one.
+        higher: multi-indices of order three and more, by order.
+        places: of all multi-indices, where derivatives are named by such.
+    """
+
+    firsts: int
+    seconds: int
+    left: slice | Tensor
+    right: slice | Tensor
+    weights: Tensor | None = None
+    higher: tuple[Index, ...] = ()
+    places: dict[Index, int] = field(default_factory=dict)
+
+    def along(self, a: Tensor, b: Tensor, product: Product) -> Tensor:
+        """``product(d_i a, d_j b)`` for each second derivative ``ij``."""
+        return self.total(on_one_row(product, a[self.left], b[self.right]))
+
+    def total(self, found: Tensor) -> Tensor:
+        """Second derivatives as they are kept: each, or their weighted sum."""
+        if self.weights is None:
+            return found
+        return torch.tensordot(self.weights.to(found.dtype), found, 1).unsqueeze(0)
+
+    def crossed(self, a: Tensor, b: Tensor, product: Product) -> Tensor:
+        """``product(d_i a, d_j b) + product(d_j a, d_i b)`` for each second derivative."""
+        once = self.along(a, b, product)
+        if self.left is self.right:
+            return 2 * once
+        other = Scheme(self.firsts, self.seconds, self.right, self.left, self.weights)
+        return once + other.along(a, b, product)
+
+
+def straight(count: int, weights: Tensor | None = None) -> Scheme:
+    """The second derivative along each of ``count`` directions, or their weighted sum."""
+    every = slice(0, count)
+    return Scheme(count, count if weights is None else 1, every, every, weights)
+
+
+def paired(count: int, weights: Tensor | None) -> Scheme:
+    """The weighted sum of second derivatives along directions ``r`` and ``count + r``."""
+    seconds = count if weights is None else 1
+    return Scheme(2 * count, seconds, slice(0, count), slice(count, 2 * count), weights)
+
+
+def mixed(indices: Sequence[Index], device: torch.device) -> Scheme:
+    """Mixed derivatives of any order, and all of lower order that they need.
+
+    The entries of an index are directions, counted from 0 without a gap.
+    """
+    closed = {tuple(sorted(part)) for index in indices for part in _parts(index)}
+    ordered = sorted(closed, key=lambda index: (len(index), index))
+    pairs = [index for index in ordered if len(index) == 2]
+    left, right = (torch.tensor([p[k] for p in pairs], device=device) for k in (0, 1))
+    return Scheme(
+        firsts=sum(len(index) == 1 for index in ordered),
+        seconds=len(pairs),
+        left=left.long(),
+        right=right.long(),
+        higher=tuple(index for index in ordered if len(index) > 2),
+        places={index: place for place, index in enumerate(ordered)},
+    )
+
+
+def _parts(index: Index) -> Iterator[Index]:
+    for size in range(1, len(index) + 1):
+        yield from itertools.combinations(index, size)
+
+
+def partitions(index: Index) -> Iterator[list[Index]]:
+    """All ways to split the positions of ``index`` into blocks, as their entries."""
+    if not index:
+        yield []
+        return
+    first, rest = index[0], index[1:]
+    for found in partitions(rest):
+        yield [(first,), *found]
+        for i, block in enumerate(found):
+            yield [*found[:i], (first, *block), *found[i + 1 :]]
+
+
+def part(scheme: Scheme, jet: Tensor, index: Index) -> Tensor | None:
+    """One derivative of a jet, as a stack of one; ``None`` where it is zero or the value."""
+    place = scheme.places.get(tuple(sorted(index)), len(jet))
+    return jet[place : place + 1] if place < len(jet) else None
+
+
+def add(a: Jet, b: Jet) -> Jet:
+    """The sum of two jets of one shape, of which either may end before the other."""
+    if a is None or b is None:
+        return a if b is None else b
+    if len(a) == len(b):
+        return a + b
+    longer, shorter = (a, b) if len(a) > len(b) else (b, a)
+    return torch.cat([longer[: len(shorter)] + shorter, longer[len(shorter) :]])
+
+
+def filled(jet: Tensor, length: int) -> Tensor:
+    """A jet with zeros up to ``length`` derivatives."""
+    if len(jet) >= length:
+        return jet
+    return torch.cat([jet, jet.new_zeros(length - len(jet), *jet.shape[1:])])
+
+
+def extend(jet: Tensor, found: Tensor, start: int) -> Tensor:
+    """A jet with ``found`` added to its derivatives from ``start`` on."""
+    stop = start + len(found)
+    if len(jet) <= start:
+        return torch.cat([jet, found.expand(len(found), *jet.shape[1:])])
+    return torch.cat([jet[:start], jet[start:stop] + found, jet[stop:]])
+
+
+Terms = list[tuple[Tensor, Tensor]]
+
+
+def combined(
+    firsts: Terms, seconds: Terms, start: int, shape: torch.Size, *, overwrite: bool
+) -> Jet:
+    """The sum of ``factor * jet``, and from ``start`` on of ``factor * derivatives``.
+
+    Fresh memory costs more than the arithmetic: with ``overwrite``, a jet that nobody needs any
+    more gives its own.
+    """
+    if not firsts:
+        return None
+    if torch.is_grad_enabled():
+        total: Any = None
+        for factor, jet in firsts:
+            total = add(total, factor * jet)
+        terms = [factor * found for factor, found in seconds]
+        return extend(total, sum(terms[1:], terms[0]), start) if terms else total
+    if len(firsts) > 1:
+        firsts = sorted(firsts, key=lambda term: -len(term[1]))
+    ends = [len(jet) for _, jet in firsts] + [start + len(found) for _, found in seconds]
+    factor, first = firsts[0]
+    dtype = first.dtype
+    if factor.dtype != dtype:
+        dtype = torch.promote_types(factor.dtype, dtype)
+    fits = overwrite and first.shape == (max(ends), *shape) and first.dtype == dtype
+    whole = first if fits else first.new_empty((max(ends), *shape), dtype=dtype)
+    end = 0  # of what has been written; the rest is not added to but written
+    for begin, (factor, found) in [*((0, t) for t in firsts), *((start, t) for t in seconds)]:
+        stop = begin + len(found)
+        if end >= stop:
+            whole[begin:stop].addcmul_(factor, found)
+        else:
+            torch.mul(factor, found, out=whole[begin:stop])
+            end = stop
+    return whole
+
+
+def aligned(jet: Tensor, ndim: int) -> Tensor:
+    """A jet that broadcasts as its value does against one of ``ndim`` dimensions."""
+    missing = ndim - (jet.ndim - 1)
+    return jet.reshape(len(jet), *[1] * missing, *jet.shape[1:]) if missing > 0 else jet
+
+
+def on_one_row(product: Product, a: Tensor, b: Tensor) -> Tensor:
+    """``product(a, b)``; of one row, where both are the same in all rows."""
+    alike = product is torch.mul and a.shape == b.shape and a.ndim > 1
+    if alike and a.shape[1] > 1 and a.stride(1) == b.stride(1) == 0:
+        return product(a[:, :1], b[:, :1]).expand(a.shape)
+    return product(a, b)
+
+
+def spread(jet: Tensor, shape: Sequence[int]) -> Tensor:
+    return aligned(jet, len(shape)).expand(len(jet), *shape)
+
+
+class Site(NamedTuple):
+    """One operation with what reaches it.
+
+    Attributes:
+        jets: of the node's slots; ``None`` where nothing depends on the directions.
+        graph: whether the result will be differentiated.
+        spare: whether nobody else needs the memory of the one jet.
+        known: derivatives of operations, which serve all directions.
+        inline: propagates through a function of the same arguments instead of the operation.
+    """
+
+    node: Node
+    tape: Tape
+    jets: list[Jet]
+    scheme: Scheme
+    graph: bool
+    spare: bool
+    known: dict[Any, Any]
+    inline: Callable[[Site, Callable[..., Any]], list[Jet]]
+
+    @property
+    def name(self) -> str:
+        return self.node.op.overloadpacket.__name__
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the first result."""
+        return self.tape.shapes[self.node.outs[0] or 0]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def value(self, i: int) -> Tensor:
+        """Of the argument that is ``i``-th among those that depend on the input."""
+        return self.tape.value(self.node.slots[i])
+
+    def cast(self, jet: Jet) -> Jet:
+        """In the dtype of the first result."""
+        return None if jet is None else jet.to(self.tape.dtypes[self.node.outs[0] or 0])

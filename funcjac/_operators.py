@@ -1,0 +1,178 @@
+"""What the second-order transforms compute of a call: their kernels.
+
+Each is written once, over a *backend* that gives derivatives along directions: Taylor
+propagation through the whole batch, or one differentiation nested in another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcjac._along import Along, Columns
+from funcjac._batched import Call, Output
+from funcjac._directions import Spec, basis, directions, row_shape
+from funcjac._jets import mixed
+from funcjac._linear import Context
+from funcjac._modes import Route
+from funcjac._nested import hessian_blocks, partial_along
+from funcjac._pairs import all_pairs
+from funcjac._passes import Jacobian
+from funcjac._taylor import Recording, propagate, record
+
+
+def zeros(call: Call, spec: Spec) -> Jacobian:
+    """The result for an empty batch, or rows without elements: ``func`` runs for shapes."""
+    output = call(call.inputs)
+    rows = [row_shape(x, dim) for x, dim in zip(call.inputs, call.layout.diff_dims)]
+    first = rows if call.options.return_value else []
+    shapes = {
+        "hessian": [a + b for a in rows for b in rows] + first,
+        "diagonal": rows + first,
+        "laplacian": [torch.Size()] * (1 + spec.return_error)
+        + (first if spec.samples is None else []),
+        "partials": [torch.Size()] * len(spec.indices),
+        "divergence": [torch.Size()] * (1 + spec.return_error),
+    }[spec.kind]
+    outs = (
+        output.leaves if spec.kind != "divergence" else [output.leaves[0].flatten(1)[:, :0].sum(1)]
+    )
+    blocks = [[out.new_zeros((*out.shape, *shape)) for shape in shapes] for out in outs]
+    return Jacobian(blocks, output)
+
+
+def is_empty(call: Call, route: Route) -> bool:
+    return route.mode == "empty" or any(x.numel() == 0 for x in call.inputs)
+
+
+# --- kernels ------------------------------------------------------------------------------
+
+
+def diagonal(call: Call, route: Route, context: Context, *, spec: Spec) -> Jacobian:
+    if is_empty(call, route):
+        return zeros(call, spec)
+    along = Along(call, route, context)
+    columns: list[list[Tensor]] = []
+    slopes: list[list[Tensor]] = []
+    for j in range(len(call.inputs)):
+        found = Columns(call, j, context)
+        first = Columns(call, j, context)
+        every = directions(call, spec, j, exact=True)
+        for start, stop, firsts, seconds in along.pieces(j, every, total=False):
+            found.add(along.output, seconds, start, stop)
+            if call.options.return_value:
+                first.add(along.output, firsts, start, stop)
+        columns.append(found.result(along.output))
+        if call.options.return_value:
+            slopes.append(first.result(along.output))
+    assert along.output is not None
+    return Jacobian([list(block) for block in zip(*columns, *slopes)], along.output)
+
+
+def laplacian(call: Call, route: Route, context: Context, *, spec: Spec) -> Jacobian:
+    if is_empty(call, route):
+        return zeros(call, spec)
+    along = Along(call, route, context)
+    exact = call.options.return_value and spec.samples is None
+    each: list[Tensor] = []  # for each output, contributions (k, B, *out)
+    slopes: list[list[Tensor]] = []
+    for j in range(len(call.inputs)):
+        given = directions(call, spec, j, exact=exact)
+        first = Columns(call, j, context)
+        pieces: list[list[Any]] = []
+        for start, stop, firsts, seconds in along.pieces(j, given, total=not spec.return_error):
+            pieces.append(seconds)
+            if exact:
+                first.add(along.output, firsts, start, stop)
+        assert along.output is not None
+        each = _gathered(each, pieces, along.output, len(given.left) if spec.return_error else 1)
+        if exact:
+            slopes.append(first.result(along.output))
+    assert along.output is not None
+    x = call.inputs[0]
+    columns = [_estimates(found, out, x, spec) for found, out in zip(each, along.output.leaves)]
+    rows = [[column[0], *(s[i] for s in slopes), *column[1:]] for i, column in enumerate(columns)]
+    return Jacobian(rows, along.output)
+
+
+def _gathered(each: Any, pieces: list[list[Any]], output: Output, count: int) -> list[Any]:
+    """Contributions of all inputs added up, where there are several samples sample by sample."""
+    found = []
+    for i, out in enumerate(output.leaves):
+        parts = [piece[i] for piece in pieces if piece[i] is not None]
+        if not parts:
+            one = out.new_zeros((count, *out.shape))
+        elif count > 1:
+            one = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+        else:
+            one = sum(parts[1:], parts[0])
+        found.append(one if not each else each[i] + one)
+    return found
+
+
+def _estimates(found: Tensor, out: Tensor, x: Tensor, spec: Spec) -> list[Tensor]:
+    dtype = torch.result_type(out, x)
+    if not spec.return_error:
+        return [found.sum(0).to(dtype).expand(out.shape).contiguous()]
+    mean = found.mean(0)
+    error = found.std(0) / len(found) ** 0.5
+    return [mean.to(dtype).contiguous(), error.to(dtype).contiguous()]
+
+
+def hessian(call: Call, route: Route, context: Context, *, spec: Spec) -> Jacobian:
+    if is_empty(call, route):
+        return zeros(call, spec)
+    compute = all_pairs if route.mode == "taylor" else hessian_blocks
+    hess, jac, output = compute(call, route, context)
+    slopes = jac if call.options.return_value else [[] for _ in hess]
+    blocks = [[b for row in found for b in row] + slope for found, slope in zip(hess, slopes)]
+    return Jacobian(blocks, output)
+
+
+def partials(call: Call, route: Route, context: Context, *, spec: Spec) -> Jacobian:
+    if is_empty(call, route):
+        return zeros(call, spec)
+    x, dim = call.inputs[0], call.layout.diff_dims[0]
+    step = route.chunk or len(spec.indices)
+    columns: list[list[Tensor]] = []
+    recording = record(call, context) if route.mode == "taylor" else None
+    output = None if recording is None else recording.output
+    for start in range(0, len(spec.indices), step):
+        group = spec.indices[start : start + step]
+        if recording is not None:
+            columns += _taylor_partials(recording, group, x, dim)
+            continue
+        for index in group:
+            found, output = partial_along(call, route, context, index)
+            columns.append(found)
+    assert output is not None
+    dtypes = [torch.result_type(out, x) for out in output.leaves]
+    rows = [[c.to(dtype).contiguous() for c in cs] for cs, dtype in zip(zip(*columns), dtypes)]
+    return Jacobian(rows, output)
+
+
+def _taylor_partials(
+    recording: Recording, group: Sequence[tuple[int, ...]], x: Tensor, dim: int | None
+) -> list[list[Tensor]]:
+    used = sorted({i for index in group for i in index})
+    names = {coordinate: k for k, coordinate in enumerate(used)}
+    indices = [tuple(names[i] for i in index) for index in group]
+    outs = recording.output.leaves
+    if not used:
+        return [list(outs) for _ in group]
+    scheme = mixed(indices, x.device)
+    jets = propagate(recording, {0: basis(x, dim, used)}, scheme)
+    found = []
+    for index in indices:
+        place = scheme.places.get(tuple(sorted(index)))
+        found.append(
+            [out if place is None else _entry(jet, place, out) for jet, out in zip(jets, outs)]
+        )
+    return found
+
+
+def _entry(jet: Tensor | None, place: int, out: Tensor) -> Tensor:
+    return torch.zeros_like(out) if jet is None or place >= len(jet) else jet[place]

@@ -1,0 +1,222 @@
+"""How derivatives pass through one operation.
+
+There is no table of derivatives: those come from PyTorch's own reverse-mode formulas. What is
+listed is structure: which operations are linear, which are products, and which are better
+taken apart. Forward-mode formulas are not used, so none of their errors can enter.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcjac._elementwise import elementwise, opaque
+from funcjac._jets import Jet, Scheme, Site, add, aligned, extend, filled, part, spread
+from funcjac._native import matmul, over_basis
+from funcjac._structure import (
+    AFFINE,
+    ELEMENTWISE,
+    LINEAR,
+    NUMBERED,
+    PRODUCTS,
+    decomposition,
+)
+from funcjac.errors import UntraceableError
+
+
+def push(site: Site) -> list[Jet]:
+    """Derivatives of what a node returned, ``None`` where they are zero."""
+    return rule_of(site.node.op)(site)
+
+
+@functools.cache
+def rule_of(op: Any) -> Callable[[Site], list[Jet]]:
+    """How derivatives pass through an operation."""
+    name = op.overloadpacket.__name__
+    if torch.Tag.nondeterministic_seeded in op.tags:
+        return _random
+    known = {"_to_copy": _cast, "div": _quotient, "add": _sum, "sub": _sum}
+    known |= dict.fromkeys(LINEAR, _linear) | dict.fromkeys(AFFINE, _affine)
+    known |= dict.fromkeys(PRODUCTS, _product)
+    if name in known and op._overloadname not in NUMBERED:
+        return known[name]
+    if torch.Tag.pointwise in op.tags or name in ELEMENTWISE:
+        return elementwise
+    taken_apart = decomposition(op)
+    if taken_apart is None:
+        return opaque
+    return lambda site: site.inline(site, taken_apart)
+
+
+def _random(site: Site) -> list[Jet]:
+    raise UntraceableError(f"{site.node.op} draws random numbers")
+
+
+def _cast(site: Site) -> list[Jet]:
+    return [site.cast(site.jets[0])]
+
+
+def _divided(site: Site) -> Jet:
+    jet = site.jets[0]
+    return None if jet is None else aligned(jet, site.ndim) / site.node.args[1]
+
+
+def _quotient(site: Site) -> list[Jet]:
+    if site.node.places == ((0, None),) and not site.node.kwargs:
+        return [site.cast(_divided(site))]
+    return elementwise(site)
+
+
+# --- linear -------------------------------------------------------------------------------
+
+
+def _linear(site: Site) -> list[Jet]:
+    active = set(site.node.places)
+    args = [_bare(arg, (i, None), active) for i, arg in enumerate(site.node.args)]
+    bare = site.node._replace(args=tuple(args))
+    found = over_basis(lambda *tangents: _listed(bare(tangents)), *_of_one_length(site))
+    return [jet if slot is not None else None for jet, slot in zip(found, site.node.outs)]
+
+
+def _bare(arg: Any, place: Any, active: set[Any]) -> Any:
+    """An argument that adds nothing to the result."""
+    if type(arg) in (list, tuple) and any(isinstance(item, Tensor) for item in arg):
+        return [_bare(item, (place[0], j), active) for j, item in enumerate(arg)]
+    if place in active or not isinstance(arg, Tensor) or not arg.is_floating_point():
+        return arg
+    return torch.zeros_like(arg)
+
+
+def _of_one_length(site: Site) -> list[Tensor]:
+    """Jets with zeros for what is missing."""
+    longest = max(len(jet) for jet in site.jets if jet is not None)
+    like = next(jet for jet in site.jets if jet is not None)
+    found = []
+    for slot, jet in zip(site.node.slots, site.jets):
+        if jet is None:
+            shape, dtype = site.tape.shapes[slot], site.tape.dtypes[slot]
+            jet = like.new_zeros((longest, *shape), dtype=dtype)
+        found.append(filled(jet, longest))
+    return found
+
+
+def _listed(out: Any) -> Sequence[Tensor]:
+    return list(out) if isinstance(out, (tuple, list)) else [out]
+
+
+def _sum(site: Site) -> list[Jet]:
+    """``a + alpha b`` or ``a - alpha b``."""
+    alpha = site.node.kwargs.get("alpha", site.node.args[2] if len(site.node.args) > 2 else 1)
+    factors = (1, alpha if site.name == "add" else -alpha)
+    total = None
+    for (i, _), jet in zip(site.node.places, site.jets):
+        if jet is not None:
+            jet = jet if factors[i] == 1 else factors[i] * jet
+            total = add(total, spread(jet, site.shape))
+    return [site.cast(total)]
+
+
+# --- products -----------------------------------------------------------------------------
+
+# Of two stacks, or of a stack and a value: which of the two are stacks is told.
+Many = Callable[[Any, Any, bool, bool], Tensor]
+
+
+def _product(site: Site) -> list[Jet]:
+    """Leibniz' rule, by the operation itself."""
+    if site.node.places[-1][0] > 1:  # a bias
+        return opaque(site)
+    jets = {i: jet for (i, _), jet in zip(site.node.places, site.jets)}
+    a, b = jets.get(0), jets.get(1)
+    many = _many(site)
+    total = None
+    if a is not None:
+        total = many(a, _value(site, 1), True, False)
+    if b is not None:
+        total = add(total, many(_value(site, 0), b, False, True))
+    if a is not None and b is not None and total is not None:
+        total = _leibniz(site.scheme, total, a, b, lambda x, y: many(x, y, True, True))
+    return [site.cast(total)]
+
+
+def _value(site: Site, position: int) -> Any:
+    places = [i for i, _ in site.node.places]
+    if position in places:
+        return site.value(places.index(position))
+    return site.node.args[position]
+
+
+def _many(site: Site) -> Many:
+    op, rest = site.node.op, list(site.node.args[2:])
+    if site.name == "mul":
+        ndim = site.ndim
+        return lambda x, y, xs, ys: (
+            (aligned(x, ndim) if xs else x) * (aligned(y, ndim) if ys else y)
+        )
+    if site.name in ("mm", "bmm"):
+        return _matmul
+    if site.name == "convolution":
+        rest[0] = None  # the bias
+
+    def many(x: Any, y: Any, xs: bool, ys: bool) -> Tensor:
+        if xs and ys:
+            found = over_basis(lambda s, t: [op(s, t, *rest)], x, y)
+        elif xs:
+            found = over_basis(lambda s: [op(s, y, *rest)], x)
+        else:
+            found = over_basis(lambda t: [op(x, t, *rest)], y)
+        assert found[0] is not None
+        return found[0]
+
+    return many
+
+
+def _matmul(x: Tensor, y: Tensor, xs: bool, ys: bool) -> Tensor:
+    if not xs or ys or y.ndim > 2:
+        return torch.matmul(x, y)
+    if x.stride(1) == 0 and x.shape[1] > 1:
+        # The same tangents in every row, as they are at the input: one row is enough.
+        return matmul(x[:, :1], y).expand(-1, x.shape[1], -1)
+    return matmul(x, y)
+
+
+def _leibniz(scheme: Scheme, total: Tensor, a: Tensor, b: Tensor, product: Any) -> Tensor:
+    n, start = scheme.firsts, scheme.firsts + scheme.seconds
+    if scheme.seconds:
+        total = extend(total, scheme.crossed(a[:n], b[:n], product), n)
+    rows = []
+    for index in scheme.higher:
+        row = torch.zeros_like(total[:1])
+        for chosen in itertools.product((True, False), repeat=len(index)):
+            x = part(scheme, a, tuple(d for d, yes in zip(index, chosen) if yes))
+            y = part(scheme, b, tuple(d for d, yes in zip(index, chosen) if not yes))
+            if x is not None and y is not None:
+                row = row + product(x, y)
+        rows.append(row)
+    return extend(filled(total, start), torch.cat(rows), start) if rows else total
+
+
+def _affine(site: Site) -> list[Jet]:
+    """``beta c + alpha a @ b``."""
+    node = site.node
+    alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+    inner = [k for k, (i, _) in enumerate(node.places) if i > 0]
+    total = None
+    if inner:
+        product = node._replace(
+            op=AFFINE[site.name],
+            args=node.args[1:3],
+            kwargs={},
+            places=tuple([(node.places[k][0] - 1, None) for k in inner]),
+            slots=tuple([node.slots[k] for k in inner]),
+        )
+        (total,) = _product(site._replace(node=product, jets=[site.jets[k] for k in inner]))
+        total = total if alpha == 1 or total is None else alpha * total
+    if len(inner) < len(node.places) and site.jets[0] is not None:
+        total = add(total, spread(site.jets[0] if beta == 1 else beta * site.jets[0], site.shape))
+    return [total]
