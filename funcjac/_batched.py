@@ -6,6 +6,7 @@ row, as a batch of one.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from funcjac import _tree
+from funcjac._structure import Composed
 from funcjac._tree import Tree, TreeSpec
 from funcjac.errors import refuse
 
@@ -27,6 +29,7 @@ class Operator(NamedTuple):
         within: the mode inside of other transforms, from ``(mode, sizes, safe)``.
         reference: the same by plain autograd, contracted with a cotangent; ``None`` where one
             vector-Jacobian product is enough.
+        spec: the operator's own words.
         assemble: ``(call, blocks, output)`` to what the user gets.
     """
 
@@ -36,6 +39,7 @@ class Operator(NamedTuple):
     within: Callable[..., Any]
     assemble: Callable[..., Any]
     reference: Callable[..., Any] | None = None
+    spec: Any = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class Call(NamedTuple):
     Attributes:
         clone: whether ``func`` works in place on its arguments and must be given copies.
         extra: how many of the last leaves are no arguments of ``func``, but of the operator.
+        composed: whether ``func`` runs with simpler operations for what is fragile.
         direct: whether a ``func`` that is a transform itself runs as one more level of this
             one, which verifies them together, rather than by choices of its own.
     """
@@ -106,6 +111,7 @@ class Call(NamedTuple):
     batch: int
     clone: bool = False
     direct: bool = False
+    composed: bool = False
     extra: int = 0
 
     @property
@@ -152,10 +158,11 @@ class Call(NamedTuple):
             leaves, kwargs = _tree.map_tensors(Tensor.clone, (leaves, kwargs))
         args = leaves if self.layout.plain else _tree.unflatten(self.layout.spec, leaves)
         inner = transform_behind(self.func) if self.direct else None
-        if inner is not None:
-            out = inner.within(tuple(args), kwargs, clone=self.clone)
-        else:
-            out = self.func(*args, **kwargs)
+        with Composed() if self.composed else nullcontext():
+            if inner is not None:
+                out = inner.within(tuple(args), kwargs, clone=self.clone)
+            else:
+                out = self.func(*args, **kwargs)
         return as_output(self.options, out, self.batch)
 
 

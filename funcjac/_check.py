@@ -1,5 +1,6 @@
 """``check_batched`` and ``check_derivative``: looking closely, when asked."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,10 +11,11 @@ from torch import Tensor
 from funcjac import _tree
 from funcjac._batched import Call, Options
 from funcjac._bind import bind
+from funcjac._differences import largest_difference
 from funcjac._engines import Context, Jacobian, executed, run
 from funcjac._jacobian import JACOBIAN, check_options, refuse_transformed, transform_of, usable
 from funcjac._mixing import check_rows, mixing_error
-from funcjac._modes import ENGINES, MODES, Route, routes, sizes_of
+from funcjac._modes import ENGINES, Route, sizes_of
 from funcjac._probe import tolerance
 from funcjac._reach import Reach, reach
 from funcjac._state import Guard, guard, rng_state, same_rng_state, set_rng_state
@@ -128,8 +130,8 @@ class DerivativeReport:
 
     Attributes:
         comparisons: every engine and mode beside the loop over rows in reverse mode.
-        central_difference: how far the loop's product with one random direction is from a
-            central difference, relative to its size.
+        central_difference: how far the loop's result is from central differences, along a
+            random direction or along all that count, relative to its size.
         tolerance: up to where numbers of this dtype count as equal.
         central_tolerance: likewise for central differences, which are less precise.
     """
@@ -162,20 +164,22 @@ class DerivativeReport:
 def check_derivative(
     transformed: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> DerivativeReport:
-    """Compares every engine and mode, and central differences in one random direction.
+    """Compares every engine and mode, and central differences.
 
     Where the one vector-Jacobian product of ``check="auto"`` trusts plain reverse mode, this
     also asks the function itself: a wrong custom backward or a partial ``detach`` shows as a
     central difference that disagrees.
 
     Args:
-        transformed: what ``batch_jacobian`` returned.
+        transformed: what a funcjac transform returned.
         *args: arguments as for ``transformed``.
         **kwargs: keyword arguments as for ``transformed``.
 
     Returns:
-        A :class:`DerivativeReport`, with ``ok`` and a table when printed. Costs about six
-        Jacobians, two of them by a loop over rows; float64 inputs make it sharp.
+        A :class:`DerivativeReport`, with ``ok`` and a table when printed. Costs the result
+        once for each engine and mode, a third of them by a loop over rows, and differences: of
+        Jacobians and Hessians along one random direction, of all else along all that count.
+        float64 inputs make it sharp.
 
     Raises:
         TypeError: ``transformed`` does not come from funcjac.
@@ -193,29 +197,33 @@ def check_derivative(
             return check_derivative(transformed, *args, **kwargs)
     args, kwargs = usable((args, kwargs))
     call = transform.bind(args, kwargs)
+    operator = transform.options.operator
+    plain = "rev" if "rev" in operator.modes else "rev_over_rev"
+    call = call._replace(composed=operator.reference is not None)
     reached = reach(call.reachable, {})
     state, rng = guard(reached, _tree.tensors((args, kwargs))), rng_state()
     found: dict[tuple[str, str], Jacobian | Exception] = {}
     with torch.no_grad():
-        for engine in reversed(ENGINES):
-            for mode in reversed(MODES):
-                found[engine, mode] = _run(call, engine, mode)
-                state.restore()
-                set_rng_state(rng)
-        reference = found["loop", "rev"]
+        for engine, mode in itertools.product(reversed(ENGINES), reversed(operator.modes)):
+            if mode == "taylor" and engine != "sum":
+                continue  # it runs the whole batch
+            found[engine, mode] = _run(call, engine, mode)
+            state.restore()
+            set_rng_state(rng)
+        reference = found["loop", plain]
         if isinstance(reference, Exception):
             raise reference
-        references = _references(call, reference, state)
+        references = _references(call, reference, state, plain)
         dtypes = [x.dtype for x in call.inputs] + [out.dtype for out in reference.output.leaves]
         limit = tolerance(dtypes, call.inputs[0].device)
         comparisons = [_compare(*key, one, references[key[0]]) for key, one in found.items()]
-        central = _central_difference(call, references["sum"])
+        central = largest_difference(call, references["sum"])
         state.restore()
         set_rng_state(rng)
     return DerivativeReport(tuple(comparisons), central, limit, 10 * limit ** (2 / 3))
 
 
-def _references(call: Call, loop: Jacobian, state: Guard) -> dict[str, Jacobian]:
+def _references(call: Call, loop: Jacobian, state: Guard, plain: str) -> dict[str, Jacobian]:
     """What each engine is compared with: the loop, or plain autograd of its own random draws."""
     rng = rng_state()
     call(call.inputs)
@@ -226,7 +234,7 @@ def _references(call: Call, loop: Jacobian, state: Guard) -> dict[str, Jacobian]
     if same_rng_state(rng, drawn) or None in call.layout.diff_dims:
         return found
     for engine in ENGINES:
-        one_by_one = Route("sum", "rev", 1, vectorized=False)
+        one_by_one = Route("sum", plain, 1, vectorized=False)
         found[engine] = run(executed(call._replace(clone=True), engine), one_by_one, Context())
         state.restore()
         set_rng_state(rng)
@@ -238,7 +246,8 @@ def _run(call: Call, engine: str, mode: str) -> Jacobian | Exception:
         return ValueError("the sum trick has no per-sample derivative of what rows share")
     sizes = call.batch, 1, sizes_of(call.inputs, call.layout.diff_dims)
     error = Exception()
-    for route in routes(engine, mode, call.options.chunk_size, sizes):
+    words = replace(call.options, engine=engine, mode=mode)
+    for route in call.options.operator.routes(words, sizes, True):
         try:
             return run(call._replace(clone=True), route, Context(), strict=True)
         except Exception as raised:  # noqa: PERF203  whatever it is belongs into the report
@@ -257,30 +266,3 @@ def _compare(engine: str, mode: str, one: Jacobian | Exception, reference: Jacob
             if difference.numel():
                 worst = max(worst, (difference.nan_to_num(torch.inf).max() / (size or 1.0)).item())
     return Comparison(engine, mode, worst, "")
-
-
-def _central_difference(call: Call, reference: Jacobian) -> float:
-    """``|(f(x + h t) - f(x - h t)) / 2 h - J t|``, relative to ``J t``, for one random ``t``."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    inputs, dims = call.inputs, call.layout.diff_dims
-    ts = [torch.randn(x.shape, generator=generator, device="cpu").to(x) for x in inputs]
-    eps = max(torch.finfo(x.dtype).eps for x in inputs)
-    h = eps ** (1 / 3) * max(1.0, *[x.abs().max().item() if x.numel() else 0.0 for x in inputs])
-    rng = rng_state()
-    ahead = call([x + h * t for x, t in zip(inputs, ts)]).leaves
-    set_rng_state(rng)
-    behind = call([x - h * t for x, t in zip(inputs, ts)]).leaves
-    worst = 0.0
-    for plus, minus, blocks in zip(ahead, behind, reference.blocks):
-        slope = (plus - minus) / (2 * h)
-        if not slope.numel():
-            continue
-        product = torch.zeros_like(slope)
-        for block, t, dim in zip(blocks, ts, dims):
-            rows = t.expand(call.batch, *t.shape) if dim is None else t.movedim(dim, 0)
-            left = block.reshape(call.batch, slope[0].numel(), -1).to(slope.dtype)
-            columns = rows.reshape(call.batch, -1, 1).to(slope.dtype)
-            product += (left @ columns).view_as(slope)
-        size = product.abs().max().item() or 1.0
-        worst = max(worst, ((slope - product).abs().max() / size).item())
-    return worst

@@ -50,7 +50,13 @@ def elementwise(site: Site) -> list[Jet]:
             rule = scheme.along if i == j else scheme.crossed
             seconds.append((factor, rule(stacks[i][:n], stacks[j][:n], torch.mul)))
     firsts = [(f, jet) for f, jet in firsts if f is not None]
-    total = combined(firsts, seconds, n, site.shape, overwrite=site.spare and len(stacks) == 1)
+    total = combined(
+        firsts,
+        seconds,
+        n,
+        site.shape,
+        overwrite=site.spare and len(stacks) == 1 and not scheme.higher,
+    )
     return [None if total is None else site.cast(_higher(scheme, total, stacks, found))]
 
 

@@ -1,7 +1,7 @@
 """Forward or reverse, and in how many passes: the routes to a Jacobian."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -198,8 +198,6 @@ def partial_routes(options: Any, sizes: tuple[int, int, int], on_cpu: bool) -> l
     engines = ("sum", "vmap", "loop") if engine == "auto" else (engine,)
     for e in engines:
         found.append(Route(e, "rev" if mode == "auto" else mode, chunk, vectorized=False))
-    if mode == "fwd":
-        found += [replace(route, transposed=True) for route in found]
     return found
 
 

@@ -45,8 +45,8 @@ def batch_partials(
         argnums: the positional argument to differentiate.
         in_dims: batch dimension of each positional argument, as in :func:`batch_jacobian`.
         out_dims: where ``func`` puts the batch dimension; results have it first.
-        mode: ``"taylor"``; ``"rev"`` or ``"fwd"``, one differentiation nested in another for each
-            entry; or ``"auto"``: Taylor, if it works.
+        mode: ``"taylor"``; ``"rev"``, one differentiation nested in another for each entry; or
+            ``"auto"``: Taylor, if it works.
         engine: how rows are kept apart in the nested modes, as in :func:`batch_jacobian`.
         chunk_size: derivatives in one pass.
         has_aux: ``func`` returns ``(output, aux)``; ``aux`` is any object.
@@ -86,12 +86,13 @@ def batch_partials(
     # Negative entries are resolved when the input is seen.
     spec = Spec("partials", indices=tuple(tuple(index) for index in indices))
     operator = Operator(
-        modes=("taylor", "rev", "fwd"),
+        modes=("taylor", "rev"),
         kernel=functools.partial(partials, spec=spec),
         routes=partial_routes,
         within=lambda sizes, safe: "rev",
         assemble=partials_tree,
         reference=functools.partial(partials_entries, spec=spec),
+        spec=spec,
     )
     words = (argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value)
     options = Options(name, *words, randomness, check, operator)

@@ -62,8 +62,13 @@ def verifier(call: Call, context: Context, seed: int = 0) -> Probe:
     if reference is None:
         return probe(call, context, seed=seed)
     found = probe(call, Context(graph=True), seed=seed)
-    with torch.enable_grad():
-        entries = reference(found, graph=context.graph)
+    if call.batch == 0 or any(x.numel() == 0 for x in call.inputs):
+        return found
+    try:
+        with torch.enable_grad():
+            entries = reference(found, graph=context.graph)
+    except (RuntimeError, NotImplementedError) as error:
+        raise _undifferentiable(call.options.name, error) from error
     return replace(found, entries=entries)
 
 
@@ -128,17 +133,23 @@ def _pull_back(
                 " Run it inside `with torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`, "
                 "which has all derivatives."
             )
-        raise RuntimeError(
-            f"{name}: expected func to be differentiable by plain autograd, which any verified "
-            f"engine is compared with, got {brief(error)}.{hint}"
-        ) from error
+        raise _undifferentiable(name, error, hint) from error
+
+
+def _undifferentiable(name: str, error: Exception, hint: str = "") -> RuntimeError:
+    return RuntimeError(
+        f"{name}: expected func to be differentiable by plain autograd, which any verified "
+        f"engine is compared with, got {brief(error)}.{hint}"
+    )
 
 
 def nested(call: Call, inputs: list[Tensor]) -> Call | None:
     """The call that ``func`` would make if it is itself a transform whose output is a Jacobian."""
     inner = transform_behind(call.func)
-    if inner is None or inner.options.return_value or inner.options.operator.reference:
+    if inner is None or inner.options.return_value:
         return None
+    if inner.options.operator.reference or call.options.operator.reference:
+        return None  # no Jacobian of a Jacobian: the inner transform runs, and verifies itself
     if inner.options.has_aux != call.options.has_aux:
         return None
     args = _tree.unflatten(call.layout.spec, call.with_inputs(inputs).leaves)

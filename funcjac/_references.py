@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from funcjac._batched import Call
 from funcjac._directions import Spec, directions, row_shape
 from funcjac._probe import Entry, Probe, outer_product, random_like
 from funcjac._trace import check_square
@@ -34,49 +33,48 @@ def hessian_entries(found: Probe, *, graph: bool, spec: Spec) -> list[Entry]:
 def diagonal_entries(found: Probe, *, graph: bool, spec: Spec) -> list[Entry]:
     del spec
     entries = []
+    factors, seeds = _row_factors(found)
     for j, (x, dim) in enumerate(zip(found.inputs, found.call.layout.diff_dims)):
-        basis = directions(found.call.with_inputs(found.inputs), Spec("diagonal"), j, exact=True)
-        pieces = [_bent(found, j, one, one, graph=graph) for one in basis.left]
+        call = found.call.with_inputs(found.inputs)
+        basis = directions(call, Spec("diagonal"), j, exact=True).left
+        pieces = [_bent(found, j, one, one, factors, graph=graph) for one in basis]
         row = row_shape(x, dim)
         if dim is None:
-            entries.append(Entry(found.seeds, torch.stack(pieces).sum(1).view(row), x, None))
-            continue
-        like = x.movedim(dim, 0)
-        grad = torch.stack(pieces, -1).view(-1, *row)
-        entries.append(Entry(found.seeds, grad, like, 0))
+            entries.append(Entry(found.seeds, torch.stack(pieces).view(row), x, None))
+        else:
+            grad = torch.stack(pieces, -1).view(-1, *row)
+            entries.append(Entry(seeds, grad, x.movedim(dim, 0), 0))
     return entries + _slopes(found)
 
 
 def laplacian_entries(found: Probe, *, graph: bool, spec: Spec) -> list[Entry]:
     call = found.call.with_inputs(found.inputs)
-    batch = found.seeds[0].shape[0]
-    total = found.inputs[0].new_zeros(batch)
+    shared = None in call.layout.diff_dims
+    factors, seeds = (None, found.seeds) if shared else _row_factors(found)
+    total = found.inputs[0].new_zeros(() if shared else call.batch)
     size = total.detach()
     for j in range(len(found.inputs)):
         left, right, weights, _ = directions(call, spec, j, exact=True)
         right = left if right is None else right
         for one, two, weight in zip(left, right, weights):
-            term = weight * _bent(found, j, one, two, graph=graph)
+            term = weight * _bent(found, j, one, two, factors, graph=graph)
+            term = term.sum() if shared else term
             total, size = total + term, size + term.detach().abs()
-    shared = None in call.layout.diff_dims
-    grad, dim = (total.sum(), None) if shared else (total, 0)
-    size = size.sum() if shared else size
     first = _slopes(found) if spec.samples is None else []
-    return [Entry(found.seeds, grad, grad.detach(), dim, size), *first]
+    return [Entry(seeds, total, total.detach(), None if shared else 0, size), *first]
 
 
 def partials_entries(found: Probe, *, graph: bool, spec: Spec) -> list[Entry]:
     (x,), (dim,) = found.inputs, found.call.layout.diff_dims
     batch = found.seeds[0].shape[0]
-    known: dict[tuple[int, ...], Tensor | None] = {}
+    factors, _ = (None, None) if dim is None else _row_factors(found)
+    known: dict[tuple[int, ...], Tensor | None] = {(): found.grads[0]}
 
     def derivative(index: tuple[int, ...]) -> Tensor | None:
-        """The gradient of a partial derivative of the scalar of each row."""
+        """The gradient of a partial derivative of each row's scalar, times a factor."""
         if index not in known:
-            before = (
-                found.grads[0] if not index else _of_rows(derivative(index[:-1]), dim, index[-1])
-            )
-            known[index] = before if not index else _grad(before, [x], None, graph=True)[0]
+            before = _of_rows(derivative(index[:-1]), dim, index[-1])
+            known[index] = _grad(before, [x], factors, graph=True)[0]
         return known[index]
 
     entries = []
@@ -84,15 +82,21 @@ def partials_entries(found: Probe, *, graph: bool, spec: Spec) -> list[Entry]:
         if not index:
             pairs = zip(found.seeds, found.output.leaves)
             rows = [(s.to(o.dtype) * o).reshape(batch, -1).sum(1) for s, o in pairs]
-            value = sum(rows[1:], rows[0])
-        else:
-            value = _of_rows(derivative(index[:-1]), dim, index[-1])
-        grad = x.new_zeros(batch) if value is None else value
-        if dim is None and index:
+            entries.append(Entry(found.seeds, sum(rows[1:], rows[0]), rows[0].detach(), 0))
+            continue
+        value = _of_rows(derivative(index[:-1]), dim, index[-1])
+        grad = x.new_zeros(1 if dim is None else batch) if value is None else value
+        if dim is None:
             entries.append(Entry(found.seeds, grad.sum(), grad.detach().sum(), None))
-        else:
-            entries.append(Entry(found.seeds, grad, grad.detach(), 0))
-    return entries
+            continue
+        times = x.new_ones(batch) if factors is None else factors ** (len(index) - 1)
+        seeds = [_times(seed, times) for seed in found.seeds]
+        entries.append(Entry(seeds, grad, grad.detach(), 0))
+    return entries if graph else [entry._replace(grad=_cut(entry.grad)) for entry in entries]
+
+
+def _cut(grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else grad.detach()
 
 
 def _of_rows(grad: Tensor | None, dim: int | None, coordinate: int) -> Tensor | None:
@@ -104,7 +108,9 @@ def _of_rows(grad: Tensor | None, dim: int | None, coordinate: int) -> Tensor | 
 def divergence_entries(found: Probe, *, graph: bool, spec: Spec) -> list[Entry]:
     call, output = found.call, found.output
     check_square(call, output)
-    batch = output.leaves[0].shape[0]
+    batch = call.batch
+    factors, _ = _row_factors(found)
+    factors = factors.to(output.leaves[0].dtype)
     total = output.leaves[0].new_zeros(batch)
     size = total.detach()
     for i, (x, dim) in enumerate(zip(found.inputs, call.layout.diff_dims)):
@@ -113,28 +119,51 @@ def divergence_entries(found: Probe, *, graph: bool, spec: Spec) -> list[Entry]:
         for n in range(count):
             probe = None if spec.samples is None else call.extras[i][:, n].reshape(batch, -1)
             scalar = flat[:, n] if probe is None else (flat * probe).sum(1)
-            (grad,) = _grad(scalar, [x], None, graph=graph)
+            (grad,) = _grad(scalar, [x], factors, graph=graph)
             if grad is None:
                 continue
             rows = grad.expand(batch, *grad.shape) if dim is None else grad.movedim(dim, 0)
             rows = rows.reshape(batch, -1)
             term = rows[:, n] if probe is None else (rows * probe).sum(1) / count
             total, size = total + term, size + term.detach().abs()
-    seed = random_like(total, found.draw.generator)
-    return [Entry([seed], seed * total, total.detach(), 0, size * seed.abs())]
+    return [Entry([factors], total, total.detach(), 0, size)]
+
+
+# --- rows apart ---------------------------------------------------------------------------
+
+
+def _row_factors(found: Probe) -> tuple[Tensor, list[Tensor]]:
+    """Another factor for each row, so that what leaks from row to row shows, and seeds with it.
+
+    Equal directions in all rows are what the sum trick uses itself.
+    """
+    x, batch = found.inputs[0], found.seeds[0].shape[0]
+    drawn = torch.rand(batch, generator=found.draw.generator, device="cpu", dtype=torch.float64)
+    factors = (drawn + 0.5).to(x.device, x.dtype)
+    return factors, [_times(seed, factors) for seed in found.seeds]
+
+
+def _times(seed: Tensor, factors: Tensor) -> Tensor:
+    return seed * factors.to(seed.dtype).view(-1, *[1] * (seed.ndim - 1))
 
 
 # --- one more backward --------------------------------------------------------------------
 
 
-def _bent(found: Probe, j: int, one: Tensor, two: Tensor, *, graph: bool) -> Tensor:
-    """``two . H one`` in each row, ``(B,)``; the sum over rows ``(1,)`` of a shared input."""
+def _bent(
+    found: Probe, j: int, one: Tensor, two: Tensor, factors: Tensor | None, *, graph: bool
+) -> Tensor:
+    """``two . H one`` in each row, ``(B,)``; the sum over rows ``()`` of a shared input."""
     x, dim = found.inputs[j], found.call.layout.diff_dims[j]
+    if dim is not None and factors is not None:
+        one = one * factors.view(*[1] * dim, -1, *[1] * (x.ndim - 1 - dim))
     (row,) = _grad(found.grads[j], [x], one, graph=graph)
     if row is None:
-        return x.new_zeros(1 if dim is None else x.shape[dim])
+        return x.new_zeros(() if dim is None else x.shape[dim])
     product = row * two
-    return product.sum().view(1) if dim is None else product.movedim(dim, 0).reshape(x.shape[dim], -1).sum(1)
+    return (
+        product.sum() if dim is None else product.movedim(dim, 0).reshape(x.shape[dim], -1).sum(1)
+    )
 
 
 def _grad(
@@ -160,7 +189,6 @@ def _slopes(found: Probe) -> list[Entry]:
 
 
 __all__ = [
-    "Call",
     "diagonal_entries",
     "divergence_entries",
     "hessian_entries",

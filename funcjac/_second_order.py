@@ -99,6 +99,7 @@ def batch_hessian(
         within=nested_within,
         assemble=hessian_tree,
         reference=functools.partial(hessian_entries, spec=spec),
+        spec=spec,
     )
     words = (argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value)
     options = Options("batch_hessian", *words, randomness, check, operator)
@@ -175,10 +176,11 @@ def batch_hessian_diagonal(
     operator = Operator(
         modes=("taylor", *NESTED),
         kernel=functools.partial(diagonal, spec=spec),
-        routes=functools.partial(second_routes, first="taylor", modes=USUAL),
+        routes=functools.partial(second_routes, first="taylor", modes=USUAL[1:]),
         within=nested_within,
         assemble=diagonal_tree,
         reference=functools.partial(diagonal_entries, spec=spec),
+        spec=spec,
     )
     words = (argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value)
     options = Options("batch_hessian_diagonal", *words, randomness, check, operator)

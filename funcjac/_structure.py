@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812  its usual name
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 # Linear in all that depends on the input. Whatever else they are given is added to the
 # result or says where things go: as a tensor of numbers it counts as zero.
@@ -34,11 +37,89 @@ ELEMENTWISE = frozenset(
 
 # Operations that are better taken apart, by PyTorch's own decompositions.
 TAKEN_APART = frozenset(
-    """_safe_softmax native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit
+    """_safe_softmax native_layer_norm native_group_norm _native_batch_norm_legit
     std linalg_vector_norm norm _fused_rms_norm _softmax_backward_data
     _log_softmax_backward_data native_layer_norm_backward native_group_norm_backward
     _euclidean_dist _prelu_kernel addmv dist _scaled_dot_product_flash_attention_for_cpu""".split()
 )
+
+
+# Operations that PyTorch differentiates only once, or of which higher derivatives are wrong.
+FRAGILE = frozenset(
+    """native_layer_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm _cdist_forward
+    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
+    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention""".split()
+)
+
+
+class Composed(TorchFunctionMode):
+    """Runs what is fragile as simpler operations, of which all derivatives are right."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        run: Any = _COMPOSED.get(func, func)
+        return run(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    del cudnn_enable
+    found = _standardized(x, list(range(-len(normalized_shape), 0)), eps)
+    found = found if weight is None else found * weight
+    return found if bias is None else found + bias
+
+
+def _standardized(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * ((centred * centred).mean(dims, keepdim=True) + eps).rsqrt()
+
+
+def _instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if running_mean is not None or not use_input_stats:
+        words = (weight, bias, use_input_stats, momentum, eps)
+        return F.instance_norm(x, running_mean, running_var, *words)
+    found = _standardized(x, list(range(2, x.ndim)), eps)
+    shape = (-1, *[1] * (x.ndim - 2))
+    found = found if weight is None else found * weight.view(shape)
+    return found if bias is None else found + bias.view(shape)
+
+
+def _by_mathematics(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Attention without fused kernels."""
+
+    def composed(*args: Any, **kwargs: Any) -> Any:
+        with sdpa_kernel(SDPBackend.MATH):
+            return func(*args, **kwargs)
+
+    return composed
+
+
+def _cdist(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
+    del compute_mode
+    return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), p, -1)
+
+
+_COMPOSED: dict[Any, Callable[..., Any]] = {
+    F.layer_norm: _layer_norm,
+    F.instance_norm: _instance_norm,
+    F.scaled_dot_product_attention: _by_mathematics(F.scaled_dot_product_attention),
+    F.multi_head_attention_forward: _by_mathematics(F.multi_head_attention_forward),
+    torch.cdist: _cdist,
+}
 
 
 @functools.cache
@@ -88,6 +169,28 @@ def _var_mean(x: Tensor, dim: Any = None, **words: Any) -> tuple[Tensor, Tensor]
     return _var(x, dims, **words), x.mean(dims, keepdim=words.get("keepdim", False))
 
 
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, None, None]:
+    """Without moving the running statistics, which the run that was recorded has done."""
+    del momentum
+    shape = (-1, *[1] * (x.ndim - 2))
+    if training or running_mean is None or running_var is None:
+        found = _standardized(x, [0, *range(2, x.ndim)], eps)
+    else:
+        scale = (running_var + eps).rsqrt()
+        found = (x - running_mean.view(shape)) * scale.view(shape)
+    found = found if weight is None else found * weight.view(shape)
+    return (found if bias is None else found + bias.view(shape)), None, None
+
+
 # Where PyTorch's decomposition differentiates more than there is, or has no simpler parts.
 _OWN: dict[str, Callable[..., Any]] = {
     "_softmax": _softmax,
@@ -95,4 +198,5 @@ _OWN: dict[str, Callable[..., Any]] = {
     "logsumexp": _logsumexp,
     "var": _var,
     "var_mean": _var_mean,
+    "native_batch_norm": _batch_norm,
 }

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from funcjac.errors import UntraceableError
 
 _CONSTANT, _HIDDEN = -1, -2
+_DETACH = torch.ops.aten.detach.default
 # Where an argument is: its position, and its position in the list that stands there.
 Place = tuple[int, "int | None"]
 
@@ -63,7 +64,7 @@ class Tape(TorchDispatchMode):
     """Records what runs under it, as far as it depends on ``inputs``.
 
     Attributes:
-        values: of each slot, or ``None`` where it was overwritten; ``shapes`` of each.
+        values: of each slot, or ``None`` where it was overwritten.
         graph: whether values must keep their graphs.
     """
 
@@ -77,9 +78,8 @@ class Tape(TorchDispatchMode):
         self._versions: list[int] = []
         self._slots: dict[int, int] = {}
         self._kept: list[Any] = []  # an id must not be given out again
-        self._inputs = list(inputs)
-        for x in inputs:
-            self._new(x)
+        self._changed: int | None = None  # what was written in place gets its version later
+        self._inputs = [x for x in inputs if self._new(x) >= 0]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -88,6 +88,11 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
+        self._settle()
+        if func is _DETACH:  # autograd's own copies of results, which get their history back later
+            out = func(*args)
+            self._mark(out, self._slots.get(id(args[0]), _CONSTANT))
+            return out
         places, slots, constants = self._active(args)
         if kwargs and any(isinstance(v, Tensor) and self.slot(v) for v in kwargs.values()):
             raise UntraceableError(f"{func} depends on the input by keyword")
@@ -207,7 +212,14 @@ class Tape(TorchDispatchMode):
             self._versions[slot] = old._version
         constants = [old if tensor is target else tensor for tensor in constants]
         self._record(functional, (old, *args[1:]), kwargs, places, slots, constants, target)
+        self._changed = len(self.values) - 1
         return out
+
+    def _settle(self) -> None:
+        value = None if self._changed is None else self.values[self._changed]
+        if self._changed is not None and value is not None:
+            self._versions[self._changed] = value._version
+        self._changed = None
 
     def _shares_memory(self, target: Tensor) -> bool:
         """Whether another tensor that was seen lies in the memory of ``target``."""
@@ -234,6 +246,7 @@ class Tape(TorchDispatchMode):
         Raises:
             UntraceableError: a constant that was recorded has changed since.
         """
+        self._settle()
         used = {slot for slot in outputs if slot is not None}
         found = []
         for node in reversed(self.nodes):

@@ -39,17 +39,14 @@ def divergence(call: Call, route: Route, context: Context, *, spec: Spec) -> Jac
         else _pushed(call, route, context, spec)
     )
     output, found = products
+    dtype = torch.result_type(output.leaves[0], call.inputs[0])
+    total = sum(found[1:], found[0]).to(dtype)  # (B,), or of samples (k, B)
     if spec.samples is None:
-        return Jacobian([[_contiguous(sum(found[1:], found[0]))]], output)
-    samples = sum(found[1:], found[0])  # (k, B)
-    blocks = [_contiguous(samples.mean(0))]
+        return Jacobian([[total.contiguous()]], output)
+    blocks = [total.mean(0).contiguous()]
     if spec.return_error:
-        blocks.append(_contiguous(samples.std(0) / len(samples) ** 0.5))
+        blocks.append((total.std(0) / len(total) ** 0.5).contiguous())
     return Jacobian([blocks], output)
-
-
-def _contiguous(found: Tensor) -> Tensor:
-    return found.contiguous()
 
 
 def check_square(call: Call, output: Output) -> None:

@@ -16,7 +16,7 @@ from funcjac._modes import NESTED, second_routes
 from funcjac._operators import laplacian
 from funcjac._references import divergence_entries, laplacian_entries
 from funcjac._results import scalar_tree, trace_tree
-from funcjac._second_order import USUAL, nested_within
+from funcjac._second_order import nested_within
 from funcjac._trace import divergence
 from funcjac.errors import refuse
 
@@ -107,10 +107,11 @@ def batch_laplacian(
     operator = Operator(
         modes=("taylor", *NESTED),
         kernel=functools.partial(laplacian, spec=spec),
-        routes=functools.partial(second_routes, first="taylor", modes=USUAL),
+        routes=functools.partial(second_routes, first="taylor", modes=("rev_over_rev",)),
         within=nested_within,
         assemble=functools.partial(scalar_tree, error=return_error, slopes=samples is None),
         reference=functools.partial(laplacian_entries, spec=spec),
+        spec=spec,
     )
     words = (argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value)
     options = Options(name, *words, randomness, check, operator)
@@ -191,6 +192,7 @@ def batch_divergence(
         kernel=functools.partial(divergence, spec=spec),
         assemble=trace_tree,
         reference=functools.partial(divergence_entries, spec=spec),
+        spec=spec,
     )
     words = (argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value)
     options = Options(name, *words, randomness, check, operator)

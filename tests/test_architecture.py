@@ -39,7 +39,7 @@ LAYERS = [
     ["_bind", "_linear", "_directions", "_jets"],
     ["_passes", "_probe", "_elementwise"],
     ["_verify", "_mixing", "_results", "_nested", "_trace", "_rules"],
-    ["_taylor", "_references"],
+    ["_taylor", "_references", "_differences"],
     ["_along", "_pairs"],
     ["_operators"],
     ["_engines"],

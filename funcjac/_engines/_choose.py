@@ -23,6 +23,7 @@ from funcjac._engines._record import (
     signature,
 )
 from funcjac._engines._rows import by_sum, executed, run
+from funcjac._engines._suited import is_fragile, unsuitable
 from funcjac._engines._tell import failure, warn_of_fallback
 from funcjac._linear import Context
 from funcjac._mixing import check_rows
@@ -45,8 +46,8 @@ def solve(call: Call, memory: Memory) -> Jacobian:
     if record is None:
         with memory.lock, _Attempt(call, memory, reached) as attempt:
             return attempt.first(key, graph)
-    if record.clone:
-        call = call._replace(clone=True)
+    if record.clone or record.composed:
+        call = call._replace(clone=record.clone, composed=record.composed)
     choice = None if record.needs_guard or call.options.check is True else record.choice
     try:
         if choice is not None and numbers(call) in record.numbers:
@@ -98,6 +99,7 @@ class _Attempt:
     def first(self, key: Any, graph: bool) -> Jacobian:
         self.record = Record((0, 0, 0), Context(graph=graph))
         self._take_guard()
+        self._compose()
         self._look()
         self.record.note(self.guard.restore())
         if self.found is None or 0 in self.record.sizes:
@@ -110,6 +112,14 @@ class _Attempt:
         self.record.settle(checked=self.checked)
         remember(self.memory.records, key, self.record)
         return result
+
+    def _compose(self) -> None:
+        """Second derivatives of fragile operations are taken of simpler ones."""
+        if self.options.operator.reference is None:
+            return
+        self.record.composed = fragile = is_fragile(self.call)
+        self._put_back()
+        self.call = self.call._replace(composed=fragile)
 
     def _look(self) -> None:
         """Run ``func`` on the batch as plain autograd would, and probe it."""
@@ -170,27 +180,18 @@ class _Attempt:
         found = []
         on_cpu = all(x.device.type == "cpu" for x in self.call.inputs)
         for route in options.operator.routes(options, self.record.sizes, on_cpu):
-            reason = self._unsuitable(route)
-            if reason:
-                self.record.errors[route] = UnsuitableError(reason)
-            else:
+            error = unsuitable(self.call, self.reached, self.record, route)
+            if error is None:
                 found.append(route)
+            else:
+                self.record.errors[route] = error
         graph = self.record.context.graph
         again = [route for route in found if route.is_differentiated_again(graph=graph)]
         if again and not self._is_forward_safe():
             unsafe = "torch's forward formula of an operation is wrong once differentiated again"
             self.record.errors |= dict.fromkeys(again, UnsuitableError(unsafe))
-            found = [route for route in found if route not in again]
+            return [route for route in found if route not in again]
         return found
-
-    def _unsuitable(self, route: Route) -> str | None:
-        if route.engine == "sum" and None in self.call.layout.diff_dims:
-            return "the sum trick has no per-sample derivative of an argument that rows share"
-        if route.engine == "sum" and self.record.random and self.options.randomness == "same":
-            return "the sum trick cannot give all rows the same draw"
-        if self.reached.scripted and route.is_functional:
-            return "torch.func differentiates TorchScript wrongly from its second call on"
-        return None
 
     def _is_forward_safe(self) -> bool:
         with Recorder() as recorder, torch.no_grad():

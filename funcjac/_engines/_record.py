@@ -35,6 +35,7 @@ class Record:
         times: seconds of each run.
         choice: the route that all later calls take, once it is known.
         clone: whether ``func`` works in place on its arguments.
+        composed: whether it runs what is fragile, so that simpler operations run instead.
         stateful: whether ``func`` changes modules or tensors that must be put back.
         moves: whether tensors are among what it changes.
         leaks: whether it leaves tensors of torch.func in lists and dicts.
@@ -50,6 +51,7 @@ class Record:
     times: dict[Route, list[float]] = field(default_factory=dict)
     choice: Route | None = None
     clone: bool = False
+    composed: bool = False
     stateful: bool = False
     moves: bool = False
     leaks: bool = False

@@ -14,6 +14,8 @@ def warn_of_fallback(options: Options, memory: Memory, record: Record, route: Ro
     taylor = "taylor" in options.operator.modes and options.mode == "auto"
     first = ("mode", "taylor") if taylor else ("engine", "vmap")
     left = [error for r, error in record.errors.items() if getattr(r, first[0]) == first[1]]
+    if taylor:  # what it cannot have by its nature is no failure
+        left = [error for error in left if not isinstance(error, UnsuitableError)]
     if options.engine != "auto" and not taylor:
         return
     if not left or getattr(route, first[0]) == first[1] or memory.warned:

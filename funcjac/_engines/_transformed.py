@@ -70,7 +70,8 @@ def solve_within(call: Call, memory: Memory) -> Jacobian:
 def _compiled_mode(call: Call) -> str:
     """What will run is not known to be safe in forward mode, and cannot be looked at."""
     options = call.options
-    return options.operator.within((0, 0), False) if options.mode == "auto" else options.mode
+    unknown = options.mode in ("auto", "taylor")
+    return options.operator.within((0, 0), False) if unknown else options.mode
 
 
 def _by_taylor(call: Call) -> Jacobian | None:
@@ -82,8 +83,6 @@ def _by_taylor(call: Call) -> Jacobian | None:
     try:
         return by_sum(call, Route("sum", "taylor", options.chunk_size), Context(graph=True))
     except UntraceableError:
-        if options.mode == "taylor":
-            raise
         return None
 
 
@@ -116,10 +115,7 @@ def _route(call: Call, memory: Memory, reached: Reach, *, functional: bool = Tru
     options = call.options
     mode, transposed = options.mode, False
     if mode == "taylor":
-        raise RuntimeError(
-            f'{options.name}: expected no mode="taylor" inside of torch.func transforms, where '
-            'operations cannot be recorded. Use mode="auto".'
-        )
+        mode = "auto"  # operations cannot be recorded inside of torch.func
     if mode == "auto" or "fwd" in mode:
         outputs, safe = _sizes(call, memory, reached)
         safe = safe and not reached.custom and not reached.scripted

@@ -1,0 +1,32 @@
+"""What suits a function: before any route is tried."""
+
+import torch
+
+from funcjac._batched import Call
+from funcjac._engines._record import Record
+from funcjac._linear import Context, plain_inputs
+from funcjac._modes import Recorder, Route
+from funcjac._reach import Reach
+from funcjac._structure import FRAGILE
+from funcjac.errors import UnsuitableError, UntraceableError
+
+
+def is_fragile(call: Call) -> bool:
+    """Whether ``func`` runs an operation with wrong or missing higher derivatives."""
+    with Recorder() as recorder, torch.enable_grad():
+        call._replace(clone=True)(plain_inputs(call, Context()))
+    return not FRAGILE.isdisjoint(recorder.names)
+
+
+def unsuitable(call: Call, reached: Reach, record: Record, route: Route) -> Exception | None:
+    """Why a route is not even tried, ``None`` if it is."""
+    words = ""
+    if route.engine == "sum" and None in call.layout.diff_dims:
+        words = "the sum trick has no per-sample derivative of an argument that rows share"
+    elif route.engine == "sum" and record.random and call.options.randomness == "same":
+        words = "the sum trick cannot give all rows the same draw"
+    elif reached.scripted and route.mode == "taylor":
+        return UntraceableError("what TorchScript runs cannot be recorded")
+    elif reached.scripted and route.is_functional:
+        words = "torch.func differentiates TorchScript wrongly from its second call on"
+    return UnsuitableError(words) if words else None
