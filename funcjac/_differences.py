@@ -66,7 +66,7 @@ def _times(block: Tensor, t: Tensor, dim: int | None) -> Tensor:
     count = rows.shape[1:].numel()
     columns = rows.expand(batch, *rows.shape[1:]).reshape(batch, count, 1).to(block.dtype)
     shape = block.shape[: block.ndim - (rows.ndim - 1)]
-    return (block.reshape(batch, -1, count) @ columns).reshape(shape)
+    return (block.reshape(batch, shape[1:].numel(), count) @ columns).reshape(shape)
 
 
 def _of_jacobian(call: Call, result: Jacobian, spec: Any) -> Iterator[Pair]:

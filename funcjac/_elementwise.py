@@ -9,8 +9,10 @@ calculating Jacobian vector products", 2017).
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,22 +44,54 @@ def elementwise(site: Site) -> list[Jet]:
         found = site.known[key] = _Derivatives(site, list(jets))
     stacks = [aligned(jet, site.ndim) for jet in jets.values()]
     scheme, n = site.scheme, site.scheme.firsts
-    firsts = [(found(i), jet) for i, jet in enumerate(stacks)]
-    seconds = []
+    terms: list[Any] = [(0, found(i), jet) for i, jet in enumerate(stacks)]
+    if len(stacks) > 1:  # the longest first: what is added to must be there
+        terms.sort(key=lambda term: -len(term[2]))
     for i, j in itertools.combinations_with_replacement(range(len(stacks)), 2):
         factor = found(i, j) if scheme.seconds else None
         if factor is not None:
             rule = scheme.along if i == j else scheme.crossed
-            seconds.append((factor, rule(stacks[i][:n], stacks[j][:n], torch.mul)))
-    firsts = [(f, jet) for f, jet in firsts if f is not None]
-    total = combined(
-        firsts,
-        seconds,
-        n,
-        site.shape,
-        overwrite=site.spare and len(stacks) == 1 and not scheme.higher,
-    )
-    return [None if total is None else site.cast(_higher(scheme, total, stacks, found))]
+            terms.append((n, factor, rule(stacks[i][:n], stacks[j][:n], torch.mul)))
+    for begin, index in enumerate(scheme.higher, n + scheme.seconds):
+        terms += [(begin, found(*key), sum_) for key, sum_ in _products(scheme, index, stacks)]
+    terms = [term for term in terms if term[1] is not None]
+    overwrite = site.spare and len(stacks) == 1
+    return [site.cast(combined(terms, site.shape, overwrite=overwrite))]
+
+
+def _products(
+    scheme: Scheme, index: tuple[int, ...], stacks: list[Tensor]
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """What the derivatives of the operation are multiplied with: for each of them, by variables.
+
+    A sum over all ways to split ``index`` into two or more blocks, each of which falls to a
+    variable.
+    """
+    sums: dict[tuple[int, ...], dict[Any, int]] = {}
+    for blocks in partitions(index):
+        for chosen in itertools.product(range(len(stacks)), repeat=len(blocks)):
+            key, factors = tuple(sorted(chosen)), tuple(sorted(zip(chosen, blocks)))
+            found = sums.setdefault(key, {})
+            found[factors] = found.get(factors, 0) + 1
+    for key, found in sums.items():
+        if len(key) > 1:
+            total = _polynomial(scheme, found, stacks)
+            if total is not None:
+                yield key, total
+
+
+def _polynomial(scheme: Scheme, found: dict[Any, int], stacks: list[Tensor]) -> Tensor | None:
+    total = None
+    for factors, count in found.items():
+        pieces = [part(scheme, stacks[variable], block) for variable, block in factors]
+        if any(piece is None for piece in pieces):
+            continue
+        term: Any = functools.reduce(operator.mul, pieces)
+        if total is None:
+            total = term if count == 1 else count * term
+        else:
+            total = torch.add(total, term, alpha=count)
+    return total
 
 
 class _Derivatives:
@@ -101,32 +135,6 @@ def _already_there(site: Site) -> tuple[Tensor | None, list[Tensor]]:
     if out is None or not whole or not out.requires_grad or not value.requires_grad:
         return None, []
     return out, [value]
-
-
-def _higher(scheme: Scheme, total: Tensor, stacks: list[Tensor], found: _Derivatives) -> Tensor:
-    rows = []
-    for index in scheme.higher:
-        row = torch.zeros_like(total[:1])
-        for blocks in partitions(index):
-            if len(blocks) > 1:
-                row = row + _terms(scheme, blocks, stacks, found)
-        rows.append(row)
-    start = scheme.firsts + scheme.seconds
-    return extend(filled(total, start), torch.cat(rows), start) if rows else total
-
-
-def _terms(
-    scheme: Scheme, blocks: list[tuple[int, ...]], stacks: list[Tensor], found: _Derivatives
-) -> Any:
-    """The terms of one partition: each block may fall to each variable."""
-    total: Any = 0
-    for variables in itertools.product(range(len(stacks)), repeat=len(blocks)):
-        term = found(*sorted(variables))
-        for variable, block in zip(variables, blocks):
-            piece = part(scheme, stacks[variable], block)
-            term = None if term is None or piece is None else term * piece
-        total = total if term is None else total + term
-    return total
 
 
 # --- all others ---------------------------------------------------------------------------

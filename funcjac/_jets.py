@@ -138,43 +138,47 @@ def extend(jet: Tensor, found: Tensor, start: int) -> Tensor:
     stop = start + len(found)
     if len(jet) <= start:
         return torch.cat([jet, found.expand(len(found), *jet.shape[1:])])
+    if len(jet) < stop:
+        jet = filled(jet, stop)
+    if start == 0 and len(jet) == stop:
+        return jet + found
     return torch.cat([jet[:start], jet[start:stop] + found, jet[stop:]])
 
 
-Terms = list[tuple[Tensor, Tensor]]
+# Where it begins among the derivatives, and ``factor`` and ``derivatives`` to multiply.
+Term = tuple[int, Tensor, Tensor]
 
 
-def combined(
-    firsts: Terms, seconds: Terms, start: int, shape: torch.Size, *, overwrite: bool
-) -> Jet:
-    """The sum of ``factor * jet``, and from ``start`` on of ``factor * derivatives``.
+def combined(terms: list[Term], shape: torch.Size, *, overwrite: bool) -> Jet:
+    """The sum of terms, which come in the order of where they begin.
 
-    Fresh memory costs more than the arithmetic: with ``overwrite``, a jet that nobody needs any
-    more gives its own.
+    Fresh memory costs more than the arithmetic: with ``overwrite``, the jet of the first term,
+    which nobody needs any more, gives its own.
     """
-    if not firsts:
+    if not terms:
         return None
     if torch.is_grad_enabled():
         total: Any = None
-        for factor, jet in firsts:
-            total = add(total, factor * jet)
-        terms = [factor * found for factor, found in seconds]
-        return extend(total, sum(terms[1:], terms[0]), start) if terms else total
-    if len(firsts) > 1:
-        firsts = sorted(firsts, key=lambda term: -len(term[1]))
-    ends = [len(jet) for _, jet in firsts] + [start + len(found) for _, found in seconds]
-    factor, first = firsts[0]
-    dtype = first.dtype
-    if factor.dtype != dtype:
-        dtype = torch.promote_types(factor.dtype, dtype)
-    fits = overwrite and first.shape == (max(ends), *shape) and first.dtype == dtype
-    whole = first if fits else first.new_empty((max(ends), *shape), dtype=dtype)
+        for begin, factor, found in terms:
+            term = factor * found
+            total = term if total is None else extend(filled(total, begin), term, begin)
+        return total
+    _, factor, first = terms[0]
+    length = max(begin + len(found) for begin, _, found in terms)
+    same = factor.dtype == first.dtype
+    dtype = first.dtype if same else torch.promote_types(factor.dtype, first.dtype)
+    fits = overwrite and first.shape == (length, *shape) and first.dtype == dtype
+    whole = first if fits else first.new_empty((length, *shape), dtype=dtype)
     end = 0  # of what has been written; the rest is not added to but written
-    for begin, (factor, found) in [*((0, t) for t in firsts), *((start, t) for t in seconds)]:
+    for begin, factor, found in terms:
         stop = begin + len(found)
-        if end >= stop:
-            whole[begin:stop].addcmul_(factor, found)
-        else:
+        if end > begin:
+            middle = min(end, stop)
+            whole[begin:middle].addcmul_(factor, found[: middle - begin])
+            begin, found = middle, found[middle - begin :]
+        elif end < begin:
+            whole[end:begin].zero_()
+        if stop > begin:
             torch.mul(factor, found, out=whole[begin:stop])
             end = stop
     return whole

@@ -165,6 +165,19 @@ def vmap_fallback(*, allowed: bool) -> Iterator[None]:
                 _FUNCTORCH._set_vmap_fallback_warning_enabled(True)
 
 
+@functools.cache
+def keep_memory() -> None:
+    """Let the allocator keep memory between calls rather than hand it back page by page.
+
+    PyTorch has no cache for the memory of processors. The C library gives large blocks back to
+    the system, and every page of the next ones costs a fault, more than the arithmetic on it,
+    unless it has once seen a block of 32 MiB go: from then on it keeps up to twice that much.
+    This block is never written to. (``mallopt(3)``, "dynamic mmap threshold", of glibc; other
+    libraries do not mind.)
+    """
+    torch.empty(2**25 - 2**13, dtype=torch.uint8, device="cpu")
+
+
 _FEWEST = 2**18  # multiplications from which a look at oneDNN pays
 
 

@@ -42,6 +42,7 @@ class Probe:
         seeds: the cotangent, for each output leaf ``(B, *out)``.
         grads: what plain autograd pulls back to each input; ``None`` where nothing depends on it.
         entries: what the blocks must come to.
+        floor: size of value and slope in each row, to which second derivatives are rounded.
         output: what ``func`` returned.
         seed: of the random cotangent.
     """
@@ -54,6 +55,7 @@ class Probe:
     draw: "_Draw"
     seed: int
     entries: list[Entry] = field(default_factory=list)
+    floor: Tensor | None = None
 
 
 def verifier(call: Call, context: Context, seed: int = 0) -> Probe:
@@ -69,7 +71,19 @@ def verifier(call: Call, context: Context, seed: int = 0) -> Probe:
             entries = reference(found, graph=context.graph)
     except (RuntimeError, NotImplementedError) as error:
         raise _undifferentiable(call.options.name, error) from error
-    return replace(found, entries=entries)
+    return replace(found, entries=entries, floor=_floor(found))
+
+
+def _floor(found: Probe) -> Tensor:
+    """Size of the value and of the first derivatives of each row, ``(B,)``."""
+    batch = found.seeds[0].shape[0]
+    pairs = zip(found.seeds, found.output.leaves)
+    sizes = [wide((s.to(o.dtype) * o).detach()).abs().reshape(batch, -1).sum(1) for s, o in pairs]
+    for grad, dim in zip(found.grads, found.call.layout.diff_dims):
+        if grad is not None:
+            rows = grad.detach().unsqueeze(0) if dim is None else grad.detach().movedim(dim, 0)
+            sizes.append(wide(rows).abs().reshape(len(rows), -1).amax(1).expand(batch))
+    return sum(sizes[1:], sizes[0]).nan_to_num(0, 0, 0)
 
 
 def probe(call: Call, context: Context, rows: Tensor | None = None, seed: int = 0) -> Probe:

@@ -23,6 +23,7 @@ from funcjac._structure import (
     ELEMENTWISE,
     LINEAR,
     NUMBERED,
+    OBSTINATE,
     PRODUCTS,
     decomposition,
 )
@@ -38,8 +39,8 @@ def push(site: Site) -> list[Jet]:
 def rule_of(op: Any) -> Callable[[Site], list[Jet]]:
     """How derivatives pass through an operation."""
     name = op.overloadpacket.__name__
-    if torch.Tag.nondeterministic_seeded in op.tags:
-        return _random
+    if torch.Tag.nondeterministic_seeded in op.tags or name in OBSTINATE:
+        return _impassable
     known = {"_to_copy": _cast, "div": _quotient, "add": _sum, "sub": _sum}
     known |= dict.fromkeys(LINEAR, _linear) | dict.fromkeys(AFFINE, _affine)
     known |= dict.fromkeys(PRODUCTS, _product)
@@ -53,8 +54,16 @@ def rule_of(op: Any) -> Callable[[Site], list[Jet]]:
     return lambda site: site.inline(site, taken_apart)
 
 
-def _random(site: Site) -> list[Jet]:
-    raise UntraceableError(f"{site.node.op} draws random numbers")
+@functools.cache
+def makes_new(op: Any) -> bool:
+    """Whether what comes out lies in no memory that was there before."""
+    return rule_of(op) in (elementwise, _affine, _product)
+
+
+def _impassable(site: Site) -> list[Jet]:
+    drawn = torch.Tag.nondeterministic_seeded in site.node.op.tags
+    reason = "draws random numbers" if drawn else "has no second derivatives along directions"
+    raise UntraceableError(f"{site.node.op} {reason}")
 
 
 def _cast(site: Site) -> list[Jet]:

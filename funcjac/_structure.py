@@ -44,6 +44,9 @@ TAKEN_APART = frozenset(
 )
 
 
+# Operations of which the transpose of a vector-Jacobian product is wrong or NaN once
+# differentiated again, so that nothing can be propagated through them.
+OBSTINATE = frozenset({"logcumsumexp", "_weight_norm_interface", "_fused_weight_norm"})
 # Operations that PyTorch differentiates only once, or of which higher derivatives are wrong.
 FRAGILE = frozenset(
     """native_layer_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm _cdist_forward

@@ -22,7 +22,8 @@ from torch import Tensor
 from funcjac._batched import Call, Output
 from funcjac._jets import Jet, Scheme, Site
 from funcjac._linear import Context, detached, plain_inputs
-from funcjac._rules import push
+from funcjac._native import keep_memory
+from funcjac._rules import makes_new, push
 from funcjac._tape import Node, Tape
 from funcjac.errors import UntraceableError
 
@@ -44,6 +45,7 @@ def record(call: Call, context: Context) -> Recording:
     Raises:
         UntraceableError: it does something through which nothing can be propagated.
     """
+    keep_memory()
     inputs = plain_inputs(call, context)
     tape = Tape(inputs, graph=context.graph)
     with torch.enable_grad(), tape:
@@ -60,8 +62,9 @@ def propagate(recording: Recording, jets: dict[int, Tensor], scheme: Scheme) -> 
     own: set[int] = set()  # slots with a jet that is no part of another
     with nullcontext() if recording.graph else torch.no_grad():
         for node, done in recording.nodes:
-            if any(found.get(slot) is not None for slot in node.slots):
-                _step(recording, scheme, node, done, found, own)
+            given = [found.get(slot) for slot in node.slots]
+            if given.count(None) < len(given):
+                _step(recording, scheme, node, done, given, found, own)
             for slot in done:
                 found.pop(slot, None)
     return [None if slot is None else found.get(slot) for slot in recording.slots]
@@ -72,27 +75,19 @@ def _step(
     scheme: Scheme,
     node: Node,
     done: tuple[int, ...],
+    given: list[Any],
     found: dict[int, Any],
     own: set[int],
 ) -> None:
     """Push jets through one operation."""
-    given = [found.get(slot) for slot in node.slots]
     spare = not recording.graph and len(done) == 1 and own.issuperset(node.slots)
     site = _site(recording, node, given, scheme, spare)
     for slot, jet in zip(node.outs, push(site)):
         if slot is None or jet is None:
             continue
         found[slot] = jet
-        if _is_fresh(jet, [] if spare else given):
+        if makes_new(node.op) and jet.is_contiguous():
             own.add(slot)
-
-
-def _is_fresh(jet: Tensor, given: list[Any]) -> bool:
-    """Whether all of its memory is the jet's, and none that of what it was made from."""
-    storage = jet.untyped_storage()
-    others = [one.untyped_storage().data_ptr() for one in given if one is not None]
-    whole = storage.nbytes() == jet.numel() * jet.element_size()
-    return whole and storage.data_ptr() not in others
 
 
 def _site(recording: Recording, node: Node, jets: list[Jet], scheme: Scheme, spare: bool) -> Site:

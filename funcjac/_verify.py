@@ -66,6 +66,9 @@ def _excess(found: Probe, result: Jacobian, e: int) -> float:
         scale = scale + wide(entry.size).nan_to_num(0, 0, 0).reshape(grad.shape)
     # Rounding is relative to the largest entry of the row, all else to the entry itself.
     limit = _tolerance(found) * scale + _rounding(found) * scale.amax(1, keepdim=True)
+    if found.floor is not None:
+        floor = found.floor.sum() if entry.dim is None else found.floor.unsqueeze(1)
+        limit = limit + _rounding(found) / 10 * floor.to(limit.dtype)
     ratio = torch.where(difference == 0, 0, difference / limit)
     return ratio.max().item()
 
@@ -173,12 +176,9 @@ def graph_mismatch(found: Probe, result: Jacobian) -> str | None:
     scale = max(
         (wide(r).abs().nan_to_num(0, 0, 0).max().item() for r in right if r.numel()), default=0.0
     )
-    sizes = [
-        entry.size.nan_to_num(0, 0, 0).max().item()
-        for entry in found.entries
-        if entry.size is not None
-    ]
-    limit = 10 * _tolerance(found) * scale + _rounding(found) * max(sizes, default=0.0)
+    limit = 10 * _tolerance(found) * scale
+    if found.floor is not None:
+        limit += _rounding(found) * found.floor.max().item()
     for r, g in zip(right, grads):
         error = (wide(r) - wide(g)).abs()
         if (error[r.isfinite()].nan_to_num(torch.inf) > limit).any():

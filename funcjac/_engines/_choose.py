@@ -185,13 +185,17 @@ class _Attempt:
                 found.append(route)
             else:
                 self.record.errors[route] = error
-        graph = self.record.context.graph
-        again = [route for route in found if route.is_differentiated_again(graph=graph)]
+        again = [route for route in found if self._needs_safety(route)]
         if again and not self._is_forward_safe():
             unsafe = "torch's forward formula of an operation is wrong once differentiated again"
             self.record.errors |= dict.fromkeys(again, UnsuitableError(unsafe))
             return [route for route in found if route not in again]
         return found
+
+    def _needs_safety(self, route: Route) -> bool:
+        """Whether forward formulas are differentiated again, or chosen and never verified."""
+        unverified = not self.checked and self.options.mode == "auto" and route.is_forward_formula
+        return unverified or route.is_differentiated_again(graph=self.record.context.graph)
 
     def _is_forward_safe(self) -> bool:
         with Recorder() as recorder, torch.no_grad():
