@@ -77,9 +77,13 @@ class Along:
         else:
             scheme = paired(count, weights if total else None)
             seeds = torch.cat([left, right])
+        n = scheme.firsts
+        if not self.call.options.return_value:  # then nobody asks for first derivatives
+            return [None] * len(self.recording.slots), propagate(
+                self.recording, {j: seeds}, scheme, n
+            )
         jets = propagate(self.recording, {j: seeds}, scheme)
         firsts = [None if jet is None else jet[:count] for jet in jets]
-        n = scheme.firsts
         seconds = [None if jet is None or len(jet) <= n else jet[n:] for jet in jets]
         return firsts, seconds
 

@@ -13,7 +13,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -42,11 +42,35 @@ def elementwise(site: Site) -> list[Jet]:
     found = site.known.get(key)
     if found is None:
         found = site.known[key] = _Derivatives(site, list(jets))
-    stacks = [aligned(jet, site.ndim) for jet in jets.values()]
-    scheme, n = site.scheme, site.scheme.firsts
+    if len(jets) == 1 and not site.scheme.higher:
+        (stack,) = (aligned(jet, site.ndim) for jet in jets.values())
+        terms = _of_one(site.scheme, stack, found)
+    else:
+        terms = _of_many(site.scheme, [aligned(jet, site.ndim) for jet in jets.values()], found)
+    if site.start:
+        terms = [_cut(term, site.start) for term in terms if term[0] + len(term[2]) > site.start]
+    return [site.cast(combined(terms, site.shape, overwrite=site.spare and len(jets) == 1))]
+
+
+def _cut(term: Any, start: int) -> Any:
+    """What a term adds to derivatives from ``start`` on."""
+    begin, factor, found = term
+    return max(begin - start, 0), factor, found[max(start - begin, 0) :]
+
+
+def _of_one(scheme: Scheme, jet: Tensor, found: _Derivatives) -> list[Any]:
+    first, second = found(0), found(0, 0)
+    terms = [] if first is None else [(0, first, jet)]
+    if second is not None and scheme.seconds:
+        slope = jet[: scheme.firsts]
+        terms.append((scheme.firsts, second, scheme.along(slope, slope, torch.mul)))
+    return terms
+
+
+def _of_many(scheme: Scheme, stacks: list[Tensor], found: _Derivatives) -> list[Any]:
+    n = scheme.firsts
     terms: list[Any] = [(0, found(i), jet) for i, jet in enumerate(stacks)]
-    if len(stacks) > 1:  # the longest first: what is added to must be there
-        terms.sort(key=lambda term: -len(term[2]))
+    terms.sort(key=lambda term: -len(term[2]))  # what is added to must be there
     for i, j in itertools.combinations_with_replacement(range(len(stacks)), 2):
         factor = found(i, j) if scheme.seconds else None
         if factor is not None:
@@ -54,9 +78,7 @@ def elementwise(site: Site) -> list[Jet]:
             terms.append((n, factor, rule(stacks[i][:n], stacks[j][:n], torch.mul)))
     for begin, index in enumerate(scheme.higher, n + scheme.seconds):
         terms += [(begin, found(*key), sum_) for key, sum_ in _products(scheme, index, stacks)]
-    terms = [term for term in terms if term[1] is not None]
-    overwrite = site.spare and len(stacks) == 1
-    return [site.cast(combined(terms, site.shape, overwrite=overwrite))]
+    return [term for term in terms if term[1] is not None]
 
 
 def _products(
@@ -86,7 +108,7 @@ def _polynomial(scheme: Scheme, found: dict[Any, int], stacks: list[Tensor]) -> 
         pieces = [part(scheme, stacks[variable], block) for variable, block in factors]
         if any(piece is None for piece in pieces):
             continue
-        term: Any = functools.reduce(operator.mul, pieces)
+        term: Any = functools.reduce(operator.mul, cast(Any, pieces))
         if total is None:
             total = term if count == 1 else count * term
         else:
@@ -99,6 +121,7 @@ class _Derivatives:
 
     def __init__(self, site: Site, slots: list[int]) -> None:
         self.graph = site.graph
+        self.ones: Tensor | None = None
         self.order = max((len(index) for index in site.scheme.higher), default=2)
         out, inputs = _already_there(site) if len(site.node.slots) == 1 else (None, [])
         if out is None:
@@ -122,9 +145,24 @@ class _Derivatives:
         return self.found[index]
 
     def _grad(self, out: Tensor, more: bool) -> Sequence[Tensor | None]:
-        ones = out.new_ones(()).expand(out.shape)
+        if self.ones is None or self.ones.dtype != out.dtype:
+            self.ones = out.new_ones(()).expand(out.shape)
         with torch.enable_grad():
-            return backward(out, self.inputs, ones, retain=True, graph=more)
+            if more and len(self.inputs) == 1:
+                node = _only_node(out, self.inputs[0])
+                if node is not None:  # the engine takes longer than the operation
+                    return [node(self.ones)]
+            return backward(out, self.inputs, self.ones, retain=True, graph=more)
+
+
+def _only_node(out: Tensor, x: Tensor) -> Any:
+    """The function of the graph that leads from ``out`` to ``x`` alone, in one step."""
+    node = out.grad_fn
+    if node is None or out._backward_hooks or len(node.next_functions) != 1:
+        return None
+    before, place = node.next_functions[0]
+    direct = before is x.grad_fn if x.grad_fn is not None else getattr(before, "variable", 0) is x
+    return node if direct and (x.grad_fn is None or place == x.output_nr) else None
 
 
 def _already_there(site: Site) -> tuple[Tensor | None, list[Tensor]]:

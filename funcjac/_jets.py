@@ -161,7 +161,11 @@ def combined(terms: list[Term], shape: torch.Size, *, overwrite: bool) -> Jet:
         total: Any = None
         for begin, factor, found in terms:
             term = factor * found
-            total = term if total is None else extend(filled(total, begin), term, begin)
+            if total is None and begin == 0:
+                total = term
+            else:
+                total = term[:0] if total is None else total
+                total = extend(filled(total, begin), term, begin)
         return total
     _, factor, first = terms[0]
     length = max(begin + len(found) for begin, _, found in terms)
@@ -210,6 +214,7 @@ class Site(NamedTuple):
         graph: whether the result will be differentiated.
         spare: whether nobody else needs the memory of the one jet.
         known: derivatives of operations, which serve all directions.
+        start: of the derivatives that are wanted: lower ones serve nobody.
         inline: propagates through a function of the same arguments instead of the operation.
     """
 
@@ -221,6 +226,7 @@ class Site(NamedTuple):
     spare: bool
     known: dict[Any, Any]
     inline: Callable[[Site, Callable[..., Any]], list[Jet]]
+    start: int = 0
 
     @property
     def name(self) -> str:

@@ -164,12 +164,17 @@ def _taylor_partials(
     if not used:
         return [list(outs) for _ in group]
     scheme = mixed(indices, x.device)
-    jets = propagate(recording, {0: basis(x, dim, used)}, scheme)
+    places = [scheme.places[tuple(sorted(index))] for index in indices if index]
+    start = min(places)
+    jets = propagate(recording, {0: basis(x, dim, used)}, scheme, start)
     found = []
     for index in indices:
         place = scheme.places.get(tuple(sorted(index)))
         found.append(
-            [out if place is None else _entry(jet, place, out) for jet, out in zip(jets, outs)]
+            [
+                out if place is None else _entry(jet, place - start, out)
+                for jet, out in zip(jets, outs)
+            ]
         )
     return found
 

@@ -27,12 +27,18 @@ from funcjac._structure import (
     PRODUCTS,
     decomposition,
 )
+from funcjac._tape import Node
 from funcjac.errors import UntraceableError
 
 
 def push(site: Site) -> list[Jet]:
-    """Derivatives of what a node returned, ``None`` where they are zero."""
-    return rule_of(site.node.op)(site)
+    """Derivatives of what a node returned, from ``site.start`` on; ``None`` where zero."""
+    rule = rule_of(site.node.op)
+    found = rule(site)
+    if not site.start or rule is elementwise or rule is inlined:
+        return found
+    cut = [None if jet is None else jet[site.start :] for jet in found]
+    return [None if jet is None or not len(jet) else jet for jet in cut]
 
 
 @functools.cache
@@ -48,10 +54,25 @@ def rule_of(op: Any) -> Callable[[Site], list[Jet]]:
         return known[name]
     if torch.Tag.pointwise in op.tags or name in ELEMENTWISE:
         return elementwise
-    taken_apart = decomposition(op)
-    if taken_apart is None:
-        return opaque
-    return lambda site: site.inline(site, taken_apart)
+    return opaque if decomposition(op) is None else inlined
+
+
+def inlined(site: Site) -> list[Jet]:
+    taken_apart = decomposition(site.node.op)
+    assert taken_apart is not None
+    return site.inline(site, taken_apart)
+
+
+def is_linear(node: Node) -> bool:
+    """Whether an operation is linear in all of its arguments that depend on the input."""
+    rule = rule_of(node.op)
+    if rule is _quotient:
+        return node.places == ((0, None),) and not node.kwargs
+    if rule is _product:
+        return len(node.places) == 1
+    if rule is _affine:
+        return sum(i > 0 for i, _ in node.places) < 2
+    return rule in (_linear, _cast, _sum)
 
 
 @functools.cache

@@ -23,20 +23,29 @@ from funcjac._batched import Call, Output
 from funcjac._jets import Jet, Scheme, Site
 from funcjac._linear import Context, detached, plain_inputs
 from funcjac._native import keep_memory
-from funcjac._rules import makes_new, push
+from funcjac._rules import is_linear, makes_new, push
 from funcjac._tape import Node, Tape
 from funcjac.errors import UntraceableError
 
 
 class Recording(NamedTuple):
-    """One run of ``func``, and what there is to propagate through."""
+    """One run of ``func``, and what there is to propagate through.
+
+    Attributes:
+        slots: of the outputs.
+        nodes: with the slots that nobody uses after each.
+        tail: slots from which only linear operations lead to outputs: there, lower
+            derivatives serve nothing but themselves.
+        known: derivatives of operations, which serve all directions.
+    """
 
     output: Output
     tape: Tape
     slots: list[int | None]
     nodes: list[tuple[Node, tuple[int, ...]]]
+    tail: set[int]
     graph: bool
-    known: dict[int, Any]
+    known: dict[Any, Any]
 
 
 def record(call: Call, context: Context) -> Recording:
@@ -50,39 +59,64 @@ def record(call: Call, context: Context) -> Recording:
     tape = Tape(inputs, graph=context.graph)
     with torch.enable_grad(), tape:
         output = call(inputs)
-    slots = [tape.slot(out) for out in output.leaves]
+    outs = output.leaves
+    return _recording(output if context.graph else detached(output), tape, outs, context.graph)
+
+
+def _recording(output: Output, tape: Tape, outs: Sequence[Any], graph: bool) -> Recording:
+    slots = [tape.slot(out) for out in outs]
     nodes = tape.needed(slots)
-    output = output if context.graph else detached(output)
-    return Recording(output, tape, slots, nodes, context.graph, {})
+    bent: set[int] = set()
+    for node, _ in reversed(nodes):
+        if not (is_linear(node) and bent.isdisjoint(node.outs)):
+            bent.update(node.slots)
+    return Recording(output, tape, slots, nodes, set(range(len(tape.values))) - bent, graph, {})
 
 
-def propagate(recording: Recording, jets: dict[int, Tensor], scheme: Scheme) -> list[Jet]:
-    """Jets of the outputs, from those of inputs, by their number."""
+def propagate(
+    recording: Recording, jets: dict[int, Tensor], scheme: Scheme, start: int = 0
+) -> list[Jet]:
+    """Derivatives of the outputs from ``start`` on, from jets of inputs by their number."""
     found: dict[int, Any] = dict(jets)
+    for slot in recording.tail.intersection(found):
+        found[slot] = _from(found[slot], start)
     own: set[int] = set()  # slots with a jet that is no part of another
     with nullcontext() if recording.graph else torch.no_grad():
         for node, done in recording.nodes:
             given = [found.get(slot) for slot in node.slots]
-            if given.count(None) < len(given):
-                _step(recording, scheme, node, done, given, found, own)
+            if any(jet is not None for jet in given):
+                _step(recording, scheme, (node, done, given), found, own, start)
             for slot in done:
                 found.pop(slot, None)
-    return [None if slot is None else found.get(slot) for slot in recording.slots]
+    outs = [(slot, None if slot is None else found.get(slot)) for slot in recording.slots]
+    return [jet if slot in recording.tail else _from(jet, start) for slot, jet in outs]
+
+
+def _from(jet: Jet, start: int) -> Jet:
+    return None if jet is None or len(jet) <= start else jet[start:]
 
 
 def _step(
     recording: Recording,
     scheme: Scheme,
-    node: Node,
-    done: tuple[int, ...],
-    given: list[Any],
+    at: tuple[Node, tuple[int, ...], list[Any]],
     found: dict[int, Any],
     own: set[int],
+    start: int,
 ) -> None:
     """Push jets through one operation."""
+    node, done, given = at
     spare = not recording.graph and len(done) == 1 and own.issuperset(node.slots)
+    ends = start > 0 and all(slot is None or slot in recording.tail for slot in node.outs)
+    straight = ends and is_linear(node)
+    if straight:  # lower derivatives are not needed any more
+        pairs = zip(node.slots, given)
+        given = [jet if slot in recording.tail else _from(jet, start) for slot, jet in pairs]
+        if all(jet is None for jet in given):
+            return
     site = _site(recording, node, given, scheme, spare)
-    for slot, jet in zip(node.outs, push(site)):
+    cut = start if ends and not straight else 0
+    for slot, jet in zip(node.outs, push(site._replace(start=cut) if cut else site)):
         if slot is None or jet is None:
             continue
         found[slot] = jet
@@ -115,7 +149,6 @@ def _inline(site: Site, function: Callable[..., Any]) -> list[Jet]:
     outs: Sequence[Any] = out if isinstance(out, (tuple, list)) else [out]
     if len(outs) != len(site.node.outs):
         raise UntraceableError(f"{site.node.op} does not return what its decomposition does")
-    found = [tape.slot(out) for out in outs]
     jets = {slots.index(s): jet for s, jet in zip(site.node.slots, site.jets) if jet is not None}
-    inner = Recording(Output([], None), tape, found, tape.needed(found), site.graph, {})
-    return propagate(inner, jets, site.scheme)
+    inner = _recording(Output([], None), tape, outs, site.graph)
+    return propagate(inner, jets, site.scheme, site.start)
