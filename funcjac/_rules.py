@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._elementwise import elementwise, opaque
+from funcjac._elementwise import elementwise
 from funcjac._jets import Jet, Scheme, Site, add, aligned, extend, filled, part, spread
 from funcjac._native import matmul, over_basis
+from funcjac._opaque import opaque
 from funcjac._structure import (
     AFFINE,
     ELEMENTWISE,

@@ -23,11 +23,11 @@ from funcjac._engines._record import (
     signature,
 )
 from funcjac._engines._rows import by_sum, executed, run
-from funcjac._engines._suited import is_fragile, unsuitable
+from funcjac._engines._suited import forward_safe, is_fragile, unsuitable
 from funcjac._engines._tell import failure, warn_of_fallback
 from funcjac._linear import Context
 from funcjac._mixing import check_rows
-from funcjac._modes import Recorder, Route, is_forward_safe, sizes_of
+from funcjac._modes import Route, sizes_of
 from funcjac._native import CONTROL_FLOW
 from funcjac._passes import Jacobian
 from funcjac._probe import Probe, has_hidden_leaves, verifier
@@ -186,7 +186,9 @@ class _Attempt:
             else:
                 self.record.errors[route] = error
         again = [route for route in found if self._needs_safety(route)]
-        if again and not self._is_forward_safe():
+        safe = not again or forward_safe(self.call)
+        self._put_back()
+        if not safe:
             unsafe = "torch's forward formula of an operation is wrong once differentiated again"
             self.record.errors |= dict.fromkeys(again, UnsuitableError(unsafe))
             return [route for route in found if route not in again]
@@ -196,12 +198,6 @@ class _Attempt:
         """Whether forward formulas are differentiated again, or chosen and never verified."""
         unverified = not self.checked and self.options.mode == "auto" and route.is_forward_formula
         return unverified or route.is_differentiated_again(graph=self.record.context.graph)
-
-    def _is_forward_safe(self) -> bool:
-        with Recorder() as recorder, torch.no_grad():
-            self.call._replace(clone=True)(self.call.inputs)
-        self._put_back()
-        return is_forward_safe(recorder.names)
 
     # --- later calls, until the cheapest route is known
 

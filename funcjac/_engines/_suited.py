@@ -5,7 +5,7 @@ import torch
 from funcjac._batched import Call
 from funcjac._engines._record import Record
 from funcjac._linear import Context, plain_inputs
-from funcjac._modes import Recorder, Route
+from funcjac._modes import Recorder, Route, is_forward_safe
 from funcjac._reach import Reach
 from funcjac._structure import FRAGILE
 from funcjac.errors import UnsuitableError, UntraceableError
@@ -16,6 +16,13 @@ def is_fragile(call: Call) -> bool:
     with Recorder() as recorder, torch.enable_grad():
         call._replace(clone=True)(plain_inputs(call, Context()))
     return not FRAGILE.isdisjoint(recorder.names)
+
+
+def forward_safe(call: Call) -> bool:
+    """Whether the forward formulas of all that ``func`` runs may be differentiated again."""
+    with Recorder() as recorder, torch.no_grad():
+        call._replace(clone=True)(call.inputs)
+    return is_forward_safe(recorder.names)
 
 
 def unsuitable(call: Call, reached: Reach, record: Record, route: Route) -> Exception | None:
