@@ -160,22 +160,35 @@ class _Derivatives:
     def _grad(self, out: Tensor, more: bool) -> Sequence[Tensor | None]:
         if self.ones is None or self.ones.dtype != out.dtype:
             self.ones = out.new_ones(()).expand(out.shape)
-        with torch.enable_grad():
-            if more and len(self.inputs) == 1:
-                node = _only_node(out, self.inputs[0])
-                if node is not None:  # the engine takes longer than the operation
-                    return [node(self.ones)]
-            return backward(out, self.inputs, self.ones, retain=True, graph=more)
+        steps = _chain(out, self.inputs[0]) if len(self.inputs) == 1 else None
+        with torch.enable_grad() if more else torch.no_grad():
+            if steps is None:
+                return backward(out, self.inputs, self.ones, retain=True, graph=more)
+            grad = self.ones
+            for node, place in steps:  # autograd's engine takes longer than the operations
+                found = node(grad)
+                grad = found[place] if isinstance(found, tuple) else found
+            return [grad]
 
 
-def _only_node(out: Tensor, x: Tensor) -> Any:
-    """The function of the graph that leads from ``out`` to ``x`` alone, in one step."""
-    node = out.grad_fn
-    if node is None or out._backward_hooks or len(node.next_functions) != 1:
-        return None
-    before, place = node.next_functions[0]
-    direct = before is x.grad_fn if x.grad_fn is not None else getattr(before, "variable", 0) is x
-    return node if direct and (x.grad_fn is None or place == x.output_nr) else None
+# A derivative of a simple operation has so many steps at most.
+_MOST_STEPS = 4
+
+
+def _chain(out: Tensor, x: Tensor) -> list[tuple[Any, int]] | None:
+    """Functions of the graph, and which of their results goes on, where one way leads to ``x``."""
+    steps: list[tuple[Any, int]] = []
+    node = None if out._backward_hooks else out.grad_fn
+    while node is not None and len(steps) < _MOST_STEPS:
+        ways = [(i, *edge) for i, edge in enumerate(node.next_functions) if edge[0] is not None]
+        if len(ways) != 1:
+            return None
+        i, before, place = ways[0]
+        steps.append((node, i))
+        if before is x.grad_fn if x.grad_fn else getattr(before, "variable", None) is x:
+            return steps if place == x.output_nr else None
+        node = before if place == 0 else None
+    return None
 
 
 def _already_there(site: Site) -> tuple[Tensor | None, list[Tensor]]:
