@@ -28,6 +28,7 @@ table: $(VENV)/.test
 
 benchmark: $(VENV)/.test
 	$(BIN)/python benchmarks/steady_state.py
+	$(BIN)/python benchmarks/second_order.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -149,15 +149,16 @@ class DerivativeReport:
         return close and self.central_difference <= self.central_tolerance
 
     def __str__(self) -> str:
-        lines = [f"{'engine':<7}{'mode':<6}{'difference':>11}  from the loop over rows"]
+        width = max(6, *[len(c.mode) + 1 for c in self.comparisons])
+        lines = [f"{'engine':<7}{'mode':<{width}}{'difference':>11}  from the loop over rows"]
         for c in self.comparisons:
             found = "" if c.difference is None else f"{c.difference:.1e}"
             wrong = c.difference is not None and not c.difference <= self.tolerance
             verdict = c.error or ("WRONG" if wrong else "agrees")
-            lines.append(f"{c.engine:<7}{c.mode:<6}{found:>11}  {verdict}")
+            lines.append(f"{c.engine:<7}{c.mode:<{width}}{found:>11}  {verdict}")
         close = self.central_difference <= self.central_tolerance
         verdict = "agrees" if close else "WRONG"
-        lines.append(f"{'central':<13}{self.central_difference:>11.1e}  {verdict}")
+        lines.append(f"{'central':<{width + 7}}{self.central_difference:>11.1e}  {verdict}")
         return "\n".join(lines)
 
 

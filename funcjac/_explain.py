@@ -25,7 +25,7 @@ class Attempt:
 
     Attributes:
         engine: ``"vmap"``, ``"sum"`` or ``"loop"``.
-        mode: ``"fwd"`` or ``"rev"``.
+        mode: ``"fwd"`` or ``"rev"``; of second derivatives ``"taylor"`` or a nested mode.
         how: what sets it apart from other routes of the same engine and mode.
         passes: basis vectors to pull back or push forward.
         seconds: of a usual run, ``None`` if there was none.
@@ -73,7 +73,10 @@ class Explanation:
 
     def __str__(self) -> str:
         shapes = f"batch of {self.batch}, {self.inputs} inputs -> {self.outputs} outputs a row"
-        verified = "verified against a plain VJP" if self.verified else "not verified (check=False)"
+        second = self.mode == "taylor" or "_over_" in self.mode
+        against = "plain double backward" if second else "a plain VJP"
+        verified = f"verified against {against}" if self.verified else "not verified (check=False)"
+        width = max(6, *[len(attempt.mode) + 1 for attempt in self.attempts])
         graph = "differentiable" if self.differentiable else "no graph"
         lines = [
             f"{self.name}: {shapes}",
@@ -82,13 +85,13 @@ class Explanation:
             f"costs  {_amount(self.flops, 'FLOP', 1000)} in matrix products and convolutions, at "
             f"most {_amount(self.memory, 'B', 1024)} at once",
             "",
-            f"{'engine':<7}{'mode':<6}{'passes':>7}{'time':>11}  why",
+            f"{'engine':<7}{'mode':<{width}}{'passes':>7}{'time':>11}  why",
         ]
         for attempt in self.attempts:
             seconds = "" if attempt.seconds is None else _amount_of_time(attempt.seconds)
             why = "; ".join(filter(None, (attempt.how, attempt.reason or "runs")))
             lines.append(
-                f"{attempt.engine:<7}{attempt.mode:<6}{attempt.passes:>7}{seconds:>11}  {why}"
+                f"{attempt.engine:<7}{attempt.mode:<{width}}{attempt.passes:>7}{seconds:>11}  {why}"
             )
         return "\n".join(lines)
 
