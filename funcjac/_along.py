@@ -20,6 +20,7 @@ from funcjac._taylor import Recording, propagate, record
 
 # Derivatives of one tensor that are propagated together: 2**23 floats are 32 MiB.
 _PASS_ELEMENTS = 2**23
+_MOST_NESTED = 64
 
 
 class Along:
@@ -41,8 +42,8 @@ class Along:
     def chunk(self, count: int) -> int:
         if self.route.chunk is not None:
             return min(self.route.chunk, count)
-        if self.recording is None:
-            return count
+        if self.recording is None:  # which holds all pairs within a chunk
+            return min(count, _MOST_NESTED)
         largest = max((shape.numel() for shape in self.recording.tape.shapes), default=1)
         return min(max(_PASS_ELEMENTS // max(largest, 1), 1), count)
 

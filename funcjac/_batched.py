@@ -26,11 +26,11 @@ class Operator(NamedTuple):
         modes: what ``mode`` may be, beside ``"auto"``.
         kernel: ``(call, route, context)`` to ``blocks[i][e]``, for output ``i`` and entry ``e``.
         routes: ``(options, sizes, on_cpu)`` to what is worth trying, in order.
-        within: the mode inside of other transforms, from ``(mode, sizes, safe)``.
+        within: ``(sizes, safe)`` to the mode inside of other transforms.
         reference: the same by plain autograd, contracted with a cotangent; ``None`` where one
             vector-Jacobian product is enough.
         spec: the operator's own words.
-        assemble: ``(call, blocks, output)`` to what the user gets.
+        assemble: ``(call, result)`` to what the user gets.
     """
 
     modes: tuple[str, ...]

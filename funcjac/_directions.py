@@ -84,7 +84,8 @@ def directions(call: Call, spec: Spec, j: int, *, exact: bool) -> Directions:
     weight = call.extras[0] if spec.is_weighted else None
     shared = weight is None or call.layout.dims[len(call.leaves) - call.extra] is None
     if spec.samples is not None:
-        probes = call.extras[spec.is_weighted + j].movedim(1, 0)  # (k, B, *row)
+        probes = call.extras[spec.is_weighted + j]  # (B, k, *row), or (k, *row) of a shared input
+        probes = probes.unsqueeze(1) if dim is None else probes.movedim(1, 0)
         even = x.new_full((len(probes),), 1 / len(probes))
         right = None if weight is None else _placed(_applied(weight, probes, row, shared), x, dim)
         return Directions(_placed(probes, x, dim), right, even, basis=False)
@@ -133,15 +134,16 @@ def extras_of(spec: Spec) -> Callable[..., tuple[list[Tensor], tuple[int | None,
             dims.append(None if spec.weight_dim is None else 0)
         if spec.samples is not None:
             found += [_drawn(call, spec, j) for j in range(len(call.inputs))]
-            dims += [0] * len(call.inputs)
+            dims += [None if dim is None else 0 for dim in call.layout.diff_dims]
         return found, tuple(dims)
 
     return extras
 
 
 def _drawn(call: Call, spec: Spec, j: int) -> Tensor:
-    x = call.inputs[j]
-    shape = (call.batch, spec.samples or 0, *row_shape(x, call.layout.diff_dims[j]))
+    x, dim = call.inputs[j], call.layout.diff_dims[j]
+    batch = () if dim is None else (call.batch,)  # what rows share moves the same way in all
+    shape = (*batch, spec.samples or 0, *row_shape(x, dim))
     words = {"generator": spec.generator, "device": x.device}
     if spec.generator is not None:
         words["device"] = spec.generator.device
@@ -181,7 +183,7 @@ def _checked(call: Call, spec: Spec, weight: Any) -> Tensor:
         rows = "in each row" if dim is not None else "(and weight_dim if there is one for each row)"
         expected = f"weight of shape {whole} or {square} {rows}"
         raise refuse(name, ValueError, expected, f"shape {tuple(shape)}")
-    weight = weight.to(x.device, x.dtype)
+    weight = (weight.clone() if weight.is_inference() else weight).to(x.device, x.dtype)
     if shape != row and not is_transformed():
         matrix = weight.detach().reshape(*weight.shape[: dim is not None], row.numel(), row.numel())
         limit = 100 * torch.finfo(x.dtype).eps * matrix.abs().amax() if matrix.numel() else 0

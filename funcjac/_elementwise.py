@@ -30,10 +30,11 @@ from funcjac._opaque import first, rerun, variables
 def elementwise(site: Site) -> list[Jet]:
     """The chain rule of any order (Faà di Bruno) for each element."""
     jets = {slot: jet for slot, jet in zip(site.node.slots, site.jets) if jet is not None}
-    key = (site.node.outs, site.node.slots)
+    order = len(site.scheme.higher[-1]) if site.scheme.higher else 2
+    key = (site.node.outs, site.node.slots, order)
     found = site.known.get(key)
     if found is None:
-        found = site.known[key] = _Derivatives(site, list(jets))
+        found = site.known[key] = _Derivatives(site, list(jets), order)
     stacks = [aligned(jet, site.ndim) for jet in jets.values()]
     of = _of_named if site.scheme.places else _of_one if len(stacks) == 1 else _of_many
     terms = of(site.scheme, stacks, found)
@@ -133,10 +134,10 @@ def _monomial(scheme: Scheme, factors: Any, stacks: list[Tensor], known: Any) ->
 class _Derivatives:
     """Partial derivatives of an operation on each element: called with the variables' numbers."""
 
-    def __init__(self, site: Site, slots: list[int]) -> None:
+    def __init__(self, site: Site, slots: list[int], order: int) -> None:
         self.graph = site.graph
         self.ones: Tensor | None = None
-        self.order = max((len(index) for index in site.scheme.higher), default=2)
+        self.order = order
         out, inputs = _already_there(site) if len(site.node.slots) == 1 else (None, [])
         if out is None:
             own = variables(site, slots)
@@ -196,6 +197,6 @@ def _already_there(site: Site) -> tuple[Tensor | None, list[Tensor]]:
     (slot,), out = site.node.slots, site.tape.values[site.node.outs[0] or 0]
     value = site.value(0)
     whole = value is site.tape.values[slot] and value.shape == site.shape
-    if out is None or not whole or not out.requires_grad or not value.requires_grad:
+    if out is None or not whole or not site.tape.is_as_recorded(site.node.outs[0] or 0):
         return None, []
-    return out, [value]
+    return (out, [value]) if out.requires_grad and value.requires_grad else (None, [])

@@ -177,13 +177,10 @@ def evaluate(transform: Transform, args: tuple[Any, ...], kwargs: dict[str, Any]
     if is_transformed():
         call = transform.bind(args, kwargs)
         return assemble(call, solve_transformed(call, transform.memory))
-    if torch.is_inference_mode_enabled():
+    if torch.is_inference_mode_enabled() or any(map(_is_inference, _tree.tensors(args))):
         with torch.inference_mode(False), torch.no_grad():
             return evaluate(transform, *usable((args, kwargs)))
     call = transform.bind(args, kwargs)
-    if any(_is_inference(leaf) for leaf in call.leaves):
-        with torch.no_grad():
-            return evaluate(transform, *usable((args, kwargs)))
     return assemble(call, solve(call, transform.memory))
 
 
@@ -265,6 +262,9 @@ def check_options(func: Any, options: Options) -> None:
     for word in ("has_aux", "return_value"):
         if type(getattr(options, word)) is not bool:
             raise refuse(name, TypeError, f"{word} to be a bool", repr(getattr(options, word)))
+    if options.mode == "taylor" and options.engine not in ("auto", "sum"):
+        expected = "engine to be 'auto' or 'sum' with mode='taylor', which runs the whole batch"
+        raise refuse(name, ValueError, expected, repr(options.engine))
     is_auto = isinstance(options.check, str) and options.check == "auto"
     if not is_auto and type(options.check) is not bool:
         raise refuse(name, ValueError, "check to be 'auto', True or False", repr(options.check))

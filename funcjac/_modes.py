@@ -19,6 +19,8 @@ _CACHED_ELEMENTS = 2**19
 _HOPELESS = 4
 # One pass forward costs about as much as the function, one backward about twice that.
 _REVERSE_BIAS = 2
+# Inputs up to which all pairs of them are propagated together for a Hessian.
+_MOST_PAIRED = 12
 
 
 @dataclass(frozen=True)
@@ -115,15 +117,19 @@ UNSAFE_FORWARD = frozenset(
 
 
 class Recorder(TorchDispatchMode):
-    """Collects the names of the operations that run under it."""
+    """Collects the names of the operations that run under it, and the dtypes of results."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
+        self.dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.is_floating_point():
+            self.dtypes.add(out.dtype)
+        return out
 
 
 def is_forward_safe(names: Iterable[str]) -> bool:
@@ -172,18 +178,19 @@ def second_routes(
     del on_cpu
     engine, mode, (batch, outputs, inputs) = options.engine, options.mode, sizes
     found = []
-    if mode in ("auto", "taylor") and engine in ("auto", "sum"):
+    pairs = first == "taylor" or (options.chunk_size is None and inputs <= _MOST_PAIRED)
+    if mode in ("auto", "taylor") and engine in ("auto", "sum") and pairs:
         chunk = options.chunk_size
         found += [Route("sum", "taylor", chunk), Route("sum", "taylor", chunk, slow=True)]
     modes = modes if mode == "auto" else (mode,) if mode != "taylor" else ()
-    if mode == "auto" and options.check is False:
-        modes = ("rev_over_rev",)  # nobody would notice a wrong forward formula
     order = ("sum", "vmap", "loop") if first == "taylor" else ENGINES
     nested: list[Route] = []
     chunk = options.chunk_size or _chunk_of_both(batch, outputs, inputs)
     for e in order:
         for m in modes if engine in ("auto", e) else ():
-            nested += [r for r in _variants(e, m, chunk) if mode != "auto" or not r.transposed]
+            # What func runs may change later on: no forward formula is chosen unasked.
+            every = list(_variants(e, m, chunk))
+            nested += [r for r in every if mode != "auto" or not r.is_forward_formula]
     nested.sort(key=lambda route: route.transposed)
     return found + nested if first == "taylor" else nested + found
 

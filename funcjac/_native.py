@@ -165,6 +165,15 @@ def vmap_fallback(*, allowed: bool) -> Iterator[None]:
                 _FUNCTORCH._set_vmap_fallback_warning_enabled(True)
 
 
+def attention_math(*args: Any, **kwargs: Any) -> Tensor:
+    """Attention by matrix products and a softmax, which have all derivatives.
+
+    Without the private operation, ``torch.nn.attention.sdpa_kernel`` would do, but its
+    switches are the process's.
+    """
+    return torch.ops.aten._scaled_dot_product_attention_math.default(*args, **kwargs)[0]
+
+
 @functools.cache
 def keep_memory() -> None:
     """Let the allocator keep memory between calls rather than hand it back page by page.

@@ -75,6 +75,7 @@ def jacobian_of_jacobian(
 
 def hessian_blocks(call: Call, route: Route, context: Context) -> tuple[Any, Blocks, Output]:
     """``H[i][j][k]`` and ``J[i][j]``; blocks below the diagonal are those above it, transposed."""
+    call = call._replace(composed=True)  # whatever func comes to do later
     inputs, dims = call.inputs, call.layout.diff_dims
     replay = rng_state() if call.options.randomness != "error" else None
     bands, jac, output = [], [], None
@@ -119,6 +120,7 @@ def second_along(
     call: Call, route: Route, context: Context, j: int, left: Tensor, right: Tensor
 ) -> tuple[list[Tensor], list[Tensor], Output]:
     """First derivatives along ``left`` and second ones along pairs, each ``(K, B, *out)``."""
+    call = call._replace(composed=True)  # whatever func comes to do later
     x, dim = call.inputs[j], call.layout.diff_dims[j]
 
     def func(one: Sequence[Tensor], two: Sequence[Tensor]) -> Output:
@@ -145,6 +147,7 @@ def partial_along(
     call: Call, route: Route, context: Context, index: tuple[int, ...]
 ) -> tuple[list[Tensor], Output]:
     """One mixed derivative by ``(B, d)``: a differentiation for each entry of ``index``."""
+    call = call._replace(composed=True)
     x, dim = call.inputs[0], call.layout.diff_dims[0]
     level = Route("sum", route.mode, 1, vectorized=False, transposed=route.transposed)
 

@@ -22,6 +22,7 @@ from funcjac._nested import hessian_blocks, partial_along
 from funcjac._pairs import all_pairs
 from funcjac._passes import Jacobian
 from funcjac._taylor import Recording, propagate, record
+from funcjac.errors import refuse
 
 
 def zeros(call: Call, spec: Spec) -> Jacobian:
@@ -40,12 +41,30 @@ def zeros(call: Call, spec: Spec) -> Jacobian:
     outs = (
         output.leaves if spec.kind != "divergence" else [output.leaves[0].flatten(1)[:, :0].sum(1)]
     )
-    blocks = [[out.new_zeros((*out.shape, *shape)) for shape in shapes] for out in outs]
+    dtypes = [torch.result_type(out, call.inputs[0]) for out in outs]
+    blocks = [
+        [out.new_zeros((*out.shape, *shape), dtype=dtype) for shape in shapes]
+        for out, dtype in zip(outs, dtypes)
+    ]
+    for row, out in zip(blocks, outs):  # the value itself is no derivative
+        row[: len(spec.indices)] = [
+            zero if index else out for zero, index in zip(row, spec.indices)
+        ]
     return Jacobian(blocks, output)
 
 
 def is_empty(call: Call, route: Route) -> bool:
-    return route.mode == "empty" or any(x.numel() == 0 for x in call.inputs)
+    """Whether there is nothing to differentiate.
+
+    Raises:
+        ValueError: some inputs are empty, and others are not.
+    """
+    empty = [x.numel() == 0 for x in call.inputs]
+    if any(empty) and not all(empty):
+        shapes = [tuple(x.shape) for x in call.inputs]
+        remedy = "Leave the empty ones out of argnums."
+        raise refuse(call.options.name, ValueError, "inputs with elements", shapes, remedy)
+    return route.mode == "empty" or any(empty)
 
 
 # --- kernels ------------------------------------------------------------------------------
@@ -106,7 +125,7 @@ def _gathered(each: Any, pieces: list[list[Any]], output: Output, count: int) ->
         if not parts:
             one = out.new_zeros((count, *out.shape))
         elif count > 1:
-            one = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+            one = torch.cat(parts) if len(parts) > 1 else parts[0]
         else:
             one = sum(parts[1:], parts[0])
         found.append(one if not each else each[i] + one)
@@ -150,7 +169,13 @@ def partials(call: Call, route: Route, context: Context, *, spec: Spec) -> Jacob
             columns.append(found)
     assert output is not None
     dtypes = [torch.result_type(out, x) for out in output.leaves]
-    rows = [[c.to(dtype).contiguous() for c in cs] for cs, dtype in zip(zip(*columns), dtypes)]
+    # The same index twice, or the value, must not come as one tensor under two names.
+    names = [tuple(sorted(index)) for index in spec.indices]
+    again = [not name or name in names[:e] for e, name in enumerate(names)]
+    rows = [
+        [c.to(dtype).clone() if yes else c.to(dtype).contiguous() for c, yes in zip(cs, again)]
+        for cs, dtype in zip(zip(*columns), dtypes)
+    ]
     return Jacobian(rows, output)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -40,9 +41,25 @@ class Jacobian(NamedTuple):
 
 def jacobian(call: Call, route: Route, context: Context) -> Jacobian:
     """The Jacobian of each row of ``call``, whose rows must be independent."""
-    if route.mode == "empty" or any(x.numel() == 0 for x in call.inputs):
+    sizes = [x.numel() for x in call.inputs]
+    if route.mode == "empty" or not any(sizes):
         return empty(call)
+    if not all(sizes):
+        return _without_empty(call, route, context, sizes)
     return (_reverse if route.mode == "rev" else _forward)(call, route, context)
+
+
+def _without_empty(call: Call, route: Route, context: Context, sizes: list[int]) -> Jacobian:
+    """Where some inputs have no elements, the others are differentiated alone."""
+    kept = tuple(i for i, size in zip(call.layout.diff, sizes) if size)
+    found = jacobian(call._replace(layout=replace(call.layout, diff=kept)), route, context)
+    rows = [_row_shape(x, dim) for x, dim in zip(call.inputs, call.layout.diff_dims)]
+    blocks = []
+    for out, given in zip(found.output.leaves, found.blocks):
+        rest = iter(given)
+        pairs = zip(rows, sizes)
+        blocks.append([next(rest) if n else out.new_zeros((*out.shape, *r)) for r, n in pairs])
+    return Jacobian(blocks, found.output)
 
 
 def empty(call: Call) -> Jacobian:

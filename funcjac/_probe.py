@@ -42,7 +42,8 @@ class Probe:
         seeds: the cotangent, for each output leaf ``(B, *out)``.
         grads: what plain autograd pulls back to each input; ``None`` where nothing depends on it.
         entries: what the blocks must come to.
-        floor: size of value and slope in each row, to which second derivatives are rounded.
+        within: dtypes that ``func`` computes in, where those are asked for.
+        floor: size of the slopes of each row, to which second derivatives may be rounded.
         output: what ``func`` returned.
         seed: of the random cotangent.
     """
@@ -56,6 +57,7 @@ class Probe:
     seed: int
     entries: list[Entry] = field(default_factory=list)
     floor: Tensor | None = None
+    within: tuple[torch.dtype, ...] = ()
 
 
 def verifier(call: Call, context: Context, seed: int = 0) -> Probe:
@@ -75,15 +77,14 @@ def verifier(call: Call, context: Context, seed: int = 0) -> Probe:
 
 
 def _floor(found: Probe) -> Tensor:
-    """Size of the value and of the first derivatives of each row, ``(B,)``."""
+    """Size of the first derivatives of each row, ``(B,)``, of which second ones are differences."""
     batch = found.seeds[0].shape[0]
-    pairs = zip(found.seeds, found.output.leaves)
-    sizes = [wide((s.to(o.dtype) * o).detach()).abs().reshape(batch, -1).sum(1) for s, o in pairs]
+    total = torch.zeros(batch, device=found.seeds[0].device)
     for grad, dim in zip(found.grads, found.call.layout.diff_dims):
         if grad is not None:
             rows = grad.detach().unsqueeze(0) if dim is None else grad.detach().movedim(dim, 0)
-            sizes.append(wide(rows).abs().reshape(len(rows), -1).amax(1).expand(batch))
-    return sum(sizes[1:], sizes[0]).nan_to_num(0, 0, 0)
+            total = total + wide(rows).abs().reshape(len(rows), -1).amax(1).expand(batch)
+    return total.nan_to_num(0, 0, 0)
 
 
 def probe(call: Call, context: Context, rows: Tensor | None = None, seed: int = 0) -> Probe:

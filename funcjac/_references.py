@@ -182,16 +182,4 @@ def _slopes(found: Probe) -> list[Entry]:
     if not found.call.options.return_value:
         return []
     dims = found.call.layout.diff_dims
-    return [
-        Entry(found.seeds, None if g is None else g, x, dim)
-        for g, x, dim in zip(found.grads, found.inputs, dims)
-    ]
-
-
-__all__ = [
-    "diagonal_entries",
-    "divergence_entries",
-    "hessian_entries",
-    "laplacian_entries",
-    "partials_entries",
-]
+    return [Entry(found.seeds, g, x, dim) for g, x, dim in zip(found.grads, found.inputs, dims)]

@@ -35,9 +35,11 @@ from funcjac.errors import UntraceableError
 def push(site: Site) -> list[Jet]:
     """Derivatives of what a node returned, from ``site.start`` on; ``None`` where zero."""
     rule = rule_of(site.node.op)
+    if rule is _quotient and not is_linear(site.node):
+        rule = elementwise
     found = rule(site)
     if not site.start or rule is elementwise or rule is inlined:
-        return found
+        return found  # which is cut already
     cut = [None if jet is None else jet[site.start :] for jet in found]
     return [None if jet is None or not len(jet) else jet for jet in cut]
 
@@ -46,6 +48,8 @@ def push(site: Site) -> list[Jet]:
 def rule_of(op: Any) -> Callable[[Site], list[Jet]]:
     """How derivatives pass through an operation."""
     name = op.overloadpacket.__name__
+    if op.namespace != "aten":
+        return opaque
     if torch.Tag.nondeterministic_seeded in op.tags or name in OBSTINATE:
         return _impassable
     known = {"_to_copy": _cast, "div": _quotient, "add": _sum, "sub": _sum}
@@ -76,10 +80,10 @@ def is_linear(node: Node) -> bool:
     return rule in (_linear, _cast, _sum)
 
 
-@functools.cache
-def makes_new(op: Any) -> bool:
-    """Whether what comes out lies in no memory that was there before."""
-    return rule_of(op) in (elementwise, _affine, _product)
+def makes_new(node: Node) -> bool:
+    """Whether jets that come out lie in no memory that was there before."""
+    rule = rule_of(node.op)
+    return rule in (elementwise, _product) or (rule is _affine and node.places[-1][0] > 0)
 
 
 def _impassable(site: Site) -> list[Jet]:
@@ -92,15 +96,11 @@ def _cast(site: Site) -> list[Jet]:
     return [site.cast(site.jets[0])]
 
 
-def _divided(site: Site) -> Jet:
-    jet = site.jets[0]
-    return None if jet is None else aligned(jet, site.ndim) / site.node.args[1]
-
-
 def _quotient(site: Site) -> list[Jet]:
-    if site.node.places == ((0, None),) and not site.node.kwargs:
-        return [site.cast(_divided(site))]
-    return elementwise(site)
+    """Divided by a constant."""
+    jet = site.jets[0]
+    found = None if jet is None else aligned(jet, site.ndim) / site.node.args[1]
+    return [site.cast(found)]
 
 
 # --- linear -------------------------------------------------------------------------------

@@ -55,7 +55,8 @@ def batch_hessian(
         out_dims: where ``func`` puts the batch dimension; results have it first.
         mode: ``"fwd_over_rev"``, ``"rev_over_rev"``, ``"rev_over_fwd"``, ``"fwd_over_fwd"``: how
             the Jacobian is differentiated, over how it is computed. ``"auto"`` goes by the
-            clock, among the first two and, for few inputs, Taylor propagation of all pairs.
+            clock, among the first two, without forward formulas, and, for few inputs, Taylor
+            propagation of all pairs.
         engine: ``"vmap"``, ``"sum"``, ``"loop"`` or ``"auto"``, as in :func:`batch_jacobian`.
         chunk_size: basis vectors in one pass, at both levels.
         has_aux: ``func`` returns ``(output, aux)``; ``aux`` is any object.

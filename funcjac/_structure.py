@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+from funcjac._native import attention_math
 
 # Linear in all that depends on the input. Whatever else they are given is added to the
 # result or says where things go: as a tensor of numbers it counts as zero.
 LINEAR = frozenset(
-    """view _unsafe_view reshape t transpose permute expand unsqueeze squeeze slice select diagonal
-    alias detach clone unfold flip roll split split_with_sizes unbind sum mean neg cumsum trace
-    tril triu repeat index index_select gather cat stack copy index_put scatter scatter_add
+    """view _unsafe_view t transpose permute expand unsqueeze squeeze slice select diagonal
+    alias detach clone unfold flip roll split split_with_sizes unbind sum mean neg cumsum tril triu
+    repeat index index_select gather cat stack index_put scatter scatter_add
     index_add select_scatter slice_scatter diagonal_scatter select_backward slice_backward
     avg_pool2d avg_pool3d _adaptive_avg_pool2d upsample_nearest1d upsample_nearest2d
     upsample_linear1d upsample_bilinear2d upsample_bicubic2d reflection_pad1d reflection_pad2d
@@ -31,25 +32,28 @@ PRODUCTS = frozenset({"mul", "mm", "bmm", "mv", "dot", "convolution"})
 AFFINE = {"addmm": torch.ops.aten.mm.default, "baddbmm": torch.ops.aten.bmm.default}
 # On each element by itself, although torch does not tag them so.
 ELEMENTWISE = frozenset(
-    """softplus_backward elu_backward mish_backward hardswish hardswish_backward hardsigmoid
-    hardsigmoid_backward leaky_relu_backward hardtanh_backward log_sigmoid_backward""".split()
+    """softplus_backward elu_backward hardswish hardswish_backward
+    leaky_relu_backward hardtanh_backward log_sigmoid_backward""".split()
 )
 
 # Operations that are better taken apart, by PyTorch's own decompositions.
 TAKEN_APART = frozenset(
-    """_safe_softmax native_layer_norm native_group_norm _native_batch_norm_legit
-    std linalg_vector_norm norm _fused_rms_norm _softmax_backward_data
-    _log_softmax_backward_data native_layer_norm_backward native_group_norm_backward
-    _euclidean_dist _prelu_kernel addmv dist _scaled_dot_product_flash_attention_for_cpu""".split()
+    """_safe_softmax native_layer_norm native_group_norm std linalg_vector_norm
+    _softmax_backward_data _log_softmax_backward_data _euclidean_dist _prelu_kernel addmv dist
+    _scaled_dot_product_flash_attention_for_cpu""".split()
 )
 
 
-# Operations of which the transpose of a vector-Jacobian product is wrong or NaN once
-# differentiated again, so that nothing can be propagated through them.
-OBSTINATE = frozenset({"logcumsumexp", "_weight_norm_interface", "_fused_weight_norm"})
+# Nothing can be propagated through these: their derivatives are wrong or NaN once more
+# differentiated, or they are given statistics whose history autograd keeps to itself.
+OBSTINATE = frozenset(
+    """logcumsumexp _weight_norm_interface native_layer_norm_backward native_group_norm_backward
+    native_batch_norm_backward""".split()
+)
 # Operations that PyTorch differentiates only once, or of which higher derivatives are wrong.
 FRAGILE = frozenset(
     """native_layer_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm _cdist_forward
+    native_group_norm_backward
     _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
     _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention""".split()
 )
@@ -101,14 +105,29 @@ def _instance_norm(
     return found if bias is None else found + bias.view(shape)
 
 
-def _by_mathematics(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Attention without fused kernels."""
+def _group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    groups = x.reshape(x.shape[0], num_groups, -1)
+    found = _standardized(groups, [2], eps).reshape(x.shape)
+    shape = (-1, *[1] * (x.ndim - 2))
+    found = found if weight is None else found * weight.view(shape)
+    return found if bias is None else found + bias.view(shape)
 
-    def composed(*args: Any, **kwargs: Any) -> Any:
-        with sdpa_kernel(SDPBackend.MATH):
-            return func(*args, **kwargs)
 
-    return composed
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    """Without fused kernels, and without their switches, which are the process's."""
+    return attention_math(*args, **kwargs)
+
+
+def _heads(*args: Any, need_weights: bool = True, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Where weights are asked for, no fused kernel runs."""
+    found = F.multi_head_attention_forward(*args, need_weights=True, **kwargs)
+    return found[0], found[1] if need_weights else None
 
 
 def _cdist(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
@@ -119,8 +138,9 @@ def _cdist(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: Any = None) -> Te
 _COMPOSED: dict[Any, Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     F.instance_norm: _instance_norm,
-    F.scaled_dot_product_attention: _by_mathematics(F.scaled_dot_product_attention),
-    F.multi_head_attention_forward: _by_mathematics(F.multi_head_attention_forward),
+    F.group_norm: _group_norm,
+    F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _heads,
     torch.cdist: _cdist,
 }
 

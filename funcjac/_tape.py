@@ -94,10 +94,12 @@ class Tape(TorchDispatchMode):
             self._mark(out, self._slots.get(id(args[0]), _CONSTANT))
             return out
         places, slots, constants = self._active(args)
-        if kwargs and any(isinstance(v, Tensor) and self.slot(v) for v in kwargs.values()):
+        if kwargs and any(self.slot(value) is not None for value in kwargs.values()):
             raise UntraceableError(f"{func} depends on the input by keyword")
         recording = torch.is_grad_enabled()
         if is_mutable(func):
+            if not isinstance(args[0], Tensor):
+                raise UntraceableError(f"{func} works in place on several tensors")
             if not recording and self._shares_memory(args[0]):
                 raise UntraceableError(f"{func} overwrites what depends on the input, without grad")
             if slots and recording:
@@ -124,8 +126,8 @@ class Tape(TorchDispatchMode):
             self._mark(value, found)
         if found == _HIDDEN:
             raise UntraceableError(
-                "func computes with something that PyTorch's dispatcher does not show (a custom "
-                "autograd.Function, TorchScript, an extension)"
+                "func computes with something whose parts have no history (a custom "
+                "autograd.Function, TorchScript, an extension, a kernel that hides its gradients)"
             )
         return None if found == _CONSTANT else found
 
@@ -230,22 +232,20 @@ class Tape(TorchDispatchMode):
     # --- afterwards
 
     def value(self, slot: int) -> Tensor:
-        """What a slot held.
-
-        Raises:
-            UntraceableError: it has been overwritten.
-        """
+        """What a slot held; raises :class:`UntraceableError` if it has been overwritten."""
         found = self.values[slot]
         if found is None or found._version != self._versions[slot]:
             raise UntraceableError("a tensor that depends on the input was overwritten later on")
         return found if found.shape == self.shapes[slot] else found.view(self.shapes[slot])
 
-    def needed(self, outputs: Sequence[int | None]) -> list[tuple[Node, tuple[int, ...]]]:
-        """Nodes that ``outputs`` are computed from, each with slots that nobody uses after it.
+    def is_as_recorded(self, slot: int) -> bool:
+        found = self.values[slot]
+        if found is None or found._version != self._versions[slot]:
+            return False
+        return found.shape == self.shapes[slot]
 
-        Raises:
-            UntraceableError: a constant that was recorded has changed since.
-        """
+    def needed(self, outputs: Sequence[int | None]) -> list[tuple[Node, tuple[int, ...]]]:
+        """Nodes that ``outputs`` are computed from, each with slots that nobody uses after it."""
         self._settle()
         used = {slot for slot in outputs if slot is not None}
         found = []
@@ -254,6 +254,8 @@ class Tape(TorchDispatchMode):
                 continue
             if any(tensor._version != version for tensor, version in node.versions):
                 raise UntraceableError(f"an argument of {node.op} was overwritten later on")
+            if any(getattr(self.values[slot or 0], "_backward_hooks", None) for slot in node.outs):
+                raise UntraceableError("a gradient hook changes derivatives on their way back")
             found.append((node, tuple({slot for slot in node.slots if slot not in used})))
             used.update(node.slots)
         return found[::-1]
@@ -278,8 +280,6 @@ def _depends(value: Tensor, inputs: Sequence[Tensor]) -> bool:
 def _tensors(tree: Any) -> Iterator[Tensor]:
     if isinstance(tree, Tensor):
         yield tree
-    elif isinstance(tree, dict):
-        yield from _tensors(list(tree.values()))
     elif isinstance(tree, (list, tuple)):
         for item in tree:
             yield from _tensors(item)

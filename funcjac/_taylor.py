@@ -36,6 +36,7 @@ class Recording(NamedTuple):
         nodes: with the slots that nobody uses after each.
         tail: slots from which only linear operations lead to outputs: there, lower
             derivatives serve nothing but themselves.
+        graph: whether results will be differentiated.
         known: derivatives of operations, which serve all directions.
     """
 
@@ -54,7 +55,8 @@ def record(call: Call, context: Context) -> Recording:
     Raises:
         UntraceableError: it does something through which nothing can be propagated.
     """
-    keep_memory()
+    if all(x.device.type == "cpu" for x in call.inputs):
+        keep_memory()
     inputs = plain_inputs(call, context)
     tape = Tape(inputs, graph=context.graph)
     with torch.enable_grad(), tape:
@@ -120,8 +122,10 @@ def _step(
         if slot is None or jet is None:
             continue
         found[slot] = jet
-        if makes_new(node.op) and jet.is_contiguous():
+        if makes_new(node) and jet.is_contiguous():
             own.add(slot)
+    if not makes_new(node):
+        own.difference_update(node.slots)  # of which something else is a view now
 
 
 def _site(recording: Recording, node: Node, jets: list[Jet], scheme: Scheme, spare: bool) -> Site:

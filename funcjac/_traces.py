@@ -57,7 +57,8 @@ def batch_laplacian(
         weight_dim: where ``weight`` has a batch dimension, ``None`` if all rows share it.
         samples: estimate from so many random probes in each row (Hutchinson), without bias,
             instead of the exact sum over all coordinates.
-        probes: ``"rademacher"`` (entries 1 and -1) or ``"gaussian"``.
+        probes: ``"rademacher"`` (entries 1 and -1) or ``"gaussian"``; rows share those of an
+            argument that they share.
         generator: where probes are drawn from; ``None`` for PyTorch's default.
         return_error: ``(estimate, standard error)`` in place of the estimate, from the spread of
             at least two samples.
@@ -86,8 +87,9 @@ def batch_laplacian(
         RuntimeError: the engine and mode that were asked for cannot differentiate ``func``.
 
     Cost: ``func`` once, and ``N + 1`` times its linear operations (``samples + 1`` for an
-    estimate, up to ``2 N + 1`` with a matrix for each row); memory likewise. The first call of a
-    signature verifies by as many passes backward.
+    estimate, up to ``2 N + 1`` with a matrix for each row); memory likewise. The nested modes hold
+    all pairs of the directions of a chunk. The first call of a signature verifies by as many
+    passes backward.
 
     Sources: R. Li et al., "A computational framework for neural network-based variational Monte
     Carlo with forward Laplacian", 2024; M. F. Hutchinson, 1989; pytorch/pytorch issue 53903.

@@ -94,13 +94,17 @@ def _contracted(seeds: list[Tensor], blocks: list[Tensor]) -> tuple[Tensor, Tens
 
 
 def _rounding(found: Probe) -> float:
-    dtypes = [x.dtype for x in found.inputs] + [out.dtype for out in found.output.leaves]
+    dtypes = _dtypes(found)
     return min(1000 * max(torch.finfo(dtype).eps for dtype in dtypes), _tolerance(found))
 
 
 def _tolerance(found: Probe) -> float:
-    dtypes = [x.dtype for x in found.inputs] + [out.dtype for out in found.output.leaves]
-    return tolerance(dtypes, found.inputs[0].device)
+    return tolerance(_dtypes(found), found.inputs[0].device)
+
+
+def _dtypes(found: Probe) -> list[torch.dtype]:
+    outs = [out.dtype for out in found.output.leaves]
+    return [*found.within, *outs, *[x.dtype for x in found.inputs]]
 
 
 def is_noise(found: Probe, result: Jacobian) -> bool:

@@ -8,6 +8,7 @@ cheaper a turn, each verified before its result is handed out, until the fastest
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from funcjac._engines._record import (
     signature,
 )
 from funcjac._engines._rows import by_sum, executed, run
-from funcjac._engines._suited import forward_safe, is_fragile, unsuitable
+from funcjac._engines._suited import dtypes_within, forward_safe, is_fragile, unsuitable
 from funcjac._engines._tell import failure, warn_of_fallback
 from funcjac._linear import Context
 from funcjac._mixing import check_rows
@@ -104,7 +105,8 @@ class _Attempt:
         self.record.note(self.guard.restore())
         if self.found is None or 0 in self.record.sizes:
             self.memory.latest = None
-            return self._of_nothing()
+            set_rng_state(self.rng)
+            return by_sum(self.call, Route("sum", "empty"), self.record.context)
         self.memory.latest = self.record
         self.record.routes = self._routes()
         result = self._run_first_that_works()
@@ -115,11 +117,10 @@ class _Attempt:
 
     def _compose(self) -> None:
         """Second derivatives of fragile operations are taken of simpler ones."""
-        if self.options.operator.reference is None:
-            return
-        self.record.composed = fragile = is_fragile(self.call)
-        self._put_back()
-        self.call = self.call._replace(composed=fragile)
+        if self.options.operator.reference is not None:
+            self.record.composed = fragile = is_fragile(self.call)
+            self._put_back()
+            self.call = self.call._replace(composed=fragile)
 
     def _look(self) -> None:
         """Run ``func`` on the batch as plain autograd would, and probe it."""
@@ -170,10 +171,6 @@ class _Attempt:
         self.call = self.call._replace(clone=True)
         return self._probe()
 
-    def _of_nothing(self) -> Jacobian:
-        set_rng_state(self.rng)
-        return by_sum(self.call, Route("sum", "empty"), self.record.context)
-
     def _routes(self) -> list[Route]:
         """Routes worth trying; the record says why the others are not."""
         options = self.options
@@ -186,18 +183,17 @@ class _Attempt:
             else:
                 self.record.errors[route] = error
         again = [route for route in found if self._needs_safety(route)]
-        safe = not again or forward_safe(self.call)
-        self._put_back()
-        if not safe:
+        if again and not forward_safe(self.call):
             unsafe = "torch's forward formula of an operation is wrong once differentiated again"
             self.record.errors |= dict.fromkeys(again, UnsuitableError(unsafe))
-            return [route for route in found if route not in again]
+            found = [route for route in found if route not in again]
+        self._put_back()
         return found
 
     def _needs_safety(self, route: Route) -> bool:
         """Whether forward formulas are differentiated again, or chosen and never verified."""
-        unverified = not self.checked and self.options.mode == "auto" and route.is_forward_formula
-        return unverified or route.is_differentiated_again(graph=self.record.context.graph)
+        alone = not self.checked and self.options.mode == "auto" and route.is_forward_formula
+        return alone or route.is_differentiated_again(graph=self.record.context.graph)
 
     # --- later calls, until the cheapest route is known
 
@@ -286,14 +282,18 @@ class _Attempt:
     def _verify(self, found: Probe | None, result: Jacobian) -> str | None:
         if found is None or not self.checked:
             return None
-        problem = mismatch(found, result)
-        if problem is not None:
+        whole, problem = found is self.found, mismatch(found, result)
+        if problem is not None:  # func may compute in another dtype than it is given
             self._put_back()
+            found = replace(found, within=dtypes_within(self.call))
+            problem = mismatch(found, result)
+            self._put_back()
+        if problem is not None:
             check_rows(self.call, self.reached)
             self._put_back()
             if is_noise(found, result):
                 problem = None
-        if problem is None and self.options.has_aux and found is self.found:
+        if problem is None and self.options.has_aux and whole:
             problem = aux_mismatch(found, result)
         if problem is None and self.record.context.graph:
             problem = graph_mismatch(found, result)

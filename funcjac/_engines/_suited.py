@@ -25,6 +25,13 @@ def forward_safe(call: Call) -> bool:
     return is_forward_safe(recorder.names)
 
 
+def dtypes_within(call: Call) -> tuple[torch.dtype, ...]:
+    """The floating dtypes that ``func`` computes in."""
+    with Recorder() as recorder, torch.enable_grad():
+        call._replace(clone=True)(plain_inputs(call, Context()))
+    return tuple(recorder.dtypes)
+
+
 def unsuitable(call: Call, reached: Reach, record: Record, route: Route) -> Exception | None:
     """Why a route is not even tried, ``None`` if it is."""
     words = ""

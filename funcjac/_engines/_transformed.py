@@ -14,13 +14,13 @@ from funcjac._native import CONTROL_FLOW, is_transformed, outside_transforms
 from funcjac._passes import Jacobian
 from funcjac._reach import Reach, reach
 from funcjac._state import guard, rng_state, same_values, set_rng_state
-from funcjac.errors import UntraceableError
 
 _CONTEXT = Context(functional=True, graph=True)
 
 
 def solve_transformed(call: Call, memory: Memory) -> Jacobian:
     """The Jacobian of ``call`` by torch.func alone; nobody looks at values here."""
+    call = _composed(call)
     if torch.compiler.is_compiling():
         # What runs is not known yet, so nothing is known of its forward formulas.
         mode = _compiled_mode(call)
@@ -50,7 +50,7 @@ def solve_within(call: Call, memory: Memory) -> Jacobian:
     whose rows the outer transform has proved to be independent.
     """
     functional = is_transformed()
-    call = call._replace(direct=True)
+    call = _composed(call)._replace(direct=True)
     if torch.compiler.is_compiling():
         return by_sum(call, Route("sum", _compiled_mode(call), transposed=True), _CONTEXT)
     reached = reach(call.reachable, memory.known)
@@ -65,6 +65,11 @@ def solve_within(call: Call, memory: Memory) -> Jacobian:
     if call.batch == 1 or 0 in (call.batch, *[x.numel() for x in call.inputs]):
         engine = "sum"
     return BY_ENGINE[engine](call, route, _CONTEXT._replace(functional=functional))
+
+
+def _composed(call: Call) -> Call:
+    """Second derivatives are differentiated again here, and never those of fragile operations."""
+    return call._replace(composed=call.options.operator.reference is not None)
 
 
 def _compiled_mode(call: Call) -> str:
@@ -82,8 +87,10 @@ def _by_taylor(call: Call) -> Jacobian | None:
         return None
     try:
         return by_sum(call, Route("sum", "taylor", options.chunk_size), Context(graph=True))
-    except UntraceableError:
-        return None
+    except CONTROL_FLOW:
+        raise
+    except Exception:
+        return None  # an error of func's own comes again
 
 
 def _solve(call: Call, route: Route) -> Jacobian:
