@@ -171,7 +171,12 @@ def attention_math(*args: Any, **kwargs: Any) -> Tensor:
     Without the private operation, ``torch.nn.attention.sdpa_kernel`` would do, but its
     switches are the process's.
     """
-    return torch.ops.aten._scaled_dot_product_attention_math.default(*args, **kwargs)[0]
+    query, key, value, *rest = args
+    mask = rest[0] if rest else kwargs.pop("attn_mask", None)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
+    operation = torch.ops.aten._scaled_dot_product_attention_math.default
+    return operation(query, key, value, mask, *rest[1:], **kwargs)[0]
 
 
 @functools.cache

@@ -111,7 +111,8 @@ def divergence_entries(found: Probe, *, graph: bool, spec: Spec) -> list[Entry]:
     batch = call.batch
     factors, _ = _row_factors(found)
     factors = factors.to(output.leaves[0].dtype)
-    total = output.leaves[0].new_zeros(batch)
+    shared = None in call.layout.diff_dims  # then only the sum over rows is known
+    total = output.leaves[0].new_zeros(() if shared else batch)
     size = total.detach()
     for i, (x, dim) in enumerate(zip(found.inputs, call.layout.diff_dims)):
         flat = output.leaves[i].reshape(batch, -1)
@@ -122,11 +123,11 @@ def divergence_entries(found: Probe, *, graph: bool, spec: Spec) -> list[Entry]:
             (grad,) = _grad(scalar, [x], factors, graph=graph)
             if grad is None:
                 continue
-            rows = grad.expand(batch, *grad.shape) if dim is None else grad.movedim(dim, 0)
-            rows = rows.reshape(batch, -1)
+            rows = grad.reshape(1, -1) if dim is None else grad.movedim(dim, 0).reshape(batch, -1)
             term = rows[:, n] if probe is None else (rows * probe).sum(1) / count
+            term = term.sum() if shared else term
             total, size = total + term, size + term.detach().abs()
-    return [Entry([factors], total, total.detach(), 0, size)]
+    return [Entry([factors], total, total.detach(), None if shared else 0, size)]
 
 
 # --- rows apart ---------------------------------------------------------------------------

@@ -53,11 +53,12 @@ def check_square(call: Call, output: Output) -> None:
     """Raise unless outputs and inputs have rows of the same shapes.
 
     Raises:
-        ValueError: they do not, or rows share an input.
+        ValueError: they do not, or rows share an input of an estimate.
     """
-    if None in call.layout.diff_dims:
+    if call.extra and None in call.layout.diff_dims:
         remedy = "Expand it over the batch and give it its dimension in in_dims."
-        raise refuse(call.options.name, ValueError, "batched inputs", "a shared one", remedy)
+        expected = "batched inputs with samples"
+        raise refuse(call.options.name, ValueError, expected, "a shared one", remedy)
     rows = [tuple(row_shape(x, dim)) for x, dim in zip(call.inputs, call.layout.diff_dims)]
     outs = [tuple(out.shape[1:]) for out in output.leaves]
     if rows != outs:
