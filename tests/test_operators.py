@@ -102,6 +102,26 @@ def test_harmonic_functions(name, grad, mode):
             equal(torch.autograd.grad(total, x)[0], torch.zeros(B, 3, dtype=torch.float64))
 
 
+CONSTANT = {
+    "probabilities": lambda x: x.softmax(1).sum(1),
+    "circle": lambda x: x.sin().square() + x.cos().square(),
+    "sphere": lambda x: (x / x.norm(dim=1, keepdim=True)).square().sum(1),
+    "centered": lambda x: (x.exp() - x.exp().mean(1, keepdim=True)).sum(1),
+    "quotient": lambda x: x.exp() / x.exp(),
+}
+
+
+@pytest.mark.filterwarnings("ignore::funcjac.EngineFallbackWarning")
+@by_mode
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", CONSTANT)
+def test_constants_by_cancellation(name, grad, mode):
+    """All that is left of the derivatives is rounding, which is nothing to refuse."""
+    x = randn(B, 3).requires_grad_(grad)
+    found = batch_laplacian(CONSTANT[name], mode=mode)(x)
+    equal(found.detach(), torch.zeros_like(found))
+
+
 @by_first
 def test_divergence_of_a_linear_map_is_the_trace(mode):
     a, x = randn(3, 3), randn(B, 3)
