@@ -4,6 +4,7 @@ The lists of structure are trusted where nobody looks at the result, so every na
 met by a case here, and every case is right without verification.
 """
 
+import copy
 import gc
 import weakref
 
@@ -13,7 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from funcjac import batch_hessian_diagonal, batch_laplacian, batch_partials
+from funcjac import (
+    batch_hessian,
+    batch_hessian_diagonal,
+    batch_jacobian,
+    batch_laplacian,
+    batch_partials,
+)
 from funcjac._structure import AFFINE, ELEMENTWISE, LINEAR, PRODUCTS, TAKEN_APART
 from tests.second_order import diagonal
 
@@ -330,3 +337,54 @@ def test_jets_are_not_handed_out():
     kept = [t.clone() for t in (first, jac, value)]
     transformed(randn(4, 3))
     assert all(map(torch.equal, kept, (first, jac, value)))
+
+
+# --- what is fragile in PyTorch ----------------------------------------------------------
+
+
+def explicit_norm(x):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize("transform", [batch_hessian, batch_hessian_diagonal, batch_laplacian])
+@pytest.mark.parametrize("inside", [False, True])
+def test_third_derivatives_of_layer_norm(transform, inside):
+    """PyTorch's own are wrong, in plain autograd and in torch.func."""
+    x, cotangent = randn(4, 3), None
+    found = []
+    for norm in (lambda x: F.layer_norm(x, (3,)), explicit_norm):
+        transformed = transform(lambda x: norm(x.sin()).exp())
+        cotangent = torch.randn_like(transformed(x)) if cotangent is None else cotangent
+        scalar = lambda x: (transformed(x) * cotangent).sum()
+        if inside:
+            found.append(torch.func.grad(scalar)(x))
+        else:
+            given = x.clone().requires_grad_()
+            found.append(torch.autograd.grad(scalar(given), given)[0])
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-8)
+
+
+def test_a_norm_that_appears_after_the_choice():
+    now, x = {"norm": False}, randn(4, 3).requires_grad_()
+    func = lambda x: (F.layer_norm(x, (3,)) if now["norm"] else x.sin()).exp()
+    transformed = batch_hessian(func, mode="rev_over_rev")
+    for _ in range(20):
+        transformed(x)
+    now["norm"] = True
+    right = batch_hessian(lambda x: explicit_norm(x).exp(), mode="rev_over_rev")
+    for one, other in zip(
+        *[torch.autograd.grad(f(x).pow(2).sum(), x) for f in (transformed, right)]
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("transform", [batch_jacobian, batch_hessian_diagonal, batch_laplacian])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_precision_inside(transform, dtype):
+    """What counts is the precision that func computes in, not that of its arguments."""
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
+    x = randn(4, 3)
+    found = transform(lambda x: net(x.to(dtype)).double())(x)
+    right = transform(copy.deepcopy(net).double())(x)
+    torch.testing.assert_close(found, right, rtol=0.1, atol=0.1 if dtype != torch.float32 else 1e-4)
