@@ -117,7 +117,7 @@ CONSTANT = {
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", CONSTANT)
 def test_constants_by_cancellation(name, grad, mode):
-    """All that is left of the derivatives is rounding: that is returned, or refused, as it may be."""
+    """All that is left of the derivatives is rounding, which may be returned or refused."""
     x = randn(B, 3).requires_grad_(grad)
     try:
         found = batch_laplacian(CONSTANT[name], mode=mode)(x)
