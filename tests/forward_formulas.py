@@ -2,10 +2,10 @@
 
 The function ``s`` that is differentiated is the operation between two quadratic maps, so that its
 input moves with curvature and its output is curved again, at the very point of the sample:
-``s(x) = sum w (y + d (y - y0)^2 / 2)`` for ``y = op(x + c (x - x0)^2 / 2)``. One number is compared,
-``t2 . H . t1`` for random directions: by reverse over forward and forward over forward, with
-reverse over reverse, and where these disagree with central differences of the gradient, and that
-with those of the values. Nothing of funcjac is used.
+``s(x) = sum w (y + d (y - y0)^2 / 2)`` for ``y = op(x + c (x - x0)^2 / 2)``. One number is
+compared, ``t2 . H . t1`` for random directions: by reverse over forward and forward over forward,
+with reverse over reverse, and where these disagree with central differences of the gradient, and
+that with those of the values. Nothing of funcjac is used.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Of the many samples of an operation, these many are tried, spread over all of them.
-SAMPLES = 4
+SAMPLES = 3
 # Samples with more numbers than this are slow and show nothing that small ones do not.
 MOST = 300
 REL, ABS = 1e-6, 1e-8
