@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Of the many samples of an operation, these many are tried, spread over all of them.
-SAMPLES = 3
+SAMPLES = 4
 # Samples with more numbers than this are slow and show nothing that small ones do not.
 MOST = 300
 REL, ABS = 1e-6, 1e-8

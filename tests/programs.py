@@ -1225,11 +1225,17 @@ def shrink(failure: Failure, seconds: float = 30.0) -> Failure:
             candidate = pruned(candidate)
             if time.monotonic() > until:
                 break
+            if _size(candidate) >= _size(best.program):
+                continue
             found = _fails(candidate, best)
             if found is not None:
                 best, progress = found, True
                 break
     return best
+
+
+def _size(program: Program) -> tuple[int, int]:
+    return sum(made.kind != "alias" for made in program.steps), len(program.source())
 
 
 def pruned(program: Program) -> Program:

@@ -28,7 +28,7 @@ def program(*lines: str, mixing: bool = False) -> Program:
     return Program(0, (Input("x", (3,)),), tuple(steps), steps[-1].name)
 
 
-CUBE = program("x.sin()", "x * 2", "v1 ** 3")
+CUBE = program("x.sin()", "x / 2", "v1 ** 3")
 
 
 def test_a_seed_gives_one_program() -> None:
