@@ -1,0 +1,35 @@
+"""``python -m tests.coverage`` runs the sweep, goes on where it was left, and writes the page."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+from tests.coverage.page import PAGE, write
+from tests.coverage.run import RESULTS, Sweep, forget, load, prepare
+from tests.coverage.samples import units
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.coverage", description=__doc__)
+    parser.add_argument("--only", metavar="PATTERN", help="units whose name this matches (re)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--samples", type=int, default=4, help="samples of each unit")
+    parser.add_argument("--seed", type=int, default=0, help="which samples, and where")
+    parser.add_argument("--fresh", action="store_true", help="forget what these units gave before")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="lines of JSON")
+    parser.add_argument("--page", action="store_true", help="write the page only")
+    parser.add_argument("--no-page", action="store_true", help="leave the page alone")
+    words = parser.parse_args()
+    if not words.page:
+        prepare()
+        chosen = [u for u in units() if not words.only or re.search(words.only, u.name)]
+        if words.fresh:
+            forget(words.results, {unit.name for unit in chosen})
+        Sweep(words.results, words.samples, words.seed, words.jobs).run(chosen)
+    if not words.no_page:
+        PAGE.write_text(write(load(words.results)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""One transform of one case: called, compared, and put into a class."""
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funcjac import BatchMixingError, VerificationError
+from tests.coverage.oracle import Truth
+from tests.coverage.samples import Case, Parts
+from tests.coverage.transforms import MisshapenError, Transform, contracted
+
+# From good to bad; a case has the worst class of its calls.
+RIGHT = "right"
+DOCUMENTED = "documented error"
+TORCH = "as wrong as torch"
+REFUSED = "refused, though the loop is right"
+WRONG = "silently wrong"
+STATE = "changed the caller's state"
+CRASH = "crash or undocumented error"
+CLASSES = (RIGHT, DOCUMENTED, TORCH, REFUSED, WRONG, STATE, CRASH)
+FAILURES = (REFUSED, WRONG, STATE, CRASH)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    kind: str
+    detail: str = ""
+
+    @property
+    def rank(self) -> int:
+        return CLASSES.index(self.kind)
+
+
+def judge(case: Case, truth: Truth, transform: Transform) -> Outcome:
+    """The worst of some calls, the rows in another order in each."""
+    parts = case.make()
+    argnums = case.argnums if len(case.argnums) > 1 else case.argnums[0]
+    transformed = transform.of(parts.func, argnums)
+    found = []
+    for turn in range(transform.calls):
+        outcome = _one_call(case, truth, transform, parts, transformed, turn)
+        if outcome.detail and transform.calls > 1 and turn:
+            outcome = Outcome(outcome.kind, f"call {turn + 1}: {outcome.detail}")
+        found.append(outcome)
+        if outcome.kind in (CRASH, STATE):
+            break
+    return max(found, key=lambda outcome: outcome.rank)
+
+
+def _one_call(case, truth, transform, parts, transformed, turn) -> Outcome:
+    args = [x.roll(turn, 0).clone() for x in case.args]
+    if transform.backward:
+        for i in case.argnums:
+            args[i].requires_grad_()
+    state = State.take(args, case.constants, parts.module)
+    error, result, gradients = None, None, None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            result = transformed(*args)
+            changed = state.differences()
+            if transform.backward and case.independent and not changed:
+                gradients = _gradients(result, truth, transform, case, parts, args, turn)
+        except MisshapenError as problem:
+            return Outcome(WRONG, str(problem))
+        except Exception as problem:
+            error = problem
+    changed = state.differences()
+    if changed:
+        return Outcome(STATE, "; ".join(changed))
+    if error is not None:
+        return _of_error(error, case, truth, transform)
+    if not case.independent:
+        return Outcome(WRONG, "rows depend on one another, and a result came back")
+    try:
+        return _of_result(result, gradients, case, truth, transform, turn)
+    except MisshapenError as problem:
+        return Outcome(WRONG, str(problem))
+
+
+def _gradients(result, truth, transform, case, parts: Parts, args, turn) -> list[Tensor]:
+    jac = transform.kind.read(result, truth, case)
+    loss = contracted(jac, truth.weights.roll(turn, 0))
+    wanted = [args[i] for i in case.argnums]
+    if parts.module is not None:
+        wanted += [p for p in parts.module.parameters() if p.requires_grad]
+    if not loss.requires_grad:
+        return [torch.zeros_like(x) for x in wanted]
+    return list(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
+
+
+# --- results -----------------------------------------------------------------------------
+
+
+def _of_result(result, gradients, case, truth: Truth, transform, turn) -> Outcome:
+    kind = transform.kind
+    found = kind.read(result, truth, case).detach()
+    plain = {"jacobian": truth.jac, "hessian": truth.hess}[kind.order]
+    outcome = _compare(found, plain, truth, kind, turn)
+    if outcome.kind != RIGHT or gradients is None:
+        return outcome
+    return _compare_gradients(gradients, case, truth, turn)
+
+
+def _compare(found: Tensor, plain: Tensor | None, truth: Truth, kind, turn) -> Outcome:
+    order = kind.order
+    below = 1e-9 * _row_max(truth.jac) if order == "hessian" and truth.jac is not None else None
+    if order in truth.differences:
+        right = kind.right(truth.differences[order].roll(turn, 0))
+        gap = _gap(found, right, 1e-4, _floor(below, turn, 1e-5))
+        if not gap:
+            return Outcome(RIGHT)
+        if plain is None:
+            return Outcome(WRONG, f"plain autograd raises, and not what differences give: {gap}")
+        if not _gap(found, kind.right(plain.roll(turn, 0)), kind.tolerance, below):
+            return Outcome(TORCH, truth.wrong[order])
+        return Outcome(WRONG, f"plain autograd is wrong, and this too: {gap}")
+    if plain is None:  # nothing to compare with: the first derivative is in doubt
+        return Outcome(TORCH, "the first derivative of plain autograd is wrong or missing")
+    gap = _gap(found, kind.right(plain.roll(turn, 0)), kind.tolerance, _floor(below, turn))
+    if gap and "jacobian" in truth.wrong:
+        return Outcome(TORCH, gap)
+    return Outcome(WRONG, gap + _where(truth)) if gap else Outcome(RIGHT)
+
+
+def _where(truth: Truth) -> str:
+    return f" (not smooth at rows {truth.kinks})" if truth.kinks else ""
+
+
+def _floor(below: Tensor | None, turn: int, factor: float = 1.0) -> Tensor | None:
+    return None if below is None else below.roll(turn, 0) * (factor / 1e-9 if factor < 1 else 1)
+
+
+def _row_max(x: Tensor) -> Tensor:
+    return x.nan_to_num(0, 0, 0).abs().flatten(1).amax(1)
+
+
+def _gap(found: Tensor, right: Tensor, tolerance: float, floor: Tensor | None = None) -> str:
+    """What is wrong with ``found``, relative to the largest derivative of the row; ``""``."""
+    known = right.isfinite()
+    strange = known & ~found.isfinite()
+    if strange.any():
+        return f"not finite in {int(strange.sum())} of {found.numel()} places"
+    allowed = tolerance * _row_max(right) + 1e-12
+    if floor is not None:
+        allowed = allowed + floor
+    error = _row_max(torch.where(known, found - right, 0))
+    if bool((error <= allowed).all()):
+        return ""
+    b = int((error / allowed).argmax())
+    return f"row {b} off by {float(error[b]):.1e}, its largest is {float(_row_max(right)[b]):.1e}"
+
+
+def _compare_gradients(gradients, case: Case, truth: Truth, turn: int) -> Outcome:
+    if truth.gradients is None:
+        return Outcome(DOCUMENTED, "the loop has no gradients to compare with")
+    if truth.wrong:
+        return Outcome(TORCH, "gradients were not compared")
+    count = len(case.argnums)
+    right = [g.roll(turn, 0) if i < count else g for i, g in enumerate(truth.gradients)]
+    scale = max((_largest(g) for g in right), default=0.0)
+    for i, (one, other) in enumerate(zip(gradients, right, strict=True)):
+        known = other.isfinite()
+        if bool((known & ~one.isfinite()).any()):
+            return Outcome(WRONG, "gradient not finite")
+        error = _largest(torch.where(known, one - other, 0))
+        if error > 1e-7 * scale + 1e-11 + 1e-9 * float(_row_max(truth.jac).max()):
+            name = f"argument {i}" if i < count else f"parameter {i - count}"
+            words = f"gradient by {name} off by {error:.1e}, the largest is {scale:.1e}"
+            return Outcome(WRONG, words + _where(truth))
+    return Outcome(RIGHT)
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.nan_to_num(0, 0, 0).abs().max()) if x.numel() else 0.0
+
+
+# --- errors ------------------------------------------------------------------------------
+
+
+def _of_error(error: Exception, case: Case, truth: Truth, transform: Transform) -> Outcome:
+    detail = f"{type(error).__name__}: {str(error).strip()[:600]}"
+    second = transform.kind.order == "hessian" or transform.backward
+    own = [truth.errors.get("jacobian"), truth.errors.get("hessian") if second else None]
+    own = [other for other in own if other is not None]
+    loop_is_right = not own and not truth.wrong and case.independent
+    if not case.independent and isinstance(error, BatchMixingError):
+        return Outcome(DOCUMENTED, detail)
+    if not is_documented(error) and not any(_is_same(error, other) for other in own):
+        if case.independent or not _is_same(error, _own_error(case)):
+            return Outcome(CRASH, detail + _where(truth))
+    if loop_is_right and transform.promised:
+        return Outcome(REFUSED, detail + _where(truth))
+    return Outcome(DOCUMENTED, detail)
+
+
+def _is_same(error: Exception, other: Exception | None) -> bool:
+    """Whether torch says the same of the loop, or of the function itself."""
+    if other is None:
+        return False
+    return type(error) is type(other) and str(error)[:40] == str(other)[:40]
+
+
+def _own_error(case: Case) -> Exception | None:
+    try:
+        case.make().func(*[x.clone() for x in case.args])
+    except Exception as error:
+        return error
+    return None
+
+
+def is_documented(error: Exception) -> bool:
+    """Whether an error is in the words that the documentation promises."""
+    text = str(error)
+    name = r"batch_(jacobian|hessian|hessian_diagonal|laplacian|divergence|partials): "
+    if not re.match(name, text):
+        return False
+    if isinstance(error, (BatchMixingError, VerificationError)):
+        return True
+    if re.match(name + r"engine='\w+' with mode='\w+' cannot differentiate func", text):
+        return type(error) in (RuntimeError, ValueError)
+    known = type(error) in (TypeError, ValueError, RuntimeError)
+    return known and bool(re.match(name + "expected ", text)) and ", got " in text
+
+
+# --- state -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class State:
+    """What is the caller's, and must be as it was."""
+
+    tensors: list[tuple[str, Tensor, Tensor, int, bool, Any]]
+    modules: list[tuple[nn.Module, dict]]
+    rng: Tensor
+    globals: dict[str, Any]
+
+    @classmethod
+    def take(cls, args: Any, constants: Any, module: nn.Module | None) -> "State":
+        named = [(f"argument {i}", x) for i, x in enumerate(args)]
+        named += [(f"constant {i}", x) for i, x in enumerate(constants)]
+        if module is not None:
+            named += list(module.named_parameters()) + list(module.named_buffers())
+        tensors = [
+            (name, x, x.detach().clone(), x._version, x.requires_grad, x.grad)
+            for name, x in named
+        ]
+        inner = list(module.modules()) if module is not None else []
+        modules = [(m, _attributes(m)) for m in inner]
+        return cls(tensors, modules, torch.get_rng_state(), _globals())
+
+    def differences(self) -> list[str]:
+        found = []
+        for name, x, value, version, requires_grad, grad in self.tensors:
+            if not bool(((x == value) | (x.isnan() & value.isnan())).all()):
+                found.append(f"{name} was written to")
+            if x._version != version and name.startswith(("argument", "constant")):
+                found.append(f"{name} has a new version")
+            if x.requires_grad is not requires_grad:
+                found.append(f"requires_grad of {name} changed")
+            if x.grad is not grad:
+                found.append(f"grad of {name} changed")
+            if x._backward_hooks:
+                found.append(f"{name} has hooks")
+        for module, before in self.modules:
+            now = _attributes(module)
+            changed = [k for k in {**before, **now} if before.get(k, now) is not now.get(k, before)]
+            if changed:
+                found.append(f"{type(module).__name__}: {changed} changed")
+        if not torch.equal(self.rng, torch.get_rng_state()):
+            found.append("the random state moved")
+        now = _globals()
+        found += [f"{key} changed" for key in now if now[key] != self.globals[key]]
+        return found
+
+
+def _attributes(module: nn.Module) -> dict:
+    """The objects that a module holds, and what is in its containers (hooks, too)."""
+    found: dict[Any, Any] = dict(vars(module))
+    for key, value in vars(module).items():
+        if isinstance(value, dict):
+            found.update({(key, name): inner for name, inner in value.items()})
+        elif isinstance(value, list):
+            found.update({(key, i): inner for i, inner in enumerate(value)})
+    return found
+
+
+def _globals() -> dict[str, Any]:
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "transforms": torch._C._functorch.peek_interpreter_stack() is None,
+        "forward-mode level": torch.autograd.forward_ad._current_level,
+        "vmap fallback": torch._C._functorch._is_vmap_fallback_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+Judge = Callable[[Case, Truth, Transform], Outcome]
