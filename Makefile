@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format table benchmark clean
+.PHONY: demo test lint format table coverage benchmark clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m funcjac
@@ -25,6 +25,10 @@ format: $(VENV)/.dev
 # The page in the docs that shows each function in each engine and mode.
 table: $(VENV)/.test
 	$(BIN)/python -m tests.table
+
+# Every operator and module of PyTorch, in every transform; goes on where it was left.
+coverage: $(VENV)/.test
+	$(BIN)/python -m tests.coverage
 
 benchmark: $(VENV)/.test
 	$(BIN)/python benchmarks/steady_state.py

@@ -43,7 +43,7 @@ def records_of(
     samples: int,
     seed: int,
     done: frozenset[tuple[str, str]] = frozenset(),
-    transforms: Iterable[Transform] = tuple(TRANSFORMS),
+    transforms: Iterable[Transform] | None = None,
     starting: Any = lambda case, transform: None,
 ) -> Iterable[Record]:
     """Everything about a unit, but for what is ``done``: pairs of case and transform."""
@@ -55,7 +55,7 @@ def records_of(
             if isinstance(case, Skipped):
                 yield {"unit": unit.name, "case": case.name, "skipped": case.reason}
                 continue
-            left = [t for t in transforms if (case.name, t.name) not in done]
+            left = [t for t in transforms or TRANSFORMS if (case.name, t.name) not in done]
             if not left or (case.name, ORACLE) in done:
                 continue
             starting(case.name, ORACLE)

@@ -345,9 +345,7 @@ def _perturbed(row, base: list[Tensor], rng: torch.Generator) -> list[list[Tenso
     while size > 1e-5:
         rows = [base]
         for _ in range(ROWS - 1):
-            noise = [
-                (torch.rand(x.shape, generator=rng, dtype=f64) - 0.5, x) for x in base
-            ]
+            noise = [(torch.rand(x.shape, generator=rng, dtype=f64) - 0.5, x) for x in base]
             rows.append(
                 [
                     x * (1 + size * (torch.rand(x.shape, generator=rng, dtype=f64) - 0.5))
@@ -382,7 +380,8 @@ def _single(outs: tuple[Tensor, ...]) -> Any:
 
 def _stacked(row):
     def func(*args: Tensor) -> Any:
-        rows = [row(*inputs) for inputs in zip(*[x.unbind(0) for x in args])]
+        # Clones, as as_strided reaches through a view into the rows beside it.
+        rows = [row(*[x.clone() for x in inputs]) for inputs in zip(*[x.unbind(0) for x in args])]
         return _single(tuple(torch.stack(column) for column in zip(*rows)))
 
     return func
@@ -514,9 +513,7 @@ def _batched(unit, name, tree, make_call, seed) -> Iterator[Case]:
 
         return Parts(row, lambda *args: _single(seeded(*args)), module)
 
-    args = [
-        0.01 * torch.rand(rows, len(picks[i]), generator=rng, dtype=f64) for i in diff
-    ]
+    args = [0.01 * torch.rand(rows, len(picks[i]), generator=rng, dtype=f64) for i in diff]
     args += [leaves[i] for i in diff]
     args += [leaves[i] for i in mapped if i not in diff]
     independent = _is_independent(make, tuple(args))

@@ -142,7 +142,11 @@ TRANSFORMS = [
         "batch_hessian_diagonal", batch_hessian_diagonal, DIAGONAL, {}, promised=True, calls=4
     ),
     Transform(
-        "batch_hessian_diagonal taylor", batch_hessian_diagonal, DIAGONAL, {"mode": "taylor"}, calls=1
+        "batch_hessian_diagonal taylor",
+        batch_hessian_diagonal,
+        DIAGONAL,
+        {"mode": "taylor"},
+        calls=1,
     ),
     Transform("batch_laplacian", batch_laplacian, LAPLACIAN, {}, promised=True, calls=4),
     Transform("batch_laplacian taylor", batch_laplacian, LAPLACIAN, {"mode": "taylor"}, calls=1),
