@@ -34,7 +34,7 @@ from tests.coverage.run import Sweep, load, records_of
 from tests.coverage.samples import Case, Parts, Skipped, Unit, rng_of, units
 from tests.coverage.transforms import HESSIAN, JACOBIAN, TRANSFORMS, Transform
 
-SEED, SAMPLE = 4, 90
+SEED, SAMPLE = 4, 150
 PROMISED = [transform for transform in TRANSFORMS if transform.promised]
 
 
