@@ -18,6 +18,7 @@ import json, resource, sys, warnings
 import torch
 import funcjac
 from funcjac import *
+from funcjac._native import keep_memory
 
 torch.set_num_threads(1)
 LIMIT = {limit} * 2**20
@@ -160,10 +161,7 @@ def finishes_or_says_so(found):
     unharmed(found)
 
 
-FIRST = tuple(
-    f"{route} 4"
-    for route in ("vmap rev", "vmap fwd", "sum rev", "sum fwd", "loop rev", "auto auto")
-)
+FIRST = ("vmap rev 2", "vmap fwd 2", "sum rev 2", "sum fwd 2", "loop rev 2", "auto auto 2")
 
 
 @pytest.mark.parametrize("route", FIRST)
@@ -171,7 +169,7 @@ def test_chunks_are_enough(route):
     finishes(child(WIDE, *FIRST)[route])
 
 
-SECOND = ("diag taylor 2", "diag auto 2", "lap taylor 2", "hess auto 2", "hess rev_over_rev 2")
+SECOND = ("diag taylor 2", "lap taylor 2", "hess auto 2")
 
 
 @pytest.mark.parametrize("route", SECOND)
@@ -192,12 +190,15 @@ def test_without_chunks_second_derivatives_say_so(route):
 SMALL = """
 with warnings.catch_warnings():
     warnings.simplefilter("error")
-    resource.setrlimit(resource.RLIMIT_AS, (pages() + 2**24, resource.RLIM_INFINITY))
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (min(pages() + 2**24, hard), hard))
+    keep_memory.cache_clear()  # as in a process that has not used Taylor propagation yet
     y = torch.randn(64, 64)
     for name, mode in {routes}:
         func = Net(lambda x: x.sin().mean(1))
         found = SECOND[name](func, mode=mode)
         right = dict(diag=lambda x: -x.sin() / 64, lap=lambda x: (-x.sin() / 64).sum(1))[name]
+        keep_memory.cache_clear()
         report(name + " " + mode, found, func, y, right, y)
 """
 
