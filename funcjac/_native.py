@@ -179,6 +179,10 @@ def attention_math(*args: Any, **kwargs: Any) -> Tensor:
     return operation(query, key, value, mask, *rest[1:], **kwargs)[0]
 
 
+# What ``weight_norm`` calls: wrong once differentiated twice. Without it, nothing is replaced.
+fused_weight_norm: Any = getattr(torch, "_weight_norm", None)
+
+
 @functools.cache
 def keep_memory() -> None:
     """Let the allocator keep memory between calls rather than hand it back page by page.

@@ -168,7 +168,7 @@ def nested(call: Call, inputs: list[Tensor]) -> Call | None:
     if inner.options.has_aux != call.options.has_aux:
         return None
     args = _tree.unflatten(call.layout.spec, call.with_inputs(inputs).leaves)
-    return inner.bind(args, call.kwargs)._replace(clone=call.clone)
+    return inner.bind(args, call.kwargs)._replace(clone=call.clone, composed=call.composed)
 
 
 def total(parts: Iterable[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 from torch.overrides import TorchFunctionMode
 
-from funcjac._native import attention_math
+from funcjac._native import attention_math, fused_weight_norm
 
 # Linear in all that depends on the input. Whatever else they are given is added to the
 # result or says where things go: as a tensor of numbers it counts as zero.
@@ -53,7 +53,8 @@ OBSTINATE = frozenset(
 # Operations that PyTorch differentiates only once, or of which higher derivatives are wrong.
 FRAGILE = frozenset(
     """native_layer_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm _cdist_forward
-    native_group_norm_backward
+    native_group_norm_backward _weight_norm_interface
+    _linear_cross_entropy_batch_chunked _linear_cross_entropy_batch_chunked_no_reduction
     _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
     _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention""".split()
 )
@@ -135,6 +136,16 @@ def _cdist(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: Any = None) -> Te
     return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), p, -1)
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
+    """Not in chunks, whose second derivatives are zero."""
+    del options
+    return F.linear_cross_entropy(*args, **kwargs)
+
+
 _COMPOSED: dict[Any, Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     F.instance_norm: _instance_norm,
@@ -142,6 +153,8 @@ _COMPOSED: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _heads,
     torch.cdist: _cdist,
+    fused_weight_norm: _weight_norm,
+    getattr(F, "linear_cross_entropy", None): _linear_cross_entropy,  # new in PyTorch 2.13
 }
 
 

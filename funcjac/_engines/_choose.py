@@ -116,11 +116,10 @@ class _Attempt:
         return result
 
     def _compose(self) -> None:
-        """Second derivatives of fragile operations are taken of simpler ones."""
-        if self.options.operator.reference is not None:
-            self.record.composed = fragile = is_fragile(self.call)
-            self._put_back()
-            self.call = self.call._replace(composed=fragile)
+        """Higher derivatives of fragile operations are taken of simpler ones."""
+        self.record.composed = is_fragile(self.call, graph=self.record.context.graph)
+        self._put_back()
+        self.call = self.call._replace(composed=self.record.composed)
 
     def _look(self) -> None:
         """Run ``func`` on the batch as plain autograd would, and probe it."""
@@ -138,6 +137,7 @@ class _Attempt:
         if torch.is_grad_enabled() and not record.context.graph and has_hidden_leaves(self.found):
             record.context = Context(graph=True)
             self._put_back()
+            self._compose()
             self.found = self._probe()
         seeds = self.found.seeds  # of the shape of what func returns, also if it is a transform
         outputs = sum(seed[0].numel() for seed in seeds) if self.call.batch else 0

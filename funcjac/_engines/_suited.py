@@ -2,7 +2,7 @@
 
 import torch
 
-from funcjac._batched import Call
+from funcjac._batched import Call, transform_behind
 from funcjac._engines._record import Record
 from funcjac._linear import Context, plain_inputs
 from funcjac._modes import Recorder, Route, is_forward_safe
@@ -11,8 +11,11 @@ from funcjac._structure import FRAGILE
 from funcjac.errors import UnsuitableError, UntraceableError
 
 
-def is_fragile(call: Call) -> bool:
-    """Whether ``func`` runs an operation with wrong or missing higher derivatives."""
+def is_fragile(call: Call, *, graph: bool) -> bool:
+    """Whether higher derivatives are taken of an operation that has wrong ones, or none."""
+    higher = graph or call.options.operator.reference is not None
+    if not (higher or transform_behind(call.func)):
+        return False
     with Recorder() as recorder, torch.enable_grad():
         call._replace(clone=True)(plain_inputs(call, Context()))
     return not FRAGILE.isdisjoint(recorder.names)

@@ -68,8 +68,8 @@ def solve_within(call: Call, memory: Memory) -> Jacobian:
 
 
 def _composed(call: Call) -> Call:
-    """Second derivatives are differentiated again here, and never those of fragile operations."""
-    return call._replace(composed=call.options.operator.reference is not None)
+    """Results may be differentiated again here, and never those of fragile operations."""
+    return call._replace(composed=True)
 
 
 def _compiled_mode(call: Call) -> str:
