@@ -101,6 +101,7 @@ class Call(NamedTuple):
         composed: whether ``func`` runs with simpler operations for what is fragile.
         direct: whether a ``func`` that is a transform itself runs as one more level of this
             one, which verifies them together, rather than by choices of its own.
+        simply: whether basis vectors go through that level one by one, too.
     """
 
     func: Callable[..., Any]
@@ -111,6 +112,7 @@ class Call(NamedTuple):
     batch: int
     clone: bool = False
     direct: bool = False
+    simply: bool = False
     composed: bool = False
     extra: int = 0
 
@@ -160,7 +162,7 @@ class Call(NamedTuple):
         inner = transform_behind(self.func) if self.direct else None
         with Composed() if self.composed else nullcontext():
             if inner is not None:
-                out = inner.within(tuple(args), kwargs, clone=self.clone)
+                out = inner.within(tuple(args), kwargs, clone=self.clone, simply=self.simply)
             else:
                 out = self.func(*args, **kwargs)
         return as_output(self.options, out, self.batch)

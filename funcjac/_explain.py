@@ -13,6 +13,7 @@ from funcjac import _tree
 from funcjac._engines import Record
 from funcjac._jacobian import Transform, evaluate, transform_of
 from funcjac._modes import Route
+from funcjac._native import with_memory
 from funcjac.errors import brief
 
 # Every route has had its turns long before this many calls.
@@ -219,7 +220,7 @@ class Meter(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
+        args, kwargs = with_memory(args), with_memory(kwargs or {})
         for tensor in _tensors((args, kwargs)):  # what was there before does not count
             self._sizes.setdefault(tensor.untyped_storage()._cdata, 0)
         out = func(*args, **kwargs)

@@ -41,9 +41,11 @@ class Transform:
         leaves, dims = self.extras(call, args, kwargs)
         return with_extras(call, self.memory.layouts, leaves, dims)
 
-    def within(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, clone: bool) -> Any:
+    def within(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, clone: bool, simply: bool
+    ) -> Any:
         """The result as a level of another transform, which verifies the two together."""
-        call = self.bind(args, kwargs)._replace(clone=clone)
+        call = self.bind(args, kwargs)._replace(clone=clone, simply=simply)
         return self.options.operator.assemble(call, solve_within(call, self.memory))
 
 

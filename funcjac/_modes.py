@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from funcjac._native import with_memory
+
 ENGINES = ("vmap", "sum", "loop")
 MODES = ("fwd", "rev")
 NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd")
@@ -126,7 +128,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.names.add(func.overloadpacket.__name__)
-        out = func(*args, **(kwargs or {}))
+        out = func(*with_memory(args), **with_memory(kwargs or {}))
         if isinstance(out, torch.Tensor) and out.is_floating_point():
             self.dtypes.add(out.dtype)
         return out

@@ -17,6 +17,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 from torch._functorch import pyfunctorch
+from torch.utils._pytree import tree_map_only
 
 Tensors = Sequence[Tensor | None]
 
@@ -50,6 +51,20 @@ def is_wrapped(value: object) -> bool:
 
 # Dual levels are the process's, not the thread's, and so are the switches of vmap_fallback.
 _PROCESS = threading.RLock()
+
+
+def with_memory(args: Any) -> Any:
+    """Arguments of an operation, for a dispatch mode to run it with.
+
+    Forward mode makes zeros without memory, which operations below a mode read all the same:
+    the process would die. Without this private API they do.
+    """
+    if torch.autograd.forward_ad._current_level < 0:
+        return args
+    return tree_map_only(Tensor, lambda x: torch.zeros_like(x) if _is_zero(x) else x, args)
+
+
+_is_zero: Any = getattr(Tensor, "_is_zerotensor", lambda _: False)
 
 
 @contextmanager

@@ -73,18 +73,17 @@ def verifier(call: Call, context: Context, seed: int = 0) -> Probe:
             entries = reference(found, graph=context.graph)
     except (RuntimeError, NotImplementedError) as error:
         raise _undifferentiable(call.options.name, error) from error
-    return replace(found, entries=entries, floor=_floor(found))
+    return replace(found, entries=entries, floor=_floor(call, found.grads))
 
 
-def _floor(found: Probe) -> Tensor:
-    """Size of the first derivatives of each row, ``(B,)``, of which second ones are differences."""
-    batch = found.seeds[0].shape[0]
-    total = torch.zeros(batch, device=found.seeds[0].device)
-    for grad, dim in zip(found.grads, found.call.layout.diff_dims):
-        if grad is not None:
+def _floor(call: Call, grads: Sequence[Tensor | None]) -> Tensor:
+    """Size of derivatives in each row, ``(B,)``, of which further ones are differences."""
+    found = torch.zeros(call.batch, device=call.inputs[0].device)
+    for grad, dim in zip(grads, call.layout.diff_dims):
+        if grad is not None and grad.numel():
             rows = grad.detach().unsqueeze(0) if dim is None else grad.detach().movedim(dim, 0)
-            total = total + wide(rows).abs().reshape(len(rows), -1).amax(1).expand(batch)
-    return total.nan_to_num(0, 0, 0)
+            found = found + wide(rows).abs().reshape(len(rows), -1).amax(1).expand(call.batch)
+    return found.nan_to_num(0, 0, 0)
 
 
 def probe(call: Call, context: Context, rows: Tensor | None = None, seed: int = 0) -> Probe:
@@ -92,11 +91,11 @@ def probe(call: Call, context: Context, rows: Tensor | None = None, seed: int = 
     draw = _Draw(torch.Generator("cpu").manual_seed(_SEED + seed), rows)
     inputs = plain_inputs(call, context)
     with torch.enable_grad():
-        scalar, seeds, output = _contract(call, inputs, draw)
+        scalar, seeds, output, floor = _contract(call, inputs, draw)
         grads = _pull_back(call.options.name, scalar, inputs, graph=context.graph)
     dims = call.layout.diff_dims
     entries = [Entry(seeds, g, x, dim) for g, x, dim in zip(grads, inputs, dims)]
-    return Probe(call, inputs, seeds, list(grads), output, draw, seed, entries)
+    return Probe(call, inputs, seeds, list(grads), output, draw, seed, entries, floor)
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,10 @@ class _Draw:
     rows: Tensor | None
 
 
-def _contract(call: Call, inputs: list[Tensor], draw: _Draw) -> tuple[Tensor, list[Tensor], Output]:
-    """``sum(seed * output)`` by plain autograd, and the seeds.
+def _contract(
+    call: Call, inputs: list[Tensor], draw: _Draw
+) -> tuple[Tensor, list[Tensor], Output, Tensor | None]:
+    """``sum(seed * output)`` by plain autograd, the seeds, and sizes of what is a difference.
 
     Where ``func`` is a transform itself, the test is differentiated once more: its Jacobian
     is contracted with a cotangent of the inner function and a tangent of the inner inputs,
@@ -121,9 +122,9 @@ def _contract(call: Call, inputs: list[Tensor], draw: _Draw) -> tuple[Tensor, li
         if draw.rows is not None:
             seeds = [seed * _rowwise(draw.rows, seed) for seed in seeds]
         pairs = zip(seeds, output.leaves)
-        return total((s.to(o.dtype) * o).sum() for s, o in pairs), seeds, output
+        return total((s.to(o.dtype) * o).sum() for s, o in pairs), seeds, output, None
     aliases = plain_inputs(inner, Context(graph=True))
-    scalar, outer, output = _contract(inner, aliases, draw)
+    scalar, outer, output, floor = _contract(inner, aliases, draw)
     grads = _pull_back(call.options.name, scalar, aliases, graph=True)
     tangents = [random_like(x, draw.generator) for x in aliases]
     dims = inner.layout.diff_dims
@@ -131,7 +132,9 @@ def _contract(call: Call, inputs: list[Tensor], draw: _Draw) -> tuple[Tensor, li
         outer_product(seed, tangent, dim) for seed in outer for tangent, dim in zip(tangents, dims)
     ]
     parts = [(g * t).sum() for g, t in zip(grads, tangents) if g is not None]
-    return total(parts or [scalar.detach() * 0]), seeds, output
+    lower = _floor(inner, grads)
+    floor = lower if floor is None else torch.maximum(lower, floor)
+    return total(parts or [scalar.detach() * 0]), seeds, output, floor
 
 
 def _pull_back(

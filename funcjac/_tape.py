@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from funcjac._native import with_memory
 from funcjac.errors import UntraceableError
 
 _CONSTANT, _HIDDEN = -1, -2
@@ -87,7 +88,7 @@ class Tape(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
+        args, kwargs = with_memory(args), kwargs or {}
         self._settle()
         if func is _DETACH:  # autograd's own copies of results, which get their history back later
             out = func(*args)

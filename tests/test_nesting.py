@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from funcjac import VerificationError, batch_jacobian
+from funcjac import VerificationError, batch_hessian_diagonal, batch_jacobian, explain
 
 B = 4
 ENGINES = ("vmap", "sum", "loop")
@@ -597,3 +597,34 @@ def test_nested_levels_run_the_function_once(monkeypatch):
     calls.clear()
     hessian(x)
     assert calls == [(1, 3)]
+
+
+def test_zeros_without_memory_in_forward_mode():
+    # Forward mode makes some; addr read them where the sizes of its results were looked up.
+    def rows(a, u, v):
+        found = [torch.addr(*row) for row in zip(a.unbind(), u.unbind(), v.unbind())]
+        return torch.stack(found)
+
+    torch.manual_seed(0)
+    args = [torch.randn(shape, dtype=torch.float64) for shape in ((3, 2, 2), (3, 2), (3, 2))]
+    every = (0, 1, 2)
+    transformed = batch_jacobian(batch_jacobian(rows, every), every)
+    unit = torch.eye(2, dtype=torch.float64)
+    wanted = torch.einsum("ip,jq->ijpq", unit, unit).expand(3, 2, 2, 2, 2)
+    for _ in range(3):
+        torch.testing.assert_close(transformed(*args)[1][2], wanted)
+    assert "fwd" in str(explain(transformed, *args))
+
+
+def test_zeros_without_memory_in_a_jvp_of_the_function():
+    weight = torch.randn(2, dtype=torch.float64)
+
+    def along(x):
+        rows = lambda x: torch.stack([torch.addr(torch.eye(2), row, weight).sin() for row in x])
+        return torch.func.jvp(rows, (x,), (torch.ones_like(x),))[1]
+
+    x = torch.randn(3, 2, dtype=torch.float64)
+    wanted = batch_jacobian(batch_jacobian(along, mode="rev", engine="loop"), engine="loop")(x)
+    for mode in ("taylor", "auto"):
+        found = batch_hessian_diagonal(along, mode=mode)(x)
+        torch.testing.assert_close(found, wanted.diagonal(dim1=-2, dim2=-1))

@@ -296,5 +296,5 @@ class _Attempt:
         if problem is None and self.options.has_aux and whole:
             problem = aux_mismatch(found, result)
         if problem is None and self.record.context.graph:
-            problem = graph_mismatch(found, result)
+            problem = graph_mismatch(found, result, self._put_back)
         return problem

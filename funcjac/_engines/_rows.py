@@ -83,7 +83,7 @@ BY_ENGINE: dict[str, Callable[[Call, Route, Context], Jacobian]] = {
 
 def run(call: Call, route: Route, context: Context, *, strict: bool = False) -> Jacobian:
     """Take a route; with ``strict``, an operation without a batching rule raises."""
-    call = call._replace(direct=True)
+    call = call._replace(direct=True, simply=not route.vectorized)
     if strict or route.slow:
         with vmap_fallback(allowed=route.slow):
             return BY_ENGINE[route.engine](call, route, context)

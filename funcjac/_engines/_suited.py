@@ -13,11 +13,13 @@ from funcjac.errors import UnsuitableError, UntraceableError
 
 def is_fragile(call: Call, *, graph: bool) -> bool:
     """Whether higher derivatives are taken of an operation that has wrong ones, or none."""
-    higher = graph or call.options.operator.reference is not None
-    if not (higher or transform_behind(call.func)):
+    inner = transform_behind(call.func)
+    if not (graph or inner or call.options.operator.reference):
         return False
     with Recorder() as recorder, torch.enable_grad():
         call._replace(clone=True)(plain_inputs(call, Context()))
+    if inner and any(record.composed for record in inner.memory.records.values()):
+        return True  # the inner transform runs nothing fragile any more
     return not FRAGILE.isdisjoint(recorder.names)
 
 

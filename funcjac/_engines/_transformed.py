@@ -3,6 +3,8 @@
 A batch of one is a row already, so a transform nested in another adds no vmap of its own.
 """
 
+from dataclasses import replace
+
 import torch
 
 from funcjac._batched import Call
@@ -20,7 +22,7 @@ _CONTEXT = Context(functional=True, graph=True)
 
 def solve_transformed(call: Call, memory: Memory) -> Jacobian:
     """The Jacobian of ``call`` by torch.func alone; nobody looks at values here."""
-    call = _composed(call)
+    call = call._replace(composed=True)  # results may be differentiated again
     if torch.compiler.is_compiling():
         # What runs is not known yet, so nothing is known of its forward formulas.
         mode = _compiled_mode(call)
@@ -50,7 +52,7 @@ def solve_within(call: Call, memory: Memory) -> Jacobian:
     whose rows the outer transform has proved to be independent.
     """
     functional = is_transformed()
-    call = _composed(call)._replace(direct=True)
+    call = call._replace(direct=True)  # simpler operations run where the outer transform says so
     if torch.compiler.is_compiling():
         return by_sum(call, Route("sum", _compiled_mode(call), transposed=True), _CONTEXT)
     reached = reach(call.reachable, memory.known)
@@ -58,6 +60,8 @@ def solve_within(call: Call, memory: Memory) -> Jacobian:
     if taylor is not None:
         return taylor
     route = _route(call, memory, reached, functional=functional)
+    if call.simply:
+        route = replace(route, chunk=1, vectorized=False)
     engine = call.options.engine
     if engine == "auto":
         alike = None not in call.layout.diff_dims and call.options.randomness != "same"
@@ -65,11 +69,6 @@ def solve_within(call: Call, memory: Memory) -> Jacobian:
     if call.batch == 1 or 0 in (call.batch, *[x.numel() for x in call.inputs]):
         engine = "sum"
     return BY_ENGINE[engine](call, route, _CONTEXT._replace(functional=functional))
-
-
-def _composed(call: Call) -> Call:
-    """Results may be differentiated again here, and never those of fragile operations."""
-    return call._replace(composed=True)
 
 
 def _compiled_mode(call: Call) -> str:
