@@ -44,8 +44,7 @@ def _remembered(
     options: Options, layouts: dict[Any, Layout], key: Any, args: tuple[Any, ...]
 ) -> Layout:
     leaves, spec = _tree.flatten_args(args)
-    layouts[key] = layout = make_layout(options, args, leaves, spec)
-    return layout
+    return layouts.setdefault(key, make_layout(options, args, leaves, spec))
 
 
 def with_extras(
@@ -58,7 +57,7 @@ def with_extras(
         old = call.layout
         batched = [i for i, dim in enumerate(dims, len(old.dims)) if dim is not None]
         layout = replace(old, dims=old.dims + dims, batched=(*old.batched, *batched))
-        layouts[key] = layout
+        layout = layouts.setdefault(key, layout)
     return call._replace(leaves=[*call.leaves, *extras], layout=layout, extra=len(extras))
 
 

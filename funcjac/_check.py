@@ -13,7 +13,7 @@ from funcjac._batched import Call, Options
 from funcjac._bind import bind
 from funcjac._differences import largest_difference
 from funcjac._engines import Context, Jacobian, executed, run
-from funcjac._jacobian import JACOBIAN, check_options, refuse_transformed, transform_of, usable
+from funcjac._jacobian import JACOBIAN, check_options, looks, transform_of, usable
 from funcjac._mixing import check_rows, mixing_error
 from funcjac._modes import ENGINES, Route, sizes_of
 from funcjac._probe import tolerance
@@ -22,6 +22,7 @@ from funcjac._state import Guard, guard, rng_state, same_rng_state, set_rng_stat
 from funcjac.errors import brief, refuse
 
 
+@looks
 def check_batched(
     func: Callable[..., Any], *args: Any, in_dims: Any = 0, out_dims: Any = 0, **kwargs: Any
 ) -> None:
@@ -58,7 +59,6 @@ def check_batched(
         "check_batched", argnums, in_dims, out_dims, randomness="different", operator=JACOBIAN
     )
     check_options(func, options)
-    refuse_transformed("check_batched")
     args, kwargs = usable((args, kwargs))
     call = bind(func, options, {}, args, kwargs)
     if call.batch < 2:
@@ -162,6 +162,7 @@ class DerivativeReport:
         return "\n".join(lines)
 
 
+@looks
 def check_derivative(
     transformed: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> DerivativeReport:
@@ -192,7 +193,6 @@ def check_derivative(
         True
     """
     transform = transform_of(transformed, "check_derivative")
-    refuse_transformed("check_derivative")
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             return check_derivative(transformed, *args, **kwargs)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcjac import _tree
 from funcjac._engines import Record
-from funcjac._jacobian import Transform, evaluate, transform_of
+from funcjac._jacobian import Transform, evaluate, looks, transform_of
 from funcjac._modes import Route
 from funcjac._native import with_memory
 from funcjac.errors import brief
@@ -113,6 +113,7 @@ class Explanation:
         return ax
 
 
+@looks
 def explain(transformed: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Tells what ``transformed(*args, **kwargs)`` runs, and why.
 

@@ -2,8 +2,9 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +16,11 @@ from funcjac._engines import Jacobian, Memory, solve, solve_transformed, solve_w
 from funcjac._modes import ENGINES, MODES, prefers_forward, routes
 from funcjac._native import is_transformed
 from funcjac._passes import jacobian
+from funcjac._state import levels_of_others
 from funcjac.errors import refuse
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _RANDOMNESS = ("error", "different", "same")
 
 
@@ -177,6 +181,10 @@ def transformed(
 def evaluate(transform: Transform, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     assemble = transform.options.operator.assemble
     if is_transformed():
+        others = levels_of_others([transform.func, args, kwargs])
+        if others is not None:
+            with others:
+                return evaluate(transform, args, kwargs)
         call = transform.bind(args, kwargs)
         return assemble(call, solve_transformed(call, transform.memory))
     if torch.is_inference_mode_enabled() or any(map(_is_inference, _tree.tensors(args))):
@@ -227,13 +235,21 @@ def _is_inference(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_inference()
 
 
-def refuse_transformed(name: str) -> None:
-    """Raise inside of transforms, where values cannot be looked at."""
-    if is_transformed():
-        raise RuntimeError(
-            f"{name}: expected to be called outside of torch.func transforms and torch.compile, "
-            "where values can be looked at. Call it on plain tensors."
-        )
+def looks(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes ``function`` raise inside of transforms, where values cannot be looked at."""
+
+    @functools.wraps(function)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
+        others = levels_of_others([args, kwargs]) if is_transformed() else nullcontext()
+        if others is None:
+            raise RuntimeError(
+                f"{function.__name__}: expected to be called outside of torch.func transforms and "
+                "torch.compile, where values can be looked at. Call it on plain tensors."
+            )
+        with others:
+            return function(*args, **kwargs)
+
+    return outside
 
 
 def usable(tree: Any) -> Any:

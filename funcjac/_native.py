@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -32,11 +32,31 @@ CONTROL_FLOW: tuple[type[Exception], ...] = () if _STOP is None else (_STOP,)
 
 def is_transformed() -> bool:
     """Whether a torch.func transform, a dual level or a compiler is at work."""
-    return (
-        torch.compiler.is_compiling()
-        or _FUNCTORCH.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return is_functional() or torch.autograd.forward_ad._current_level > _LEVELS.others
+
+
+def is_functional() -> bool:
+    """The same, but for dual levels, which belong to the process."""
+    return torch.compiler.is_compiling() or _FUNCTORCH.peek_interpreter_stack() is not None
+
+
+class _Levels(threading.local):
+    """The innermost dual level that is another thread's, as far as this one knows."""
+
+    others = -1
+
+
+_LEVELS = _Levels()
+
+
+@contextmanager
+def beside_levels() -> Iterator[None]:
+    """Where the dual levels of now are those of other threads."""
+    before, _LEVELS.others = _LEVELS.others, torch.autograd.forward_ad._current_level
+    try:
+        yield
+    finally:
+        _LEVELS.others = before
 
 
 def is_wrapped(value: object) -> bool:
@@ -49,8 +69,9 @@ def is_wrapped(value: object) -> bool:
     return probe is not None and isinstance(value, Tensor) and probe(value)
 
 
-# Dual levels are the process's, not the thread's, and so are the switches of vmap_fallback.
-_PROCESS = threading.RLock()
+# Dual levels are the process's, not the thread's, and so are the switches of vmap_fallback and
+# the random state. One lock for all, and for all first calls: two would be taken both ways.
+PROCESS = threading.RLock()
 
 
 def with_memory(args: Any) -> Any:
@@ -70,7 +91,7 @@ _is_zero: Any = getattr(Tensor, "_is_zerotensor", lambda _: False)
 @contextmanager
 def forward_levels() -> Iterator[None]:
     """Where forward mode may enter its levels: one thread at a time."""
-    with _PROCESS:
+    with PROCESS:
         _load_decompositions()
         yield
 
@@ -167,7 +188,7 @@ def vmap_fallback(*, allowed: bool) -> Iterator[None]:
     Where it may, torch's warning is off meanwhile; torch cannot tell whether it was on, and
     it is on afterwards.
     """
-    with _PROCESS:
+    with PROCESS:
         before = _FUNCTORCH._is_vmap_fallback_enabled()
         _FUNCTORCH._set_vmap_fallback_enabled(allowed)
         if allowed:
@@ -208,7 +229,8 @@ def keep_memory() -> None:
     This block is never written to. (``mallopt(3)``, "dynamic mmap threshold", of glibc; other
     libraries do not mind.)
     """
-    torch.empty(2**25 - 2**13, dtype=torch.uint8, device="cpu")
+    with suppress(RuntimeError, MemoryError):  # it only saves time
+        torch.empty(2**25 - 2**13, dtype=torch.uint8, device="cpu")
 
 
 _FEWEST = 2**18  # multiplications from which a look at oneDNN pays

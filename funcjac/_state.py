@@ -5,14 +5,15 @@ trial run may move running statistics. A :class:`Guard` remembers and puts back.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from funcjac._native import is_wrapped
-from funcjac._reach import Reach
+from funcjac._native import beside_levels, is_functional, is_wrapped
+from funcjac._reach import Reach, reach
 
 _MOST_ELEMENTS = 2**22
 
@@ -32,18 +33,19 @@ class Guard:
     attributes: list[tuple[nn.Module, dict[str, Any], list[tuple[Any, Any]]]]
     tensors: list[tuple[Tensor, int, Tensor]]
     containers: list[tuple[Any, Any]]
+    flags: list[tuple[Tensor, bool]] = field(default_factory=list)
 
     def restore(self) -> Restored:
         """Put everything back, and say what had changed."""
         changed, moved = False, self.restore_tensors(self.tensors)
         for module, attributes, inner in self.attributes:
-            now = vars(module)
-            if not _same_items(now, attributes):
-                now.clear()
-                now.update(attributes)
-                changed = True
+            changed |= _restore_container(vars(module), attributes)
             for container, content in inner:
                 changed |= _restore_container(container, content)
+        for tensor, flag in self.flags:
+            if tensor.requires_grad != flag and tensor.is_leaf:
+                tensor.requires_grad_(flag)
+                changed = True
         leaked = False
         for container, content in self.containers:
             # A plain list or dict is the user's own record: only dead wrappers are taken out.
@@ -86,7 +88,9 @@ def guard(found: Reach, arguments: Iterable[Tensor] = (), *, values: bool = True
             tensors += _versions(module.parameters(recurse=False))
             tensors += _versions(module.buffers(recurse=False))
     containers = [(c, c.copy()) for c in found.containers if isinstance(c, (dict, list))]
-    return Guard(attributes, tensors, containers)
+    parameters = [p for m in found.modules.values() for p in m.parameters(recurse=False)]
+    flags: list[tuple[Tensor, bool]] = [(p, p.requires_grad) for p in parameters]
+    return Guard(attributes, tensors, containers, flags)
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:
@@ -95,7 +99,8 @@ def same_values(one: Tensor, other: Tensor) -> bool:
 
 def _versions(tensors: Iterable[Tensor]) -> Iterable[tuple[Tensor, int, Tensor]]:
     for tensor in tensors:
-        if not tensor.is_inference() and tensor.layout == torch.strided:
+        usual = tensor.layout == torch.strided and not is_wrapped(tensor)
+        if usual and not tensor.is_inference():
             yield tensor, tensor._version, tensor.detach().clone()
 
 
@@ -112,10 +117,43 @@ def _restore_container(container: Any, content: Any) -> bool:
         same = len(container) == len(content) and all(a is b for a, b in zip(container, content))
     else:
         same = container == content
-    if not same:
+    if same:
+        return False
+    if isinstance(container, list):
+        container[:] = content
+    elif isinstance(container, dict):
+        _restore_items(container, content)
+    else:
         container.clear()
-        container.extend(content) if isinstance(container, list) else container.update(content)
-    return not same
+        container.update(content)
+    return True
+
+
+def _restore_items(container: dict[str, Any], content: dict[str, Any]) -> None:
+    """Never empty meanwhile, for other threads may look."""
+    container.update(content)
+    for key in [key for key in container if key not in content]:
+        del container[key]
+    if list(container) != list(content):  # the order of layers
+        container.clear()
+        container.update(content)
+
+
+def levels_of_others(start: list[Any]) -> AbstractContextManager[None] | None:
+    """Where dual levels do not count, if nothing that can be reached is a dual number.
+
+    Levels belong to the process, dual numbers to whoever made them.
+    """
+    if is_functional():
+        return None
+    found = reach(start, {})
+    inside = [
+        t for m in found.modules.values() for t in (*m._parameters.values(), *m._buffers.values())
+    ]
+    unpack = torch.autograd.forward_ad.unpack_dual
+    if any(t is not None and unpack(t).tangent is not None for t in (*found.tensors, *inside)):
+        return None
+    return beside_levels()
 
 
 def has_lazy(found: Reach) -> bool:

@@ -58,3 +58,19 @@ def brief(error: Exception) -> str:
     text = lines[0] if len(lines[0]) <= 200 else lines[0][:200] + "..."
     name = "" if isinstance(error, UnsuitableError) else f"{type(error).__name__}: "
     return f"{name}{text}".rstrip(": .")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def out_of_memory(name: str, sizes: tuple[int, int, int], error: Exception) -> RuntimeError:
+    """What to raise where not even the smallest pieces fit."""
+    batch, outputs, inputs = sizes
+    raised = RuntimeError(
+        f"{name}: expected the result of {batch} x {outputs} x {inputs} numbers and its pieces to "
+        f"fit in memory, got {brief(error)}. Pass fewer rows at once, or a smaller chunk_size."
+    )
+    raised.__cause__ = error
+    return raised

@@ -204,7 +204,6 @@ with warnings.catch_warnings():
 
 
 @pytest.mark.parametrize("route", ["diag taylor", "lap taylor"])
-@pytest.mark.xfail(strict=True, reason="a block of 32 MiB that only saves time must fit")
 def test_a_small_problem_needs_little(route):
     """2 MB in all, with 16 MiB left."""
     finishes(child(SMALL, "diag taylor", "lap taylor")[route])
@@ -234,7 +233,6 @@ def test_a_result_that_does_not_fit(route):
 
 
 @pytest.mark.parametrize("route", RESULTS)
-@pytest.mark.xfail(strict=True, reason="asks for another engine, and blames func")
 def test_what_does_not_fit_is_called_so(route):
     """The remedy is ``chunk_size``, fewer rows or more memory, and no other engine."""
     _, text = child(LONG, *RESULTS)[route]["error"]

@@ -8,7 +8,7 @@ cheaper a turn, each verified before its result is handed out, until the fastest
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,17 +24,25 @@ from funcjac._engines._record import (
     signature,
 )
 from funcjac._engines._rows import by_sum, executed, run
-from funcjac._engines._suited import dtypes_within, forward_safe, is_fragile, unsuitable
-from funcjac._engines._tell import failure, warn_of_fallback
+from funcjac._engines._suited import confirm, draws, forward_safe, is_fragile, unsuitable
+from funcjac._engines._tell import drew, failure, warn_of_fallback
 from funcjac._linear import Context
 from funcjac._mixing import check_rows
 from funcjac._modes import Route, sizes_of
-from funcjac._native import CONTROL_FLOW
+from funcjac._native import CONTROL_FLOW, PROCESS
 from funcjac._passes import Jacobian
 from funcjac._probe import Probe, has_hidden_leaves, verifier
 from funcjac._reach import Reach, reach
-from funcjac._state import Guard, guard, has_lazy, rng_state, same_rng_state, set_rng_state
-from funcjac._verify import aux_mismatch, check_attached, graph_mismatch, is_noise, mismatch
+from funcjac._state import (
+    Guard,
+    RngState,
+    guard,
+    has_lazy,
+    rng_state,
+    same_rng_state,
+    set_rng_state,
+)
+from funcjac._verify import aux_mismatch, check_attached, graph_mismatch
 from funcjac.errors import BatchMixingError, UnsuitableError, VerificationError
 
 
@@ -45,15 +53,16 @@ def solve(call: Call, memory: Memory) -> Jacobian:
     key = signature(call, reached, graph=graph)
     record = memory.latest = memory.records.get(key)
     if record is None:
-        with memory.lock, _Attempt(call, memory, reached) as attempt:
+        with PROCESS, _Attempt(call, memory, reached) as attempt:
             return attempt.first(key, graph)
     if record.clone or record.composed:
         call = call._replace(clone=record.clone, composed=record.composed)
     choice = None if record.needs_guard or call.options.check is True else record.choice
     try:
         if choice is not None and numbers(call) in record.numbers:
-            return run(call, choice, record.context)
-        with memory.lock, _Attempt(call, memory, reached) as attempt:
+            with PROCESS if record.random else nullcontext():  # which may set random state back
+                return run(call, choice, record.context)
+        with PROCESS, _Attempt(call, memory, reached) as attempt:
             return attempt.again(record)
     except (BatchMixingError, *CONTROL_FLOW):
         raise
@@ -61,7 +70,7 @@ def solve(call: Call, memory: Memory) -> Jacobian:
         # func failed, took another way than it did before, or what was chosen is wrong for it
         # now: begin anew, and an error of its own comes from a plain run of it
         memory.records.pop(key, None)
-    with memory.lock, _Attempt(call, memory, reached) as attempt:
+    with PROCESS, _Attempt(call, memory, reached) as attempt:
         return attempt.first(key, graph)
 
 
@@ -93,19 +102,23 @@ class _Attempt:
 
     def _put_back(self) -> None:
         self.record.note(self.guard.restore())
-        set_rng_state(self.rng)
+        self._rewind(self.rng)
+
+    def _rewind(self, state: RngState) -> None:
+        if self.record.random:  # or others would be given the same numbers again
+            set_rng_state(state)
 
     # --- the first call of a signature: everything is found out here
 
     def first(self, key: Any, graph: bool) -> Jacobian:
-        self.record = Record((0, 0, 0), Context(graph=graph))
+        self.record = Record((0, 0, 0), Context(graph=graph), random=True)
         self._take_guard()
         self._compose()
         self._look()
         self.record.note(self.guard.restore())
         if self.found is None or 0 in self.record.sizes:
             self.memory.latest = None
-            set_rng_state(self.rng)
+            self._rewind(self.rng)
             return by_sum(self.call, Route("sum", "empty"), self.record.context)
         self.memory.latest = self.record
         self.record.routes = self._routes()
@@ -126,14 +139,10 @@ class _Attempt:
         record = self.record
         self.found = self._probe()
         self.drawn = rng_state()
-        record.random = not same_rng_state(self.rng, self.drawn)
+        record.random = not same_rng_state(self.rng, self.drawn) and draws(self.call)
         if record.random and self.options.randomness == "error":
             set_rng_state(self.rng)
-            raise RuntimeError(
-                f"{self.options.name}: expected func not to draw random numbers with "
-                'randomness="error", but it did. Pass randomness="different" for a draw of its own '
-                'in every row, or "same" for one draw for all.'
-            )
+            raise drew(self.options)
         if torch.is_grad_enabled() and not record.context.graph and has_hidden_leaves(self.found):
             record.context = Context(graph=True)
             self._put_back()
@@ -219,11 +228,14 @@ class _Attempt:
     # --- running and verifying one route
 
     def _run_first_that_works(self) -> Jacobian:
-        for route in list(self.record.routes):
+        while self.record.routes:
+            route = self.record.routes[0]
             result = self._try(route)
             if result is not None:
                 warn_of_fallback(self.options, self.memory, self.record, route)
                 return result
+        self._put_back()
+        self.call(self.call.inputs)  # if func itself has come to fail, that is the user's error
         raise failure(self.options, self.record)
 
     def _try(self, route: Route) -> Jacobian | None:
@@ -233,7 +245,7 @@ class _Attempt:
             self._put_back()
             result = self._timed(route)
             drawn = rng_state()
-            problem = self._verify(found, result)
+            problem = self._problem(found, result)
         except (BatchMixingError, *CONTROL_FLOW):
             raise
         except Exception as error:
@@ -243,12 +255,12 @@ class _Attempt:
             return None
         finally:
             self._put_back()
-            set_rng_state(self.drawn)
+            self._rewind(self.drawn)
         if problem is not None:
             words = f"{self.options.name}: {route} was verified and refused: {problem}."
             self.record.drop(route, VerificationError(words))
             return None
-        set_rng_state(drawn)
+        self._rewind(drawn)
         return result
 
     def _reference(self, route: Route) -> Probe | None:
@@ -279,21 +291,11 @@ class _Attempt:
         if torch.cuda.is_initialized() and any(x.is_cuda for x in self.call.inputs):
             torch.cuda.synchronize()
 
-    def _verify(self, found: Probe | None, result: Jacobian) -> str | None:
+    def _problem(self, found: Probe | None, result: Jacobian) -> str | None:
         if found is None or not self.checked:
             return None
-        whole, problem = found is self.found, mismatch(found, result)
-        if problem is not None:  # func may compute in another dtype than it is given
-            self._put_back()
-            found = replace(found, within=dtypes_within(self.call))
-            problem = mismatch(found, result)
-            self._put_back()
-        if problem is not None:
-            check_rows(self.call, self.reached)
-            self._put_back()
-            if is_noise(found, result):
-                problem = None
-        if problem is None and self.options.has_aux and whole:
+        problem = confirm(self.call, self.reached, found, result, self._put_back)
+        if problem is None and self.options.has_aux and found is self.found:
             problem = aux_mismatch(found, result)
         if problem is None and self.record.context.graph:
             problem = graph_mismatch(found, result, self._put_back)

@@ -15,6 +15,7 @@ from funcjac._linear import Context
 from funcjac._modes import Route, is_worth_a_try
 from funcjac._reach import Known, Reach
 from funcjac._state import Restored
+from funcjac.errors import is_out_of_memory
 
 _MOST_RECORDS = 256
 _CAST = ("cpu", "cuda")
@@ -72,13 +73,20 @@ class Record:
         self.leaks |= restored.leaked
 
     def drop(self, route: Route, error: Exception) -> None:
-        """Leave a route for good."""
+        """Leave a route for good; out of memory, it comes again in half the piece."""
         # A traceback would keep the batch and the copies of a guard alive.
         error.__cause__ = error.__context__ = None
         self.errors[route] = error.with_traceback(None)
-        self.routes.remove(route)
+        place = self.routes.index(route)
+        self.routes[place : place + 1] = self._smaller(route) if is_out_of_memory(error) else []
         self.choice = None if route == self.choice else self.choice
         self.times.pop(route, None)
+
+    def _smaller(self, route: Route) -> list[Route]:
+        _, outputs, inputs = self.sizes
+        width = outputs if route.mode == "rev" else inputs
+        chunk = min(route.chunk or width, width) // 2
+        return [replace(route, chunk=chunk)] if chunk and route.engine != "loop" else []
 
     def next(self) -> Route:
         """The route whose turn it is."""
@@ -124,9 +132,8 @@ class Memory:
         sizes: by shapes, what a transform inside of others needs to choose a mode.
         known: what walks through functions and modules find every time.
         warned: whether leaving vmap was told.
-        latest: the record of the last call, for ``explain``.
+        local: ``latest`` is the record of this thread's last call, for ``explain``.
         function: what was returned to the user.
-        lock: held by trial runs, which learn and put back.
     """
 
     layouts: dict[Any, Layout] = field(default_factory=dict)
@@ -134,9 +141,16 @@ class Memory:
     sizes: dict[Any, tuple[int, bool]] = field(default_factory=dict)
     known: Known = field(default_factory=dict)
     warned: bool = False
-    latest: Record | None = None
+    local: threading.local = field(default_factory=threading.local)
     function: Callable[..., Any] | None = None
-    lock: Any = field(default_factory=threading.RLock)
+
+    @property
+    def latest(self) -> Record | None:
+        return getattr(self.local, "latest", None)
+
+    @latest.setter
+    def latest(self, record: Record | None) -> None:
+        self.local.latest = record
 
 
 def remember(records: dict[Any, Any], key: Any, record: Any) -> None:

@@ -1,13 +1,21 @@
 """What suits a function: before any route is tried."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 
 from funcjac._batched import Call, transform_behind
 from funcjac._engines._record import Record
 from funcjac._linear import Context, plain_inputs
+from funcjac._mixing import check_rows
 from funcjac._modes import Recorder, Route, is_forward_safe
+from funcjac._passes import Jacobian
+from funcjac._probe import Probe
 from funcjac._reach import Reach
+from funcjac._state import rng_state, same_rng_state
 from funcjac._structure import FRAGILE
+from funcjac._verify import is_noise, mismatch
 from funcjac.errors import UnsuitableError, UntraceableError
 
 
@@ -21,6 +29,14 @@ def is_fragile(call: Call, *, graph: bool) -> bool:
     if inner and any(record.composed for record in inner.memory.records.values()):
         return True  # the inner transform runs nothing fragile any more
     return not FRAGILE.isdisjoint(recorder.names)
+
+
+def draws(call: Call) -> bool:
+    """Whether ``func`` draws random numbers, and not another thread meanwhile: a second look."""
+    before = rng_state()
+    with torch.no_grad():
+        call._replace(clone=True)(call.inputs)
+    return not same_rng_state(before, rng_state())
 
 
 def forward_safe(call: Call) -> bool:
@@ -49,3 +65,25 @@ def unsuitable(call: Call, reached: Reach, record: Record, route: Route) -> Exce
     elif reached.scripted and route.is_functional:
         words = "torch.func differentiates TorchScript wrongly from its second call on"
     return UnsuitableError(words) if words else None
+
+
+def confirm(
+    call: Call, reached: Reach, found: Probe, result: Jacobian, put_back: Callable[[], None]
+) -> str | None:
+    """What is wrong with a result, beyond rounding; ``None`` if nothing is.
+
+    Raises:
+        BatchMixingError: rows depend on one another.
+    """
+    problem = mismatch(found, result)
+    if problem is None:
+        return None
+    put_back()  # func may compute in another dtype than it is given
+    found = replace(found, within=dtypes_within(call))
+    problem = mismatch(found, result)
+    put_back()
+    if problem is None:
+        return None
+    check_rows(call, reached)
+    put_back()
+    return None if is_noise(found, result) else problem

@@ -6,7 +6,14 @@ import warnings
 from funcjac._batched import Options
 from funcjac._engines._record import Memory, Record
 from funcjac._modes import Route
-from funcjac.errors import EngineFallbackWarning, UnsuitableError, VerificationError, brief
+from funcjac.errors import (
+    EngineFallbackWarning,
+    UnsuitableError,
+    VerificationError,
+    brief,
+    is_out_of_memory,
+    out_of_memory,
+)
 
 
 def warn_of_fallback(options: Options, memory: Memory, record: Record, route: Route) -> None:
@@ -33,6 +40,14 @@ def warn_of_fallback(options: Options, memory: Memory, record: Record, route: Ro
     )
 
 
+def drew(options: Options) -> RuntimeError:
+    return RuntimeError(
+        f"{options.name}: expected func not to draw random numbers with "
+        'randomness="error", but it did. Pass randomness="different" for a draw of its own '
+        'in every row, or "same" for one draw for all.'
+    )
+
+
 def failure(options: Options, record: Record) -> Exception:
     """What to raise when no route works."""
     found = list(record.errors.values())
@@ -41,6 +56,8 @@ def failure(options: Options, record: Record) -> Exception:
     error = found[-1 if options.engine == "auto" else 0]
     if isinstance(error, VerificationError):
         return error
+    if is_out_of_memory(error):
+        return out_of_memory(options.name, record.sizes, error)
     kind = ValueError if isinstance(error, UnsuitableError) else RuntimeError
     raised = kind(
         f"{options.name}: engine={options.engine!r} with mode={options.mode!r} cannot "
