@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from funcjac import _tree
-from funcjac._structure import Composed
+from funcjac._composed import Composed
 from funcjac._tree import Tree, TreeSpec
 from funcjac.errors import refuse
 

@@ -114,6 +114,10 @@ UNSAFE_FORWARD = frozenset(
         "linalg_eig",
         "_linalg_eigh",
         "cholesky_inverse",
+        "cumprod",
+        "select_scatter",
+        "_linear_cross_entropy_batch_chunked",
+        "_linear_cross_entropy_batch_chunked_no_reduction",
     }
 )
 

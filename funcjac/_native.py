@@ -201,20 +201,6 @@ def vmap_fallback(*, allowed: bool) -> Iterator[None]:
                 _FUNCTORCH._set_vmap_fallback_warning_enabled(True)
 
 
-def attention_math(*args: Any, **kwargs: Any) -> Tensor:
-    """Attention by matrix products and a softmax, which have all derivatives.
-
-    Without the private operation, ``torch.nn.attention.sdpa_kernel`` would do, but its
-    switches are the process's.
-    """
-    query, key, value, *rest = args
-    mask = rest[0] if rest else kwargs.pop("attn_mask", None)
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
-    operation = torch.ops.aten._scaled_dot_product_attention_math.default
-    return operation(query, key, value, mask, *rest[1:], **kwargs)[0]
-
-
 # What ``weight_norm`` calls: wrong once differentiated twice. Without it, nothing is replaced.
 fused_weight_norm: Any = getattr(torch, "_weight_norm", None)
 

@@ -4,7 +4,7 @@ A function run under ``vmap`` may leave dead wrapper tensors in a module, and ev
 trial run may move running statistics. A :class:`Guard` remembers and puts back.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -53,6 +53,26 @@ class Guard:
             if any(is_wrapped(value) for value in values):
                 leaked |= _restore_container(container, content)
         return Restored(changed, moved, leaked)
+
+    def lend(self) -> None:
+        """Give modules copies of their buffers, which ``func`` may move.
+
+        A graph keeps these; to put values back into the buffers themselves would break it.
+        """
+        for module, _, _ in self.attributes:
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not is_wrapped(buffer):
+                    module._buffers[name] = buffer.clone()
+
+    def restarting(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """``func`` from the same state in every run."""
+
+        def restored(*args: Any, **kwargs: Any) -> Any:
+            self.restore()
+            self.lend()
+            return func(*args, **kwargs)
+
+        return restored
 
     @staticmethod
     def restore_tensors(tensors: list[tuple[Tensor, int, Tensor]]) -> bool:

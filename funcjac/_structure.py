@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812  its usual name
-from torch.overrides import TorchFunctionMode
 
-from funcjac._native import attention_math, fused_weight_norm
+from funcjac._composed import standardized
 
 # Linear in all that depends on the input. Whatever else they are given is added to the
 # result or says where things go: as a tensor of numbers it counts as zero.
@@ -53,109 +51,11 @@ OBSTINATE = frozenset(
 # Operations that PyTorch differentiates only once, or of which higher derivatives are wrong.
 FRAGILE = frozenset(
     """native_layer_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm _cdist_forward
-    native_group_norm_backward _weight_norm_interface
+    native_group_norm_backward _weight_norm_interface native_group_norm select_scatter logcumsumexp
     _linear_cross_entropy_batch_chunked _linear_cross_entropy_batch_chunked_no_reduction
     _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
     _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention""".split()
 )
-
-
-class Composed(TorchFunctionMode):
-    """Runs what is fragile as simpler operations, of which all derivatives are right."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        run: Any = _COMPOSED.get(func, func)
-        return run(*args, **(kwargs or {}))
-
-
-def _layer_norm(
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Tensor:
-    del cudnn_enable
-    found = _standardized(x, list(range(-len(normalized_shape), 0)), eps)
-    found = found if weight is None else found * weight
-    return found if bias is None else found + bias
-
-
-def _standardized(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    centred = x - x.mean(dims, keepdim=True)
-    return centred * ((centred * centred).mean(dims, keepdim=True) + eps).rsqrt()
-
-
-def _instance_norm(
-    x: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if running_mean is not None or not use_input_stats:
-        words = (weight, bias, use_input_stats, momentum, eps)
-        return F.instance_norm(x, running_mean, running_var, *words)
-    found = _standardized(x, list(range(2, x.ndim)), eps)
-    shape = (-1, *[1] * (x.ndim - 2))
-    found = found if weight is None else found * weight.view(shape)
-    return found if bias is None else found + bias.view(shape)
-
-
-def _group_norm(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    groups = x.reshape(x.shape[0], num_groups, -1)
-    found = _standardized(groups, [2], eps).reshape(x.shape)
-    shape = (-1, *[1] * (x.ndim - 2))
-    found = found if weight is None else found * weight.view(shape)
-    return found if bias is None else found + bias.view(shape)
-
-
-def _attention(*args: Any, **kwargs: Any) -> Tensor:
-    """Without fused kernels, and without their switches, which are the process's."""
-    return attention_math(*args, **kwargs)
-
-
-def _heads(*args: Any, need_weights: bool = True, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Where weights are asked for, no fused kernel runs."""
-    found = F.multi_head_attention_forward(*args, need_weights=True, **kwargs)
-    return found[0], found[1] if need_weights else None
-
-
-def _cdist(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
-    del compute_mode
-    return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), p, -1)
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
-
-
-def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
-    """Not in chunks, whose second derivatives are zero."""
-    del options
-    return F.linear_cross_entropy(*args, **kwargs)
-
-
-_COMPOSED: dict[Any, Callable[..., Any]] = {
-    F.layer_norm: _layer_norm,
-    F.instance_norm: _instance_norm,
-    F.group_norm: _group_norm,
-    F.scaled_dot_product_attention: _attention,
-    F.multi_head_attention_forward: _heads,
-    torch.cdist: _cdist,
-    fused_weight_norm: _weight_norm,
-    getattr(F, "linear_cross_entropy", None): _linear_cross_entropy,  # new in PyTorch 2.13
-}
 
 
 @functools.cache
@@ -219,7 +119,7 @@ def _batch_norm(
     del momentum
     shape = (-1, *[1] * (x.ndim - 2))
     if training or running_mean is None or running_var is None:
-        found = _standardized(x, [0, *range(2, x.ndim)], eps)
+        found = standardized(x, [0, *range(2, x.ndim)], eps)
     else:
         scale = (running_var + eps).rsqrt()
         found = (x - running_mean.view(shape)) * scale.view(shape)

@@ -85,6 +85,8 @@ def _contracted(seeds: list[Tensor], blocks: list[Tensor]) -> tuple[Tensor, Tens
     """``sum_m seed[b, m] J[b, m, n]``, and the size of what was summed, each ``(B, N)``."""
     parts, sizes = [], []
     for seed, block in zip(seeds, blocks):
+        if not seed.numel():
+            continue
         batch = seed.shape[0]
         left = wide(seed).reshape(batch, 1, -1)
         right = wide(block.detach()).reshape(batch, left.shape[2], -1)

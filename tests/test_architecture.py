@@ -35,7 +35,8 @@ PUBLIC = {
 # What a later module may use, from the ground up. A module may import from lines above its own.
 LAYERS = [
     ["errors", "_tree", "_native", "_block", "_digits", "_reach"],
-    ["_structure", "_modes"],
+    ["_composed", "_modes"],
+    ["_structure"],
     ["_batched", "_basis", "_state", "_tape"],
     ["_bind", "_linear", "_directions", "_jets"],
     ["_passes", "_probe", "_opaque"],

@@ -7,7 +7,6 @@ cheaper a turn, each verified before its result is handed out, until the fastest
 """
 
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from funcjac import _tree
 from funcjac._batched import Call
+from funcjac._composed import Suspects
 from funcjac._engines._record import (
     Memory,
     Record,
@@ -23,7 +23,7 @@ from funcjac._engines._record import (
     requires_grad,
     signature,
 )
-from funcjac._engines._rows import by_sum, executed, run
+from funcjac._engines._rows import by_sum, executed, run, synchronize
 from funcjac._engines._suited import confirm, draws, forward_safe, is_fragile, unsuitable
 from funcjac._engines._tell import drew, failure, warn_of_fallback
 from funcjac._linear import Context
@@ -137,7 +137,12 @@ class _Attempt:
     def _look(self) -> None:
         """Run ``func`` on the batch as plain autograd would, and probe it."""
         record = self.record
-        self.found = self._probe()
+        with Suspects() as suspects:
+            self.found = self._probe()
+        if suspects.seen and not record.composed:
+            self._put_back()
+            record.composed, self.call = True, self.call._replace(composed=True)
+            self.found = self._probe()
         self.drawn = rng_state()
         record.random = not same_rng_state(self.rng, self.drawn) and draws(self.call)
         if record.random and self.options.randomness == "error":
@@ -235,7 +240,9 @@ class _Attempt:
                 warn_of_fallback(self.options, self.memory, self.record, route)
                 return result
         self._put_back()
-        self.call(self.call.inputs)  # if func itself has come to fail, that is the user's error
+        check_rows(self.call, self.reached)  # func fails on rows alone that belong together
+        self._put_back()
+        self.call(self.call.inputs)  # if it has come to fail at all, that is the user's error
         raise failure(self.options, self.record)
 
     def _try(self, route: Route) -> Jacobian | None:
@@ -270,26 +277,17 @@ class _Attempt:
         return verifier(executed(self.call, route.engine), self.record.context)
 
     def _timed(self, route: Route) -> Jacobian:
-        self._synchronize()
+        synchronize(self.call)
         start = time.perf_counter()
         call = self.call
         if self.record.stateful and route.runs_often:  # every run starts from the same state
-            call = call._replace(func=self._from_the_start(call.func))
+            call = call._replace(func=self.guard.restarting(call.func))
+        if self.record.moves:
+            self.guard.lend()
         result = run(call, route, self.record.context, strict=True)
-        self._synchronize()
+        synchronize(self.call)
         self.record.times.setdefault(route, []).append(time.perf_counter() - start)
         return result
-
-    def _from_the_start(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        def restored(*args: Any, **kwargs: Any) -> Any:
-            self.guard.restore()
-            return func(*args, **kwargs)
-
-        return restored
-
-    def _synchronize(self) -> None:
-        if torch.cuda.is_initialized() and any(x.is_cuda for x in self.call.inputs):
-            torch.cuda.synchronize()
 
     def _problem(self, found: Probe | None, result: Jacobian) -> str | None:
         if found is None or not self.checked:

@@ -90,6 +90,12 @@ def run(call: Call, route: Route, context: Context, *, strict: bool = False) -> 
     return BY_ENGINE[route.engine](call, route, context)
 
 
+def synchronize(call: Call) -> None:
+    """Wait for the device, so that a clock sees what ran."""
+    if torch.cuda.is_initialized() and any(x.is_cuda for x in call.inputs):
+        torch.cuda.synchronize()
+
+
 def executed(call: Call, engine: str) -> Call:
     """``call`` with its function run on rows the way an engine does.
 

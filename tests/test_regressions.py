@@ -1,0 +1,184 @@
+"""What a sweep over PyTorch's operators and random programs once found, one test for each."""
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import functional
+from torch.nn import functional as F
+
+from funcjac import (
+    BatchMixingError,
+    batch_hessian,
+    batch_hessian_diagonal,
+    batch_jacobian,
+    batch_laplacian,
+)
+
+f64 = torch.float64
+EVERY = (batch_jacobian, batch_hessian, batch_hessian_diagonal, batch_laplacian)
+pytestmark = pytest.mark.filterwarnings("ignore::funcjac.EngineFallbackWarning")
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=f64)
+
+
+def stacked(row):
+    return lambda *args: torch.stack([row(*rows) for rows in zip(*args)])
+
+
+def jacobian_by_rows(row, x, *, create_graph=False):
+    return torch.stack([functional.jacobian(row, one, create_graph=create_graph) for one in x])
+
+
+def hessian_by_rows(row, x):
+    """``row``: (N,) -> (M,)."""
+    size = len(row(x[0]))
+    return torch.stack(
+        [
+            torch.stack([functional.hessian(lambda z: row(z)[m], one) for m in range(size)])
+            for one in x
+        ]
+    )
+
+
+# --- shapes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", EVERY)
+def test_an_output_without_elements_beside_others(transform):
+    x = randn(3, 2)
+    func = lambda x: (x.sin(), x[:, :0])
+    for _ in range(3):
+        found, empty = transform(func)(x)
+        torch.testing.assert_close(found, transform(torch.sin)(x))
+        assert empty.shape == (3, 0, *found.shape[2:])
+
+
+# --- buffers that move ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["auto", "rev", "fwd"])
+def test_gradients_through_batch_norm_within_rows(mode):
+    # Buffers were put back under the graph that was returned.
+    norm = nn.BatchNorm1d(4).double()
+    jac = batch_jacobian(stacked(lambda x: norm(x)[:2]), mode=mode)
+    own = lambda x: F.batch_norm(x, None, None, norm.weight, norm.bias, training=True)[:2]
+    for turn in range(8):
+        x = (randn(3, 5, 4) + turn).requires_grad_()
+        (found,) = torch.autograd.grad(jac(x).pow(3).sum(), x)
+        plain = jacobian_by_rows(own, x, create_graph=True)
+        (wanted,) = torch.autograd.grad(plain.pow(3).sum(), x)
+        torch.testing.assert_close(found, wanted)
+    assert norm.num_batches_tracked == 0
+    assert norm.running_mean.eq(0).all()
+
+
+# --- operations ----------------------------------------------------------------------------
+
+
+def test_attention_with_dropout_nested():
+    # PyTorch's own died in forward mode over reverse mode.
+    def func(x):
+        heads = [y.view(-1, 1, 2, 2) for y in (x, x.sin(), x.cos())]
+        return F.scaled_dot_product_attention(*heads, dropout_p=0.5).flatten(1)
+
+    nested = batch_jacobian(batch_jacobian(func, randomness="same"), randomness="same")
+    for _ in range(3):
+        assert nested(randn(3, 4)).isfinite().all()
+
+
+def _selected(x):
+    return torch.select_scatter(x.sin(), x[..., 0] * x[..., 1], x.ndim - 1, 1).square()
+
+
+@pytest.mark.parametrize("mode", ["auto", "rev", "fwd"])
+def test_select_scatter_inside_of_a_gradient(mode):
+    func, x = lambda x: _selected(x).flatten(1), randn(3, 2, 3)
+    inside = torch.func.grad(lambda x: batch_jacobian(func, mode=mode)(x).square().sum())
+    leaf = x.clone().requires_grad_()
+    plain = jacobian_by_rows(lambda x: _selected(x).flatten(), leaf, create_graph=True)
+    (wanted,) = torch.autograd.grad(plain.square().sum(), leaf)
+    torch.testing.assert_close(inside(x), wanted)
+
+
+def test_select_scatter_under_vmap():
+    # Its batching rule has a wrong gradient, which plain autograd shares.
+    row, x = lambda x: _selected(x).flatten(), randn(3, 2, 3)
+    torch.testing.assert_close(batch_jacobian(torch.vmap(row))(x), jacobian_by_rows(row, x))
+
+
+def test_cumprod_where_a_zero_comes_later():
+    hess = batch_hessian(lambda x: x.cumprod(1), mode="fwd_over_fwd", engine="vmap")
+    with_zero = randn(3, 5)
+    with_zero[:, 1] = 0
+    for _ in range(7):
+        for x in (randn(3, 5), with_zero):
+            torch.testing.assert_close(hess(x), hessian_by_rows(lambda z: z.cumprod(0), x))
+
+
+@pytest.mark.parametrize("order", ["hessian", "diagonal", "laplacian", "nested"])
+def test_second_derivatives_of_logcumsumexp(order):
+    func, x = lambda x: x.logcumsumexp(-1).sin(), randn(3, 4)
+    one_by_one = lambda z: torch.stack([z[: k + 1].logsumexp(0) for k in range(4)]).sin()
+    wanted = hessian_by_rows(one_by_one, x)
+    diagonal = wanted.diagonal(dim1=-2, dim2=-1)
+    found, wanted = {
+        "hessian": (batch_hessian(func), wanted),
+        "diagonal": (batch_hessian_diagonal(func), diagonal),
+        "laplacian": (batch_laplacian(func), diagonal.sum(-1)),
+        "nested": (batch_jacobian(batch_jacobian(func)), wanted),
+    }[order]
+    torch.testing.assert_close(found(x), wanted)
+
+
+def test_the_mean_that_native_group_norm_returns():
+    # Plain autograd's gradient of it is zero.
+    mean = lambda x: torch.native_group_norm(x.view(-1, 4, 1), None, None, len(x), 4, 1, 2, 1e-5)[1]
+    wanted = torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]], dtype=f64).expand(3, 2, 4)
+    torch.testing.assert_close(batch_jacobian(mean)(randn(3, 4)), wanted)
+
+
+def test_sparse_inside_of_a_nested_jacobian():
+    func = stacked(lambda x: x.sin().to_sparse().to_dense())
+    x = randn(3, 2)
+    found = batch_jacobian(batch_jacobian(func))(x)
+    torch.testing.assert_close(found, torch.diag_embed(torch.diag_embed(-x.sin())))
+
+
+def test_nested_layer_norm_by_its_weight():
+    rows = stacked(lambda x, w, b: F.layer_norm(x, (2,), w, b))
+    every = (0, 1, 2)
+    args = (randn(3, 1, 2), randn(3, 2), randn(3, 2))
+    found = batch_jacobian(batch_jacobian(rows, every), every)(*args)
+    unit = torch.eye(2, dtype=f64)
+    slope = jacobian_by_rows(lambda x: F.layer_norm(x, (2,)), args[0])  # (B, 1, 2, 1, 2)
+    wanted = slope.squeeze(1).squeeze(2).unsqueeze(2) * unit[:, :, None]
+    torch.testing.assert_close(found[1][0].reshape(3, 2, 2, 2), wanted)
+
+
+# --- rounding ------------------------------------------------------------------------------
+
+
+def test_a_jacobian_of_what_is_constant_up_to_rounding_with_a_graph():
+    x = randn(3, 3, 2).requires_grad_()
+    jac = batch_jacobian(stacked(torch.corrcoef))(x)
+    assert jac.abs().max() < 1e-12
+
+
+def test_second_derivatives_far_below_the_first():
+    func = stacked(lambda x: x.logsumexp(0))
+    x = 1000 * randn(3, 5).abs() + 1000
+    nested = batch_jacobian(batch_jacobian(func))
+    for turn in range(3):
+        assert nested(x + turn).abs().max() < 1e-3
+
+
+# --- errors --------------------------------------------------------------------------------
+
+
+def test_rows_that_mix_where_only_single_rows_could_be_tried():
+    func = lambda x, shared: F.batch_norm(x, None, None, training=True) + shared.sum()
+    jac = batch_jacobian(func, argnums=(1, 0), in_dims=(0, None))
+    with pytest.raises(BatchMixingError):
+        jac(randn(3, 1), randn(3, 3))
