@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 from torch.overrides import TorchFunctionMode
 
-from funcjac._native import fused_weight_norm
+from funcjac import _norms
+from funcjac._native import fused_weight_norm, legit_batch_norm, updating_batch_norm
 
 
 class Composed(TorchFunctionMode):
@@ -44,140 +45,6 @@ def _drops(func: Any, args: Any, kwargs: Any) -> bool:
     return (
         func is F.multi_head_attention_forward and bool(args[10]) and kwargs.get("training", True)
     )
-
-
-# --- normalisation ------------------------------------------------------------------------
-
-
-def standardized(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    return _moments(x, dims, eps)[0]
-
-
-def _moments(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Standardized over ``dims``, the mean, and one over the deviation."""
-    mean = x.mean(dims, keepdim=True)
-    centred = x - mean
-    scale = ((centred * centred).mean(dims, keepdim=True) + eps).rsqrt()
-    return centred * scale, mean, scale
-
-
-def _scaled(found: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """With a weight and a bias for each channel."""
-    shape = (-1, *[1] * (found.ndim - 2))
-    found = found if weight is None else found * weight.view(shape)
-    return found if bias is None else found + bias.view(shape)
-
-
-def _native_layer_norm(
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    found, mean, scale = _moments(x, list(range(-len(normalized_shape), 0)), eps)
-    found = found if weight is None else found * weight
-    return found if bias is None else found + bias, mean, scale
-
-
-def _layer_norm(
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Tensor:
-    del cudnn_enable
-    return _native_layer_norm(x, normalized_shape, weight, bias, eps)[0]
-
-
-def _instance_norm(
-    x: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if not use_input_stats:
-        return _batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
-    return _scaled(standardized(x, list(range(2, x.ndim)), eps), weight, bias)
-
-
-def _native_group_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    n: int,
-    channels: int,
-    size: int,
-    num_groups: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    del channels, size
-    found, mean, scale = _moments(x.reshape(n, num_groups, -1), [2], eps)
-    return _scaled(found.reshape(x.shape), weight, bias), mean.squeeze(2), scale.squeeze(2)
-
-
-def _group_norm(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enabled: bool = True,
-) -> Tensor:
-    del cudnn_enabled
-    return _native_group_norm(x, weight, bias, x.shape[0], 0, 0, num_groups, eps)[0]
-
-
-def _batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    words = (training, momentum, eps)
-    return _native_batch_norm(x, weight, bias, running_mean, running_var, *words)[0]
-
-
-def _native_batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Running statistics stay: they would be put back in any case."""
-    del momentum, cudnn_enabled
-    if training or running_mean is None or running_var is None:
-        if x.numel() == x.shape[1]:
-            raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {x.shape}"
-            )
-        found, mean, scale = _moments(x, [0, *range(2, x.ndim)], eps)
-        return _scaled(found, weight, bias), mean.flatten(), scale.flatten()
-    scale = (running_var + eps).rsqrt()
-    found = _scaled(_scaled(x, None, -running_mean), scale, None)
-    return _scaled(found, weight, bias), x.new_zeros(0), x.new_zeros(0)
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
-
-
-# --- the rest -----------------------------------------------------------------------------
 
 
 def _attention(
@@ -233,6 +100,55 @@ def _select_scatter(x: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     return torch.cat([*parts, x.narrow(dim, index + 1, size - index - 1)], dim)
 
 
+def _as_strided_scatter(
+    x: Tensor,
+    src: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
+) -> Tensor:
+    """Its backward takes what was overwritten for what was kept."""
+    if not x.is_contiguous():
+        return torch.as_strided_scatter(x, src, size, stride, storage_offset)
+    places = torch.arange(x.numel(), device=x.device).as_strided(size, stride, storage_offset or 0)
+    found = x.reshape(-1).index_put((places.reshape(-1),), src.reshape(-1).to(x.dtype))
+    return found.reshape(x.shape)
+
+
+def _normal(mean: Any, std: Any = 1.0, *args: Any, **kwargs: Any) -> Tensor:
+    """The same draw, which moves with mean and deviation."""
+    if args or not (isinstance(mean, Tensor) or isinstance(std, Tensor)) or "out" in kwargs:
+        return torch.normal(mean, std, *args, **kwargs)
+    like = torch.as_tensor(mean) + torch.as_tensor(std)
+    return mean + std * torch.empty_like(like).normal_(**kwargs)
+
+
+def _ctc_loss(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Any,
+    target_lengths: Any,
+    blank: int = 0,
+    reduction: str = "mean",
+    zero_infinity: bool = False,
+) -> Tensor:
+    """PyTorch's gradient takes the input for the output of ``log_softmax``.
+
+    So that is what it is given, and what it changes is taken off again.
+    """
+    words = (targets, input_lengths, target_lengths, blank, "none", zero_infinity)
+    found = F.ctc_loss(log_probs.log_softmax(-1), *words)
+    sizes = log_probs.logsumexp(-1)  # (T, B), or (T,)
+    lengths = torch.as_tensor(input_lengths, device=sizes.device).reshape(sizes.shape[1:])
+    steps = torch.arange(len(sizes), device=sizes.device).view(-1, *[1] * (sizes.ndim - 1))
+    counts = (steps < lengths) & ~((found == 0) & zero_infinity)
+    found = found - torch.where(counts, sizes, 0).sum(0)
+    if reduction == "mean":
+        lengths = torch.as_tensor(target_lengths, device=sizes.device).reshape(found.shape)
+        return (found / lengths.clamp_min(1)).mean()
+    return found.sum() if reduction == "sum" else found
+
+
 def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
     """Its backward takes logarithms of the cotangent, and so has no derivative where that is 0."""
     if not x.ndim:
@@ -245,27 +161,34 @@ def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
 
 
 _COMPOSED: dict[Any, Any] = {
-    F.layer_norm: _layer_norm,
-    torch.layer_norm: _layer_norm,
-    torch.native_layer_norm: _native_layer_norm,
-    F.instance_norm: _instance_norm,
-    F.group_norm: _group_norm,
-    torch.group_norm: _group_norm,
-    torch.native_group_norm: _native_group_norm,
-    F.batch_norm: _batch_norm,
-    torch.batch_norm: lambda *args, **kwargs: _native_batch_norm(*args, **kwargs)[0],
-    torch.native_batch_norm: _native_batch_norm,
+    F.layer_norm: _norms.layer_norm,
+    torch.layer_norm: _norms.layer_norm,
+    torch.native_layer_norm: _norms.native_layer_norm,
+    F.instance_norm: _norms.instance_norm,
+    F.group_norm: _norms.group_norm,
+    torch.group_norm: _norms.group_norm,
+    torch.native_group_norm: _norms.native_group_norm,
+    F.batch_norm: _norms.batch_norm,
+    torch.batch_norm: lambda *args, **kwargs: _norms.native_batch_norm(*args, **kwargs)[0],
+    torch.native_batch_norm: _norms.native_batch_norm,
+    legit_batch_norm: _norms.native_batch_norm,
+    updating_batch_norm: _norms.updating_batch_norm,
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _heads,
     torch.cdist: _cdist,
-    fused_weight_norm: _weight_norm,
+    fused_weight_norm: _norms.weight_norm,
     getattr(F, "linear_cross_entropy", None): _linear_cross_entropy,  # new in PyTorch 2.13
     torch.select_scatter: _select_scatter,
     Tensor.select_scatter: _select_scatter,
+    torch.as_strided_scatter: _as_strided_scatter,
+    Tensor.as_strided_scatter: _as_strided_scatter,
+    torch.normal: _normal,
+    F.ctc_loss: _ctc_loss,
     torch.logcumsumexp: _logcumsumexp,
     Tensor.logcumsumexp: _logcumsumexp,
 }
-# Gradients of the statistics are not there, batching rules are wrong.
+# Of these, even first derivatives may be wrong: gradients of statistics and of parameters of a
+# draw are zero, batching rules and a backward are mistaken.
 _SUSPECT: frozenset[Any] = frozenset(
     {
         torch.native_layer_norm,
@@ -273,6 +196,10 @@ _SUSPECT: frozenset[Any] = frozenset(
         torch.native_batch_norm,
         torch.select_scatter,
         Tensor.select_scatter,
+        torch.as_strided_scatter,
+        Tensor.as_strided_scatter,
+        torch.normal,
+        F.ctc_loss,
         getattr(F, "linear_cross_entropy", None),
     }
 )

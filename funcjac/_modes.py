@@ -123,7 +123,7 @@ UNSAFE_FORWARD = frozenset(
 
 
 class Recorder(TorchDispatchMode):
-    """Collects the names of the operations that run under it, and the dtypes of results."""
+    """Collects the names of what runs under it, and the dtypes that gradients flow in."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,10 +132,11 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.names.add(func.overloadpacket.__name__)
-        out = func(*with_memory(args), **with_memory(kwargs or {}))
-        if isinstance(out, torch.Tensor) and out.is_floating_point():
-            self.dtypes.add(out.dtype)
-        return out
+        for arg in args:
+            for item in arg if isinstance(arg, (list, tuple)) else (arg,):
+                if isinstance(item, torch.Tensor) and item.requires_grad:
+                    self.dtypes.add(item.dtype)
+        return func(*with_memory(args), **with_memory(kwargs or {}))
 
 
 def is_forward_safe(names: Iterable[str]) -> bool:

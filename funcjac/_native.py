@@ -201,8 +201,10 @@ def vmap_fallback(*, allowed: bool) -> Iterator[None]:
                 _FUNCTORCH._set_vmap_fallback_warning_enabled(True)
 
 
-# What ``weight_norm`` calls: wrong once differentiated twice. Without it, nothing is replaced.
+# Wrong once differentiated twice, or three times. Without them, nothing is replaced.
 fused_weight_norm: Any = getattr(torch, "_weight_norm", None)
+legit_batch_norm: Any = getattr(torch, "_native_batch_norm_legit", None)
+updating_batch_norm: Any = getattr(torch.ops.aten, "_batch_norm_with_update", None)
 
 
 @functools.cache

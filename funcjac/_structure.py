@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._composed import standardized
+from funcjac._norms import standardized
 
 # Linear in all that depends on the input. Whatever else they are given is added to the
 # result or says where things go: as a tensor of numbers it counts as zero.
@@ -51,6 +51,7 @@ OBSTINATE = frozenset(
 # Operations that PyTorch differentiates only once, or of which higher derivatives are wrong.
 FRAGILE = frozenset(
     """native_layer_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm _cdist_forward
+    _batch_norm_with_update
     native_group_norm_backward _weight_norm_interface native_group_norm select_scatter logcumsumexp
     _linear_cross_entropy_batch_chunked _linear_cross_entropy_batch_chunked_no_reduction
     _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention

@@ -34,7 +34,7 @@ PUBLIC = {
 }
 # What a later module may use, from the ground up. A module may import from lines above its own.
 LAYERS = [
-    ["errors", "_tree", "_native", "_block", "_digits", "_reach"],
+    ["errors", "_tree", "_native", "_block", "_digits", "_reach", "_norms"],
     ["_composed", "_modes"],
     ["_structure"],
     ["_batched", "_basis", "_state", "_tape"],

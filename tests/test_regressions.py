@@ -182,3 +182,33 @@ def test_rows_that_mix_where_only_single_rows_could_be_tried():
     jac = batch_jacobian(func, argnums=(1, 0), in_dims=(0, None))
     with pytest.raises(BatchMixingError):
         jac(randn(3, 1), randn(3, 3))
+
+
+def test_a_draw_moves_with_its_parameters():
+    # Plain autograd has zeros for them.
+    draw = batch_jacobian(
+        lambda mean: torch.normal(mean, 2 * mean), randomness="different", return_value=True
+    )
+    mean = randn(3, 4).abs() + 0.1
+    jac, value = draw(mean)
+    torch.testing.assert_close(jac, torch.diag_embed(value / mean))
+
+
+def test_as_strided_scatter():
+    src = randn(2, 2)
+    rows = stacked(lambda x: torch.as_strided_scatter(x, src, (2, 2), (1, 2), 1))
+    jac = batch_jacobian(rows)(randn(3, 3, 3)).reshape(3, 9, 9)
+    kept = torch.tensor([1, 0, 0, 0, 0, 1, 1, 1, 1], dtype=f64)
+    torch.testing.assert_close(jac, torch.diag_embed(kept.expand(3, 9)))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_ctc_loss_of_what_is_no_log_softmax(reduction):
+    targets = torch.tensor([1, 2])
+    words = (targets, torch.tensor(5), torch.tensor(2))
+    rows = stacked(lambda x: F.ctc_loss(x, *words, reduction=reduction))
+    x = randn(3, 6, 4)
+    direction, step = randn(6, 4).cos(), 1e-5
+    wanted = (rows(x + step * direction) - rows(x - step * direction)) / (2 * step)
+    found = (batch_jacobian(rows)(x) * direction).sum((-1, -2))
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)

@@ -1,0 +1,149 @@
+"""Normalisation by simpler operations, of which all derivatives are right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def standardized(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    return _moments(x, dims, eps)[0]
+
+
+def _moments(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Standardized over ``dims``, the mean, and one over the deviation."""
+    mean = x.mean(dims, keepdim=True)
+    centred = x - mean
+    scale = ((centred * centred).mean(dims, keepdim=True) + eps).rsqrt()
+    return centred * scale, mean, scale
+
+
+def _scaled(found: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """With a weight and a bias for each channel."""
+    shape = (-1, *[1] * (found.ndim - 2))
+    found = found if weight is None else found * weight.view(shape)
+    return found if bias is None else found + bias.view(shape)
+
+
+def native_layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    found, mean, scale = _moments(x, list(range(-len(normalized_shape), 0)), eps)
+    found = found if weight is None else found * weight
+    return found if bias is None else found + bias, mean, scale
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    del cudnn_enable
+    return native_layer_norm(x, normalized_shape, weight, bias, eps)[0]
+
+
+def instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats:
+        return batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    return _scaled(standardized(x, list(range(2, x.ndim)), eps), weight, bias)
+
+
+def native_group_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    channels: int,
+    size: int,
+    num_groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    del channels, size
+    found, mean, scale = _moments(x.reshape(n, num_groups, -1), [2], eps)
+    return _scaled(found.reshape(x.shape), weight, bias), mean.squeeze(2), scale.squeeze(2)
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    del cudnn_enabled
+    return native_group_norm(x, weight, bias, x.shape[0], 0, 0, num_groups, eps)[0]
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    words = (training, momentum, eps)
+    return native_batch_norm(x, weight, bias, running_mean, running_var, *words)[0]
+
+
+def native_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Running statistics stay: they would be put back in any case."""
+    del momentum, cudnn_enabled
+    if training or running_mean is None or running_var is None:
+        if x.numel() == x.shape[1]:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {x.shape}"
+            )
+        found, mean, scale = _moments(x, [0, *range(2, x.ndim)], eps)
+        return _scaled(found, weight, bias), mean.flatten(), scale.flatten()
+    scale = (running_var + eps).rsqrt()
+    found = _scaled(_scaled(x, None, -running_mean), scale, None)
+    return _scaled(found, weight, bias), x.new_zeros(0), x.new_zeros(0)
+
+
+def updating_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    found = native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+    return *found, x.new_zeros(0, dtype=torch.uint8)
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
