@@ -10,11 +10,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from funcjac import _tree
 from funcjac._composed import Composed
+from funcjac._kinds import check_output
 from funcjac._tree import Tree, TreeSpec
 from funcjac.errors import refuse
 
@@ -198,7 +198,11 @@ def as_output(options: Options, out: Any, batch: int) -> Output:
     tensors = [_as_batch_first(options.name, leaf, dim, batch) for leaf, dim in zip(leaves, dims)]
     if not tensors:
         raise refuse(
-            options.name, TypeError, "func to return at least one tensor", type(out).__name__
+            options.name,
+            TypeError,
+            "func to return at least one tensor",
+            type(out).__name__,
+            "Return what is to be differentiated.",
         )
     return Output(tensors, spec, aux)
 
@@ -208,40 +212,19 @@ def _out_dims(options: Options, out: Tree, count: int) -> list[int]:
         return [options.out_dims] * count
     try:
         dims = _tree.broadcast(options.out_dims, out)
-    except ValueError as error:
+    except ValueError:
         raise refuse(
             options.name,
             ValueError,
             "out_dims to be an int or a prefix tree of func's output",
             repr(options.out_dims),
-            str(error),
+            f"The output is {_tree.sketch(out)}.",
         ) from None
     return dims
 
 
 def _as_batch_first(name: str, leaf: Any, dim: int, batch: int) -> Tensor:
-    if not isinstance(leaf, Tensor):
-        raise refuse(
-            name,
-            TypeError,
-            "func to return tensors",
-            type(leaf).__name__,
-            "Return what is not a tensor as aux, with has_aux=True.",
-        )
-    if not leaf.is_floating_point():
-        raise refuse(
-            name,
-            TypeError,
-            "func to return real floating-point tensors",
-            leaf.dtype,
-            "Use torch.view_as_real for complex outputs, and aux for integers."
-            if leaf.is_complex()
-            else "Return integers and booleans as aux, with has_aux=True.",
-        )
-    if leaf.layout != torch.strided:
-        raise refuse(
-            name, TypeError, "func to return dense tensors", leaf.layout, "Call .to_dense() on it."
-        )
+    check_output(name, leaf)
     if not -leaf.ndim <= dim < leaf.ndim or leaf.shape[dim] != batch:
         raise refuse(
             name,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funcjac import _tree
 from funcjac._batched import Call, Layout, Options
+from funcjac._kinds import check_arguments, check_input
 from funcjac._tree import TreeSpec
 from funcjac.errors import refuse
 
@@ -30,13 +31,18 @@ def bind(
         leaves, spec = _tree.flatten_args(args)
         layout = make_layout(options, args, leaves, spec)
     elif all(type(arg) is Tensor for arg in args):
-        leaves, key = list(args), tuple([arg.ndim for arg in args])
+        leaves = list(args)
+        check_arguments(options.name, leaves)
+        key = tuple([arg.ndim for arg in args])
         layout = layouts.get(key) or _remembered(options, layouts, key, args)
     else:
         leaves, spec = _tree.flatten_args(args)
+        check_arguments(options.name, leaves)
         # True == 1, so what is no tensor must not look like a number of dimensions
         key = (spec, *[x.ndim if isinstance(x, Tensor) else str(x is None) for x in leaves])
         layout = layouts.get(key) or _remembered(options, layouts, key, args)
+    if kwargs and not torch.compiler.is_compiling():
+        check_arguments(options.name, _tree.tensors(kwargs))
     return Call(func, options, layout, leaves, kwargs, _batch_size(options.name, layout, leaves))
 
 
@@ -68,7 +74,7 @@ def check_inputs(call: Call) -> None:
         TypeError: an input is not a dense tensor of real floating-point dtype.
     """
     for i in call.layout.diff:
-        _check_differentiable(call.options.name, call.leaves[i])
+        check_input(call.options.name, call.leaves[i])
 
 
 def make_layout(
@@ -85,22 +91,29 @@ def make_layout(
     in_spec = _tree.flatten(inputs if isinstance(options.argnums, int) else tuple(inputs))[1]
     batched = tuple(i for i, dim in enumerate(dims) if dim is not None)
     if not batched:
-        raise refuse(
-            options.name,
-            ValueError,
-            "at least one batched tensor argument",
-            f"in_dims={options.in_dims!r} and {len(leaves)} argument leaves",
-            "Give every batched argument its dimension in in_dims.",
-        )
+        raise _nothing_batched(options, leaves)
     if not diff:
         raise refuse(
             options.name,
             ValueError,
             "a tensor to differentiate",
             f"none in argnums={options.argnums!r}",
+            "Name in argnums a positional argument that holds tensors.",
         )
     plain = len(leaves) == len(args) and all(map(operator.is_, args, leaves))
     return Layout(spec, tuple(dims), batched, diff, in_spec, plain)
+
+
+def _nothing_batched(options: Options, leaves: list[Any]) -> Exception:
+    kinds = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)})
+    got = f"in_dims={options.in_dims!r} and {len(leaves)} argument leaves"
+    got += f" of type {', '.join(kinds)}" if kinds else ""
+    remedy = "Give every batched argument its dimension in in_dims."
+    if any(hasattr(leaf, "__array__") and not isinstance(leaf, Tensor) for leaf in leaves):
+        remedy = f"Pass an array x as torch.from_numpy(x). {remedy}"
+    elif any(isinstance(leaf, (int, float, complex)) for leaf in leaves):
+        remedy = f"Make a tensor of numbers and lists by torch.as_tensor. {remedy}"
+    return refuse(options.name, ValueError, "at least one batched tensor argument", got, remedy)
 
 
 def _leaf_dims(options: Options, args: tuple[Any, ...], leaves: list[Any]) -> list[int | None]:
@@ -112,16 +125,17 @@ def _leaf_dims(options: Options, args: tuple[Any, ...], leaves: list[Any]) -> li
             ValueError,
             f"in_dims to have one entry for each of the {len(args)} positional arguments",
             f"{len(in_dims)} entries in {in_dims!r}",
+            "Give None for an argument that all rows share.",
         )
     try:
         dims = _tree.broadcast(in_dims if isinstance(in_dims, int) else tuple(in_dims), args)
-    except ValueError as error:
+    except ValueError:
         raise refuse(
             options.name,
             ValueError,
             "in_dims to be an int or a prefix tree of the arguments",
             repr(in_dims),
-            str(error),
+            f"The arguments are {_tree.sketch(args)}.",
         ) from None
     return [_leaf_dim(options.name, leaf, dim) for leaf, dim in zip(leaves, dims)]
 
@@ -130,7 +144,8 @@ def _leaf_dim(name: str, leaf: Any, dim: Any) -> int | None:
     if dim is None or not isinstance(leaf, Tensor):
         return None
     if type(dim) is not int:
-        raise refuse(name, TypeError, "in_dims to hold ints and None", type(dim).__name__)
+        remedy = "Give each argument the number of its batch dimension, or None."
+        raise refuse(name, TypeError, "in_dims to hold ints and None", type(dim).__name__, remedy)
     if not -leaf.ndim <= dim < leaf.ndim:
         raise refuse(
             name,
@@ -173,32 +188,3 @@ def _batch_size(name: str, layout: Layout, leaves: list[Any]) -> int:
                 "Set in_dims to None for arguments that all rows share.",
             )
     return batch
-
-
-def _check_differentiable(name: str, leaf: Any) -> None:
-    if not isinstance(leaf, Tensor):
-        raise refuse(
-            name,
-            TypeError,
-            "the differentiated argument to hold tensors only",
-            type(leaf).__name__,
-            "Name the tensors to differentiate in argnums.",
-        )
-    if not leaf.is_floating_point():
-        raise refuse(
-            name,
-            TypeError,
-            "a differentiated argument of real floating-point dtype",
-            leaf.dtype,
-            "Use torch.view_as_real for complex inputs."
-            if leaf.is_complex()
-            else "Pass integers as another argument and leave them out of argnums.",
-        )
-    if leaf.layout != torch.strided:
-        raise refuse(
-            name,
-            TypeError,
-            "a differentiated argument that is dense",
-            leaf.layout,
-            "Call .to_dense() on it.",
-        )

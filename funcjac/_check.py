@@ -13,12 +13,13 @@ from funcjac._batched import Call, Options
 from funcjac._bind import bind
 from funcjac._differences import largest_difference
 from funcjac._engines import Context, Jacobian, executed, run
-from funcjac._jacobian import JACOBIAN, check_options, looks, transform_of, usable
+from funcjac._jacobian import JACOBIAN, looks, transform_of, usable
 from funcjac._mixing import check_rows, mixing_error
 from funcjac._modes import ENGINES, Route, sizes_of
 from funcjac._probe import tolerance
 from funcjac._reach import Reach, reach
 from funcjac._state import Guard, guard, rng_state, same_rng_state, set_rng_state
+from funcjac._words import check_options
 from funcjac.errors import brief, refuse
 
 
@@ -44,7 +45,8 @@ def check_batched(
     Raises:
         BatchMixingError: rows depend on one another; the message names suspects.
         ValueError: fewer than two rows, or bad ``in_dims`` or ``out_dims``.
-        TypeError: ``func`` does not return real floating-point tensors.
+        TypeError: a batched argument is not dense, or ``func`` does not return real
+            floating-point tensors.
 
     Example:
         >>> import torch, funcjac
@@ -54,15 +56,17 @@ def check_batched(
         ...
         funcjac.BatchMixingError: check_batched: expected each row of func's output ...
     """
-    argnums = tuple(range(len(args))) or (0,)
+    argnums = tuple(range(len(args))) or 0
     options = Options(
         "check_batched", argnums, in_dims, out_dims, randomness="different", operator=JACOBIAN
     )
     check_options(func, options)
+    if not args:
+        remedy = "Pass the arguments of func behind it, as in check_batched(func, x)."
+        raise refuse(options.name, ValueError, "a batched argument", "0 arguments", remedy)
     args, kwargs = usable((args, kwargs))
     call = bind(func, options, {}, args, kwargs)
-    if call.batch < 2:
-        raise refuse("check_batched", ValueError, "at least two rows", call.batch)
+    _check_comparable(call)
     floats = [i for i in call.layout.batched if call.leaves[i].is_floating_point()]
     call = call._replace(layout=replace(call.layout, diff=tuple(floats)))
     reached = reach(call.reachable, {})
@@ -75,6 +79,19 @@ def check_batched(
     finally:
         state.restore()
         set_rng_state(rng)
+
+
+def _check_comparable(call: Call) -> None:
+    if call.batch < 2:
+        remedy = "Pass a batch of two rows or more, of which one can be changed."
+        raise refuse(call.options.name, ValueError, "at least two rows", call.batch, remedy)
+    for i in call.layout.batched:
+        kind = call.leaves[i].layout
+        if kind != torch.strided:
+            remedy = "Call .to_dense() on them, or set in_dims to None for what all rows share."
+            raise refuse(
+                call.options.name, TypeError, "batched arguments that are dense", kind, remedy
+            )
 
 
 def _check_values(call: Call, reached: Reach) -> None:
@@ -205,6 +222,7 @@ def check_derivative(
     state, rng = guard(reached, _tree.tensors((args, kwargs))), rng_state()
     found: dict[tuple[str, str], Jacobian | Exception] = {}
     with torch.no_grad():
+        draws = _draws(call, state)
         for engine, mode in itertools.product(reversed(ENGINES), reversed(operator.modes)):
             if mode == "taylor" and engine != "sum":
                 continue  # it runs the whole batch
@@ -214,7 +232,7 @@ def check_derivative(
         reference = found["loop", plain]
         if isinstance(reference, Exception):
             raise reference
-        references = _references(call, reference, state, plain)
+        references = _references(call, reference, state, plain, draws)
         dtypes = [x.dtype for x in call.inputs] + [out.dtype for out in reference.output.leaves]
         limit = tolerance(dtypes, call.inputs[0].device)
         comparisons = [_compare(*key, one, references[key[0]]) for key, one in found.items()]
@@ -224,15 +242,24 @@ def check_derivative(
     return DerivativeReport(tuple(comparisons), central, limit, 10 * limit ** (2 / 3))
 
 
-def _references(call: Call, loop: Jacobian, state: Guard, plain: str) -> dict[str, Jacobian]:
+def _draws(call: Call, state: Guard) -> bool:
+    """Whether ``func`` draws random numbers; what it raises or may not return comes out here."""
+    rng = rng_state()
+    try:
+        call._replace(clone=True)(call.inputs)
+        return not same_rng_state(rng, rng_state())
+    finally:
+        state.restore()
+        set_rng_state(rng)
+
+
+def _references(
+    call: Call, loop: Jacobian, state: Guard, plain: str, draws: bool
+) -> dict[str, Jacobian]:
     """What each engine is compared with: the loop, or plain autograd of its own random draws."""
     rng = rng_state()
-    call(call.inputs)
-    drawn = rng_state()
-    state.restore()
-    set_rng_state(rng)
     found: dict[str, Jacobian] = dict.fromkeys(ENGINES, loop)
-    if same_rng_state(rng, drawn) or None in call.layout.diff_dims:
+    if not draws or None in call.layout.diff_dims:
         return found
     for engine in ENGINES:
         one_by_one = Route("sum", plain, 1, vectorized=False)

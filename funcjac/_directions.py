@@ -7,6 +7,7 @@ one for directions that are made from it and the weight, and an estimate for ran
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from funcjac._batched import Call
+from funcjac._kinds import check_arguments
 from funcjac._native import is_transformed
 from funcjac.errors import refuse
 
@@ -168,9 +170,7 @@ def _checked(call: Call, spec: Spec, weight: Any) -> Tensor:
             "Name one in argnums.",
         )
     (x,) = call.inputs
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise refuse(name, TypeError, "weight to be a tensor of real numbers", got)
+    _check_kind(name, weight)
     row, shape = row_shape(x, call.layout.diff_dims[0]), weight.shape
     if dim is not None:
         if not -weight.ndim <= dim < weight.ndim or shape[dim] != call.batch:
@@ -184,10 +184,30 @@ def _checked(call: Call, spec: Spec, weight: Any) -> Tensor:
         expected = f"weight of shape {whole} or {square} {rows}"
         raise refuse(name, ValueError, expected, f"shape {tuple(shape)}")
     weight = (weight.clone() if weight.is_inference() else weight).to(x.device, x.dtype)
-    if shape != row and not is_transformed():
-        matrix = weight.detach().reshape(*weight.shape[: dim is not None], row.numel(), row.numel())
-        limit = 100 * torch.finfo(x.dtype).eps * matrix.abs().amax() if matrix.numel() else 0
-        if matrix.numel() and (matrix - matrix.mT).abs().amax() > limit:
-            remedy = "Pass (W + W.mT) / 2, which has the same sum."
-            raise refuse(name, ValueError, "a symmetric matrix as weight", "another", remedy)
+    if weight.numel() and not is_transformed():
+        square = (-1, row.numel()) if shape == row else (-1, row.numel(), row.numel())
+        _check_entries(name, weight.detach().reshape(square))
     return weight
+
+
+def _check_kind(name: str, weight: Any) -> None:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        remedy = "Make one of it by torch.as_tensor, with the dtype of the input."
+        raise refuse(name, TypeError, "weight to be a tensor of real numbers", got, remedy)
+    check_arguments(name, [weight], "weight to be a tensor")
+    if weight.layout != torch.strided:
+        remedy = "Call .to_dense() on it."
+        raise refuse(name, TypeError, "weight to be a dense tensor", weight.layout, remedy)
+
+
+def _check_entries(name: str, weight: Tensor) -> None:
+    """Raise unless vectors ``(B or 1, N)``, or matrices ``(B or 1, N, N)``, can be weights."""
+    largest = weight.abs().amax().item()
+    if not math.isfinite(largest):
+        remedy = "Leave out coordinates by a weight of 0."
+        raise refuse(name, ValueError, "weight to be finite", largest, remedy)
+    limit = 100 * torch.finfo(weight.dtype).eps * largest
+    if weight.ndim == 3 and (weight - weight.mT).abs().amax() > limit:
+        remedy = "Pass (W + W.mT) / 2, which has the same sum."
+        raise refuse(name, ValueError, "a symmetric matrix as weight", "another", remedy)

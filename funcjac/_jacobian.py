@@ -13,17 +13,15 @@ from funcjac import _tree
 from funcjac._batched import Call, Operator, Options, transform_behind
 from funcjac._bind import bind, check_inputs, with_extras
 from funcjac._engines import Jacobian, Memory, solve, solve_transformed, solve_within
-from funcjac._modes import ENGINES, MODES, prefers_forward, routes
+from funcjac._kinds import is_uninitialized
+from funcjac._modes import MODES, prefers_forward, routes
 from funcjac._native import is_transformed
 from funcjac._passes import jacobian
 from funcjac._state import levels_of_others
-from funcjac.errors import refuse
+from funcjac._words import check_options
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_RANDOMNESS = ("error", "different", "same")
-
-
 # What an operator needs beside the arguments: tensors and their batch dimensions.
 Extras = Callable[..., tuple[list[Tensor], tuple["int | None", ...]]]
 
@@ -232,7 +230,7 @@ def transform_of(transformed: Any, name: str) -> Transform:
 
 
 def _is_inference(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_inference()
+    return isinstance(leaf, Tensor) and not is_uninitialized(leaf) and leaf.is_inference()
 
 
 def looks(function: Callable[P, R]) -> Callable[P, R]:
@@ -254,65 +252,4 @@ def looks(function: Callable[P, R]) -> Callable[P, R]:
 
 def usable(tree: Any) -> Any:
     """Copies of inference tensors, which autograd cannot save."""
-    return _tree.map_tensors(lambda x: x.clone() if x.is_inference() else x, tree)
-
-
-def check_options(func: Any, options: Options) -> None:
-    """Refuse bad words when the transform is made."""
-    name = options.name
-    if not callable(func):
-        raise refuse(name, TypeError, "func to be callable", type(func).__name__)
-    _check_argnums(name, options.argnums)
-    _check_dims(name, options)
-    for word, allowed in (
-        ("mode", (*options.operator.modes, "auto")),
-        ("engine", (*ENGINES, "auto")),
-        ("randomness", _RANDOMNESS),
-    ):
-        given = getattr(options, word)
-        if given not in allowed:
-            listed = ", ".join(map(repr, allowed))
-            raise refuse(name, ValueError, f"{word} to be one of {listed}", repr(given))
-    size = options.chunk_size
-    if size is not None and (type(size) is not int or size < 1):
-        kind = ValueError if type(size) is int else TypeError
-        raise refuse(name, kind, "chunk_size to be None or a positive int", repr(size))
-    for word in ("has_aux", "return_value"):
-        if type(getattr(options, word)) is not bool:
-            raise refuse(name, TypeError, f"{word} to be a bool", repr(getattr(options, word)))
-    if options.mode == "taylor" and options.engine not in ("auto", "sum"):
-        expected = "engine to be 'auto' or 'sum' with mode='taylor', which runs the whole batch"
-        raise refuse(name, ValueError, expected, repr(options.engine))
-    is_auto = isinstance(options.check, str) and options.check == "auto"
-    if not is_auto and type(options.check) is not bool:
-        raise refuse(name, ValueError, "check to be 'auto', True or False", repr(options.check))
-
-
-def _check_argnums(name: str, argnums: Any) -> None:
-    given = argnums if isinstance(argnums, tuple) else (argnums,)
-    if not given:
-        raise refuse(name, ValueError, "argnums to name at least one argument", "()")
-    if any(type(argnum) is not int for argnum in given):
-        raise refuse(name, TypeError, "argnums to be an int or a tuple of ints", repr(argnums))
-    if len(set(given)) != len(given):
-        raise refuse(name, ValueError, "argnums to be unique", repr(argnums))
-
-
-def _check_dims(name: str, options: Options) -> None:
-    in_dims, out_dims = options.in_dims, options.out_dims
-    if type(in_dims) is not int and not isinstance(in_dims, (tuple, list)):
-        raise refuse(
-            name,
-            TypeError,
-            "in_dims to be an int or a tuple with one entry for each positional argument",
-            repr(in_dims),
-        )
-    leaves, _ = _tree.flatten_args(out_dims)
-    if any(type(leaf) is not int for leaf in leaves):
-        raise refuse(
-            name,
-            TypeError,
-            "out_dims to be an int or a tree of ints",
-            repr(out_dims),
-            "Every output of a batched function has a batch dimension.",
-        )
+    return _tree.map_tensors(lambda x: x.clone() if _is_inference(x) else x, tree)

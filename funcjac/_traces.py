@@ -207,7 +207,7 @@ def _check_spec(name: str, spec: Spec) -> None:
     if samples is not None and (type(samples) is not int or samples < 1):
         kind = ValueError if type(samples) is int else TypeError
         raise refuse(name, kind, "samples to be None or a positive int", repr(samples))
-    if spec.probes not in PROBES:
+    if not isinstance(spec.probes, str) or spec.probes not in PROBES:
         raise refuse(name, ValueError, "probes to be 'rademacher' or 'gaussian'", repr(spec.probes))
     if spec.generator is not None and not isinstance(spec.generator, torch.Generator):
         kind = type(spec.generator).__name__

@@ -52,6 +52,24 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
     )
 
 
+class _Bare(str):
+    """Text that stands without quotes where it is part of a tree."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def sketch(tree: Tree) -> str:
+    """The tree in one short line: shapes of tensors, kinds of all else."""
+
+    def leaf(x: Any) -> _Bare:
+        shape = str(tuple(x.shape)) if isinstance(x, Tensor) else ""
+        return _Bare(f"{type(x).__name__}{shape}")
+
+    text = repr(optree.tree_map(leaf, tree, namespace=NAMESPACE))
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
 def tensors(tree: Tree) -> list[Tensor]:
     """The leaves that are tensors."""
     return [leaf for leaf in flatten(tree)[0] if isinstance(leaf, Tensor)]

@@ -35,10 +35,10 @@ PUBLIC = {
 # What a later module may use, from the ground up. A module may import from lines above its own.
 LAYERS = [
     ["errors", "_tree", "_native", "_block", "_digits", "_reach", "_norms"],
-    ["_composed", "_modes"],
+    ["_composed", "_modes", "_kinds"],
     ["_structure"],
     ["_batched", "_basis", "_state", "_tape"],
-    ["_bind", "_linear", "_directions", "_jets"],
+    ["_bind", "_words", "_linear", "_directions", "_jets"],
     ["_passes", "_probe", "_opaque"],
     ["_verify", "_mixing", "_results", "_nested", "_trace", "_elementwise"],
     ["_rules"],

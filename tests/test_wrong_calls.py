@@ -214,13 +214,9 @@ class Wrong(NamedTuple):
     names: tuple[str, ...] = tuple(TRANSFORMS)
 
 
-def marked(table, known):
-    """Every entry with each of its names, and what is known not to be so yet."""
-    return [
-        pytest.param(entry, name, marks=_marks(known.get(entry) or known.get(name)))
-        for entry, wrong in table.items()
-        for name in wrong.names
-    ]
+def named(table):
+    """Every entry with each of its names."""
+    return [(entry, name) for entry, wrong in table.items() for name in wrong.names]
 
 
 def _marks(reason):
@@ -352,12 +348,7 @@ WORDS = {
 }
 
 
-KNOWN_WORDS = dict.fromkeys(
-    ("mode array", "probes array"), "NumPy says that the truth value is ambiguous"
-)
-
-
-@pytest.mark.parametrize(("word", "name"), marked(WORDS, KNOWN_WORDS))
+@pytest.mark.parametrize(("word", "name"), named(WORDS))
 def test_words(word, name):
     words, _, kind, expected, got, _ = WORDS[word]
     func = Watched()
@@ -419,7 +410,7 @@ def test_words_that_do_not_exist(name):
 
 # --- the table: arguments --------------------------------------------------------------------
 
-FAKE = FakeTensorMode()
+FAKE, F8 = FakeTensorMode(), torch.float8_e4m3fn
 FLOATS = "a differentiated argument of real floating-point dtype"
 DENSE = "a differentiated argument that is dense"
 BATCHED = "at least one batched tensor argument"
@@ -476,12 +467,34 @@ ARGUMENTS = {
     "COO to check_batched": Wrong(
         {}, lambda: [ones(B, 3).to_sparse()], TypeError, "dense", "torch.sp", ("check_batched",)
     ),
+    "COO of integers to check_batched": Wrong(
+        {},
+        lambda: [ones(B, 3), ones(B, 3).long().to_sparse()],
+        TypeError,
+        "dense",
+        "torch.sp",
+        ("check_batched",),
+    ),
+    "float8": Wrong(
+        {}, lambda: [ones(B, 3).to(F8)], TypeError, FLOATS, "torch.float8.*torch.float32", OPERATORS
+    ),
     "jagged": Wrong({}, lambda: [jagged()], TypeError, DENSE, "torch.jagged", OPERATORS),
     "nested": Wrong({}, lambda: [nested()], TypeError, "dense", ".*", ALL),
     "nested beside": Wrong({}, lambda: [ones(B, 3), nested()], TypeError, "dense", ".*", ALL),
     "meta": Wrong({}, lambda: [ones(B, 3).to("meta")], TypeError, VALUES, "meta", ALL),
     "meta in a tree": Wrong(
         {}, lambda: [[ones(B, 3), ones(B, 3).to("meta")]], TypeError, VALUES, "meta", OPERATORS
+    ),
+    "meta for all rows": Wrong(
+        {"in_dims": (0, None)},
+        lambda: [ones(B, 3), ones(3).to("meta")],
+        TypeError,
+        VALUES,
+        "meta",
+        ALL,
+    ),
+    "a parameter on meta": Wrong(
+        {}, lambda: [nn.Parameter(ones(B, 3).to("meta"))], TypeError, VALUES, "meta", ALL
     ),
     "meta beside": Wrong(
         {}, lambda: [ones(B, 3), ones(B, 3).to("meta")], TypeError, VALUES, "meta", ALL
@@ -495,7 +508,9 @@ ARGUMENTS = {
     "a number": Wrong({}, lambda: [3.0], ValueError, BATCHED, "", ALL),
     "a string": Wrong({}, lambda: ["x"], ValueError, BATCHED, "", ALL),
     "a list of lists": Wrong({}, lambda: [[[1.0], [2.0]]], ValueError, BATCHED, "", ALL),
-    "NumPy": Wrong({}, lambda: [numpy.ones((B, 3))], ValueError, BATCHED, "", ALL),
+    "NumPy": Wrong(
+        {}, lambda: [numpy.ones((B, 3))], ValueError, BATCHED, ".*ndarray.*torch.from_numpy", ALL
+    ),
     "an empty tree": Wrong({}, lambda: [{}], ValueError, BATCHED, "", ALL),
     "a set": Wrong({}, lambda: [{1.0}], ValueError, BATCHED, "", ALL),
     "an iterator": Wrong({}, lambda: [iter([ones(B)])], ValueError, BATCHED, "", ALL),
@@ -677,6 +692,22 @@ ARGUMENTS = {
         "",
         LAPLACIAN,
     ),
+    "weight vector infinite": Wrong(
+        {"weight": torch.tensor([1.0, torch.inf, 1.0])},
+        lambda: [ones(B, 3)],
+        ValueError,
+        "weight .*finite",
+        "inf",
+        LAPLACIAN,
+    ),
+    "weight fake": Wrong(
+        {"weight": FAKE.from_tensor(ones(3))},
+        lambda: [ones(B, 3)],
+        TypeError,
+        "weight .*values",
+        "FakeTensor",
+        LAPLACIAN,
+    ),
     "weight NaN": Wrong(
         {"weight": torch.full((3, 3), torch.nan)},
         lambda: [ones(B, 3)],
@@ -704,30 +735,8 @@ ARGUMENTS = {
 }
 
 
-NO_VALUES = "a tensor without values is told by torch, after func ran"
-NESTED = "a nested tensor is told by an internal error of torch"
-WEIGHT = "a weight that cannot be used is told by torch, or not at all"
-TREES = "the message holds whole tensors"
-KNOWN_ARGUMENTS = {
-    "COO to check_batched": "check_batched lets sparse arguments through",
-    "nested": NESTED,
-    "nested beside": NESTED,
-    "meta": NO_VALUES,
-    "meta in a tree": NO_VALUES,
-    "meta beside": NO_VALUES,
-    "fake": NO_VALUES,
-    "uninitialized": "told by torch",
-    "weight sparse": WEIGHT,
-    "weight on meta": WEIGHT,
-    "weight infinite": WEIGHT,
-    "weight NaN": WEIGHT,
-    "in_dims deeper": TREES,
-    "in_dims of another tree": TREES,
-}
-
-
 @pytest.mark.filterwarnings(*BETA)
-@pytest.mark.parametrize(("entry", "name"), marked(ARGUMENTS, KNOWN_ARGUMENTS))
+@pytest.mark.parametrize(("entry", "name"), named(ARGUMENTS))
 def test_arguments(entry, name):
     words, make, kind, expected, got, _ = ARGUMENTS[entry]
     func, args = Watched(), make()
@@ -754,17 +763,61 @@ def test_arguments_by_keyword_are_not_differentiated(name):
     assert func.count == 0
 
 
+@pytest.mark.filterwarnings(*BETA)
+@by_name
 @pytest.mark.parametrize(
-    "look",
+    ("make", "expected"),
     [
-        pytest.param(
-            explain,
-            marks=pytest.mark.xfail(strict=True, reason="explain says that nothing is left to do"),
-        ),
-        check_derivative,
-        check_batched,
+        (lambda: ones(3).to("meta"), "tensors with values, got meta"),
+        (lambda: [FAKE.from_tensor(ones(3))], "tensors with values, got FakeTensor"),
+        (nested, "tensors of dense layout, got a nested tensor"),
+        (nn.UninitializedParameter, "tensors of an initialized shape, got Uninit"),
     ],
 )
+def test_strange_tensors_by_keyword(make, expected, name):
+    func, x, beside = Watched(), randn(B, 3), make()
+    for _ in range(2):
+        with pytest.raises(TypeError, match=f"^{name}: expected {expected}"):
+            TRANSFORMS[name](func)(x, beside=beside)
+    assert func.count == 0
+
+
+@by_name
+def test_tensors_without_values_in_transforms(name):
+    """Shapes go through torch.func without values, as they do through plain functions."""
+    x = randn(B, 3)
+    right = TRANSFORMS[name](torch.sin)(x)
+    found = torch.vmap(TRANSFORMS[name](torch.sin))(ones(2, B, 3).to("meta"))
+    for got, expected in zip(*([t] if isinstance(t, torch.Tensor) else t for t in (found, right))):
+        assert got.is_meta
+        assert got.shape == (2, *expected.shape)
+
+
+@pytest.mark.filterwarnings(*BETA)
+def test_a_nested_weight():
+    with pytest.raises(TypeError, match=r"expected weight to be .*dense.*, got a nested tensor"):
+        batch_laplacian(torch.sin, weight=nested())(randn(B, 3))
+
+
+def test_check_batched_without_arguments():
+    with pytest.raises(ValueError, match="expected a batched argument, got 0 arguments") as found:
+        check_batched(torch.sin)
+    assert "argnums" not in str(found.value)
+
+
+def test_trees_in_messages_are_short():
+    func = Watched()
+    many = [{"a": ones(2 * B)} for _ in range(100)]
+    with pytest.raises(
+        ValueError, match=r"The arguments are \(\[\{'a': Tensor\(8,\)\}, .*\.\.\."
+    ) as found:
+        batch_jacobian(func, in_dims=({"b": 0},))(many)
+    assert len(str(found.value)) < 500
+    with pytest.raises(ValueError, match=r"The output is \(Tensor\(4, 3\), None\)\."):
+        batch_jacobian(lambda x: (x, None), out_dims={"b": 0})(ones(B, 3))
+
+
+@pytest.mark.parametrize("look", [explain, check_derivative, check_batched])
 def test_looking_inside_of_a_transform(look):
     func = Watched()
     given = func if look is check_batched else batch_jacobian(func)
@@ -824,6 +877,9 @@ OUTPUTS = {
         "torch.qint8",
     ),
     "meta": output(lambda x: x.to("meta"), TypeError, "values", "meta"),
+    "float8": output(
+        lambda x: x.to(F8), TypeError, "real floating-point", "torch.float8", "torch.float32"
+    ),
     "a constant on meta": output(lambda x: torch.ones(B, 3, device="meta"), TypeError, "v", "meta"),
     "a scalar": output(lambda x: x.sum(), ValueError, BATCH, r"shape \(\)", "torch.vmap"),
     "a mean": output(lambda x: x.mean(0), ValueError, BATCH, r"shape \(3,\)", "torch.vmap"),
@@ -862,19 +918,8 @@ OUTPUTS = {
 }
 
 
-KNOWN_OUTPUTS = {
-    "check_derivative": "runs func once for each engine and mode before it says so",
-    "nested": NESTED,
-    "meta": NO_VALUES,
-    "a constant on meta": NO_VALUES,
-    "out_dims of another tree": TREES,
-    "out_dims too long": TREES,
-    "out_dims empty": TREES,
-}
-
-
 @pytest.mark.filterwarnings(*BETA)
-@pytest.mark.parametrize(("entry", "name"), marked(OUTPUTS, KNOWN_OUTPUTS))
+@pytest.mark.parametrize(("entry", "name"), named(OUTPUTS))
 def test_outputs(entry, name):
     out, kind, expected, got, remedy, _, words = OUTPUTS[entry]
     func, x = Watched(out), randn(B, 3)
@@ -1026,7 +1071,6 @@ def test_looking_at_what_raises(k, look):
 
 
 @pytest.mark.parametrize("name", ["batch_jacobian", "batch_hessian", "batch_laplacian"])
-@pytest.mark.xfail(strict=True, reason="asks for the engine and mode that there were")
 def test_raising_from_some_run_on(name):
     """Where every route fails with what func raises, it is func that fails, and its own error."""
     error = Mine("from now on")
@@ -1116,7 +1160,6 @@ def test_a_module_that_changes_itself(how, name):
 
 @quiet
 @by_name
-@pytest.mark.xfail(strict=True, reason="flags are not put back")
 def test_a_module_that_freezes_a_parameter(name):
     """Flags are of the caller's tensors, and stay, whichever way func sets them."""
     module, x = Moves("requires_grad"), randn(B, 3)

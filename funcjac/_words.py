@@ -1,0 +1,71 @@
+"""The words of a transform, checked when it is made."""
+
+from typing import Any
+
+from funcjac import _tree
+from funcjac._batched import Options
+from funcjac._modes import ENGINES
+from funcjac.errors import refuse
+
+_RANDOMNESS = ("error", "different", "same")
+
+
+def check_options(func: Any, options: Options) -> None:
+    """Refuse bad words when the transform is made."""
+    name = options.name
+    if not callable(func):
+        raise refuse(name, TypeError, "func to be callable", type(func).__name__)
+    _check_argnums(name, options.argnums)
+    _check_dims(name, options)
+    for word, allowed in (
+        ("mode", (*options.operator.modes, "auto")),
+        ("engine", (*ENGINES, "auto")),
+        ("randomness", _RANDOMNESS),
+    ):
+        given = getattr(options, word)
+        if not isinstance(given, str) or given not in allowed:  # NumPy has no one answer to in
+            listed = ", ".join(map(repr, allowed))
+            raise refuse(name, ValueError, f"{word} to be one of {listed}", repr(given))
+    size = options.chunk_size
+    if size is not None and (type(size) is not int or size < 1):
+        kind = ValueError if type(size) is int else TypeError
+        raise refuse(name, kind, "chunk_size to be None or a positive int", repr(size))
+    for word in ("has_aux", "return_value"):
+        if type(getattr(options, word)) is not bool:
+            raise refuse(name, TypeError, f"{word} to be a bool", repr(getattr(options, word)))
+    if options.mode == "taylor" and options.engine not in ("auto", "sum"):
+        expected = "engine to be 'auto' or 'sum' with mode='taylor', which runs the whole batch"
+        raise refuse(name, ValueError, expected, repr(options.engine))
+    is_auto = isinstance(options.check, str) and options.check == "auto"
+    if not is_auto and type(options.check) is not bool:
+        raise refuse(name, ValueError, "check to be 'auto', True or False", repr(options.check))
+
+
+def _check_argnums(name: str, argnums: Any) -> None:
+    given = argnums if isinstance(argnums, tuple) else (argnums,)
+    if not given:
+        raise refuse(name, ValueError, "argnums to name at least one argument", "()")
+    if any(type(argnum) is not int for argnum in given):
+        raise refuse(name, TypeError, "argnums to be an int or a tuple of ints", repr(argnums))
+    if len(set(given)) != len(given):
+        raise refuse(name, ValueError, "argnums to be unique", repr(argnums))
+
+
+def _check_dims(name: str, options: Options) -> None:
+    in_dims, out_dims = options.in_dims, options.out_dims
+    if type(in_dims) is not int and not isinstance(in_dims, (tuple, list)):
+        raise refuse(
+            name,
+            TypeError,
+            "in_dims to be an int or a tuple with one entry for each positional argument",
+            repr(in_dims),
+        )
+    leaves, _ = _tree.flatten_args(out_dims)
+    if any(type(leaf) is not int for leaf in leaves):
+        raise refuse(
+            name,
+            TypeError,
+            "out_dims to be an int or a tree of ints",
+            repr(out_dims),
+            "Every output of a batched function has a batch dimension.",
+        )
