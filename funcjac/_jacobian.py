@@ -230,7 +230,9 @@ def transform_of(transformed: Any, name: str) -> Transform:
 
 
 def _is_inference(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and not is_uninitialized(leaf) and leaf.is_inference()
+    if type(leaf) is not Tensor and (not isinstance(leaf, Tensor) or is_uninitialized(leaf)):
+        return False
+    return leaf.is_inference()
 
 
 def looks(function: Callable[P, R]) -> Callable[P, R]:

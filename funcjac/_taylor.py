@@ -57,6 +57,8 @@ def record(call: Call, context: Context) -> Recording:
     """
     if all(x.device.type == "cpu" for x in call.inputs):
         keep_memory()
+    # A negation that is a mere bit would be made up for above the tape, and look like a constant.
+    call = call.with_inputs([x.resolve_neg() for x in call.inputs])
     inputs = plain_inputs(call, context)
     tape = Tape(inputs, graph=context.graph)
     with torch.enable_grad(), tape:
