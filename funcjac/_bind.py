@@ -170,7 +170,8 @@ def _as_argnums(options: Options, count: int) -> tuple[int, ...]:
             )
     argnums = tuple(argnum % count for argnum in given)
     if len(set(argnums)) != len(argnums):
-        raise refuse(options.name, ValueError, "argnums to be unique", options.argnums)
+        remedy = "Negative numbers count from the last argument."
+        raise refuse(options.name, ValueError, "argnums to be unique", options.argnums, remedy)
     return argnums
 
 

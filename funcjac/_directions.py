@@ -175,7 +175,8 @@ def _checked(call: Call, spec: Spec, weight: Any) -> Tensor:
     if dim is not None:
         if not -weight.ndim <= dim < weight.ndim or shape[dim] != call.batch:
             expected = f"weight to have a batch of {call.batch} in dimension {dim}"
-            raise refuse(name, ValueError, expected, f"shape {tuple(shape)}")
+            remedy = "A weight that is the same in all rows has no weight_dim."
+            raise refuse(name, ValueError, expected, f"shape {tuple(shape)}", remedy)
         weight = weight.movedim(dim, 0)
         shape = weight.shape[1:]
     if shape not in (row, row + row):

@@ -101,14 +101,17 @@ def batch_partials(
 
 def _check_indices(name: str, indices: Any, argnums: Any) -> None:
     if type(argnums) is not int:
-        raise refuse(name, TypeError, "argnums to be an int", repr(argnums))
+        remedy = "Join inputs inside of func, or transform it once for each."
+        raise refuse(name, TypeError, "argnums to be an int", repr(argnums), remedy)
     if not isinstance(indices, (list, tuple)) or not all(isinstance(i, tuple) for i in indices):
         remedy = "Write [(0,), (1, 1)] for the derivatives by x_0 and twice by x_1."
         raise refuse(name, TypeError, "indices to be a list of tuples", repr(indices), remedy)
     if not indices:
-        raise refuse(name, ValueError, "at least one index", repr(indices))
+        remedy = "Write [(0,)] for the derivative by x_0."
+        raise refuse(name, ValueError, "at least one index", repr(indices), remedy)
     if any(type(entry) is not int for index in indices for entry in index):
-        raise refuse(name, TypeError, "indices to hold tuples of ints", repr(indices))
+        remedy = "Write (0, 1) for the derivative by x_0 and x_1."
+        raise refuse(name, TypeError, "indices to hold tuples of ints", repr(indices), remedy)
 
 
 def _checked_input(
@@ -118,7 +121,8 @@ def _checked_input(
     del args, kwargs
     name = call.options.name
     if len(call.inputs) != 1:
-        raise refuse(name, ValueError, "one input tensor", len(call.inputs))
+        remedy = "Join its tensors to one, and split it inside of func."
+        raise refuse(name, ValueError, "one input tensor", len(call.inputs), remedy)
     row = row_shape(call.inputs[0], call.layout.diff_dims[0])
     if len(row) != 1:
         remedy = "Reshape it inside of func."

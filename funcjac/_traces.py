@@ -211,14 +211,21 @@ def _check_spec(name: str, spec: Spec) -> None:
         raise refuse(name, ValueError, "probes to be 'rademacher' or 'gaussian'", repr(spec.probes))
     if spec.generator is not None and not isinstance(spec.generator, torch.Generator):
         kind = type(spec.generator).__name__
-        raise refuse(name, TypeError, "generator to be a torch.Generator", kind)
+        remedy = "Make one by torch.Generator().manual_seed(0)."
+        raise refuse(name, TypeError, "generator to be a torch.Generator", kind, remedy)
     if type(spec.return_error) is not bool:
         raise refuse(name, TypeError, "return_error to be a bool", repr(spec.return_error))
     if spec.return_error and (samples is None or samples < 2):
-        raise refuse(name, ValueError, "at least two samples with return_error=True", samples)
+        remedy = "The error is estimated from how far samples differ."
+        expected = "at least two samples with return_error=True"
+        raise refuse(name, ValueError, expected, samples, remedy)
     if dim is not None and (type(dim) is not int or spec.weight is None):
-        raise refuse(name, TypeError, "weight_dim to be None, or an int beside a weight", repr(dim))
+        remedy = "It says where a weight that differs between rows has the batch."
+        expected = "weight_dim to be None, or an int beside a weight"
+        raise refuse(name, TypeError, expected, repr(dim), remedy)
     weight = spec.weight
     if weight is not None and not isinstance(weight, Tensor) and not callable(weight):
         kind = type(weight).__name__
-        raise refuse(name, TypeError, "weight to be a tensor or a function that returns one", kind)
+        expected = "weight to be a tensor or a function that returns one"
+        remedy = "Make one of it by torch.as_tensor, with the dtype of the input."
+        raise refuse(name, TypeError, expected, kind, remedy)

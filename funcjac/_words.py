@@ -14,7 +14,8 @@ def check_options(func: Any, options: Options) -> None:
     """Refuse bad words when the transform is made."""
     name = options.name
     if not callable(func):
-        raise refuse(name, TypeError, "func to be callable", type(func).__name__)
+        remedy = "Pass the function itself, and its arguments to what the transform returns."
+        raise refuse(name, TypeError, "func to be callable", type(func).__name__, remedy)
     _check_argnums(name, options.argnums)
     _check_dims(name, options)
     for word, allowed in (
@@ -44,11 +45,14 @@ def check_options(func: Any, options: Options) -> None:
 def _check_argnums(name: str, argnums: Any) -> None:
     given = argnums if isinstance(argnums, tuple) else (argnums,)
     if not given:
-        raise refuse(name, ValueError, "argnums to name at least one argument", "()")
+        remedy = "The first argument is 0."
+        raise refuse(name, ValueError, "argnums to name at least one argument", "()", remedy)
     if any(type(argnum) is not int for argnum in given):
-        raise refuse(name, TypeError, "argnums to be an int or a tuple of ints", repr(argnums))
+        expected, remedy = "argnums to be an int or a tuple of ints", "The first argument is 0."
+        raise refuse(name, TypeError, expected, repr(argnums), remedy)
     if len(set(given)) != len(given):
-        raise refuse(name, ValueError, "argnums to be unique", repr(argnums))
+        remedy = "Name each argument once."
+        raise refuse(name, ValueError, "argnums to be unique", repr(argnums), remedy)
 
 
 def _check_dims(name: str, options: Options) -> None:
@@ -59,6 +63,7 @@ def _check_dims(name: str, options: Options) -> None:
             TypeError,
             "in_dims to be an int or a tuple with one entry for each positional argument",
             repr(in_dims),
+            "Write None in the tuple for what all rows share.",
         )
     leaves, _ = _tree.flatten_args(out_dims)
     if any(type(leaf) is not int for leaf in leaves):

@@ -49,7 +49,9 @@ def refuse(
     name: str, kind: type[Exception], expected: str, got: object, remedy: str = ""
 ) -> Exception:
     """An error in the words of the house: what was expected, what came, what to do."""
-    return kind(f"{name}: expected {expected}, got {got}.{' ' if remedy else ''}{remedy}")
+    text = str(got)
+    text = text if len(text) <= 200 else text[:200] + "..."
+    return kind(f"{name}: expected {expected}, got {text}.{' ' if remedy else ''}{remedy}")
 
 
 def brief(error: Exception) -> str:

@@ -795,6 +795,13 @@ def test_a_nested_weight():
         batch_laplacian(torch.sin, weight=nested())(randn(B, 3))
 
 
+def test_what_came_is_cut_where_it_is_long():
+    for words in ({"mode": torch.zeros(900)}, {"in_dims": {i: 0 for i in range(900)}}):
+        with pytest.raises((TypeError, ValueError), match=r"\.\.\.\.") as found:
+            batch_jacobian(torch.sin, **words)
+        assert len(str(found.value)) < 500
+
+
 def test_check_batched_without_arguments():
     with pytest.raises(ValueError, match="expected a batched argument, got 0 arguments") as found:
         check_batched(torch.sin)
