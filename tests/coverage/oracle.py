@@ -4,6 +4,7 @@ Nothing of funcjac or torch.func is used. Derivatives are held flat: ``(B, M)``,
 ``(B, M, N, N)``, all outputs and all differentiated inputs of a row side by side.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -125,8 +126,22 @@ def _judge(truth: Truth, rows: list["_Row"]) -> None:
         truth.wrong["hessian"] = second.wrong
     if truth.jac is None or "jacobian" in truth.wrong:
         truth.differences["jacobian"] = _by_differences([r.value for r in rows], rows)
+        slopes = [functools.partial(_slopes, r.value) for r in rows]
+        truth.differences["hessian"] = _by_differences(slopes, rows)
     elif truth.hess is None or "hessian" in truth.wrong:
         truth.differences["hessian"] = _by_differences([r.jacobian for r in rows], rows)
+    if "hessian" in truth.differences and truth.weights is not None:
+        # Plain gradients are wrong too; those by parameters are left.
+        flat = torch.einsum("bmn,bmnk->bk", truth.weights, truth.differences["hessian"])
+        parts = flat.split([shape.numel() for shape in truth.in_shapes], 1)
+        pairs = zip(parts, truth.in_shapes)
+        truth.gradients = [part.reshape(len(part), *shape) for part, shape in pairs]
+
+
+def _slopes(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """``(M, N)``"""
+    basis = torch.eye(len(z), dtype=f64)
+    return torch.stack([_along(function, z, e).slope for e in basis], -1)
 
 
 def _by_differences(functions: list[Callable[[Tensor], Tensor]], rows: list["_Row"]) -> Tensor:
