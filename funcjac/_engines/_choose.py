@@ -84,8 +84,8 @@ class _Attempt:
             with torch.no_grad():
                 call(call.inputs)
             reached = reach(call.reachable, memory.known)
-        self.call, self.memory, self.reached = call, memory, reached
-        self.options, self.checked = call.options, call.options.check is not False
+        self.call, self.memory, self.reached, self.options = call, memory, reached, call.options
+        self.checked = call.options.check is not False
         self.guard = Guard([], [], [])
         self.rng = self.drawn = rng_state()
         self.found: Probe | None = None
@@ -144,7 +144,7 @@ class _Attempt:
             record.composed, self.call = True, self.call._replace(composed=True)
             self.found = self._probe()
         self.drawn = rng_state()
-        record.random = not same_rng_state(self.rng, self.drawn) and draws(self.call)
+        record.random = not same_rng_state(self.rng, self.drawn) and draws(self.call, self.rng)
         if record.random and self.options.randomness == "error":
             set_rng_state(self.rng)
             raise drew(self.options)
@@ -292,9 +292,9 @@ class _Attempt:
     def _problem(self, found: Probe | None, result: Jacobian) -> str | None:
         if found is None or not self.checked:
             return None
-        problem = confirm(self.call, self.reached, found, result, self._put_back)
+        problem, surer = confirm(self.call, self.reached, found, result, self._put_back)
         if problem is None and self.options.has_aux and found is self.found:
             problem = aux_mismatch(found, result)
         if problem is None and self.record.context.graph:
-            problem = graph_mismatch(found, result, self._put_back)
+            problem = graph_mismatch(surer, result, self._put_back)
         return problem

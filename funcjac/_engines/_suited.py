@@ -13,7 +13,7 @@ from funcjac._modes import Recorder, Route, is_forward_safe
 from funcjac._passes import Jacobian
 from funcjac._probe import Probe
 from funcjac._reach import Reach
-from funcjac._state import rng_state, same_rng_state
+from funcjac._state import RngState, rng_state, same_rng_state, set_rng_state
 from funcjac._structure import FRAGILE
 from funcjac._verify import is_noise, mismatch
 from funcjac.errors import UnsuitableError, UntraceableError
@@ -31,12 +31,12 @@ def is_fragile(call: Call, *, graph: bool) -> bool:
     return not FRAGILE.isdisjoint(recorder.names)
 
 
-def draws(call: Call) -> bool:
+def draws(call: Call, start: RngState) -> bool:
     """Whether ``func`` draws random numbers, and not another thread meanwhile: a second look."""
-    before = rng_state()
+    set_rng_state(start)
     with torch.no_grad():
         call._replace(clone=True)(call.inputs)
-    return not same_rng_state(before, rng_state())
+    return not same_rng_state(start, rng_state())
 
 
 def forward_safe(call: Call) -> bool:
@@ -69,21 +69,21 @@ def unsuitable(call: Call, reached: Reach, record: Record, route: Route) -> Exce
 
 def confirm(
     call: Call, reached: Reach, found: Probe, result: Jacobian, put_back: Callable[[], None]
-) -> str | None:
-    """What is wrong with a result, beyond rounding; ``None`` if nothing is.
+) -> tuple[str | None, Probe]:
+    """What is wrong with a result, beyond rounding; ``None`` if nothing is. And what to go on with.
 
     Raises:
         BatchMixingError: rows depend on one another.
     """
     problem = mismatch(found, result)
     if problem is None:
-        return None
+        return None, found
     put_back()  # func may compute in another dtype than it is given
     found = replace(found, within=dtypes_within(call))
     problem = mismatch(found, result)
     put_back()
     if problem is None:
-        return None
+        return None, found
     check_rows(call, reached)
     put_back()
-    return None if is_noise(found, result) else problem
+    return None if is_noise(found, result) else problem, found
