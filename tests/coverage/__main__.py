@@ -14,7 +14,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.coverage", description=__doc__)
     parser.add_argument("--only", metavar="PATTERN", help="units whose name this matches (re)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--samples", type=int, default=4, help="samples of each unit")
+    parser.add_argument("--samples", type=int, default=2, help="samples of each unit")
     parser.add_argument("--seed", type=int, default=0, help="which samples, and where")
     parser.add_argument("--fresh", action="store_true", help="forget what these units gave before")
     parser.add_argument("--results", type=Path, default=RESULTS, help="lines of JSON")

@@ -25,7 +25,7 @@ from tests.coverage.transforms import TRANSFORMS, Transform
 
 RESULTS = Path(__file__).parent.parent.parent / "build" / "coverage.jsonl"
 # Seconds that one transform of one case may take, and a unit as a whole.
-PATIENCE, LONGEST = 60, 600
+PATIENCE, LONGEST = 180, 900
 ORACLE = "oracle"
 Record = dict[str, Any]
 
