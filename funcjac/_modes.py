@@ -95,8 +95,8 @@ class Route:
 # them runs, "auto" goes backwards. Where forward mode is asked for, columns are computed as
 # the transpose of a VJP (Route.transposed), which uses reverse formulas only, and verified
 # together with their derivatives, for those of layer norm are wrong a third time around.
-# tests/test_modes.py derives the list; a PyTorch release that mends or adds one fails that
-# test with its name.
+# tests/test_forward_safety.py derives the list from PyTorch's own database of operators: a
+# release that mends or adds one fails that test with its name.
 UNSAFE_FORWARD = frozenset(
     {
         "native_layer_norm",
