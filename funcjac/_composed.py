@@ -115,6 +115,21 @@ def _as_strided_scatter(
     return found.reshape(x.shape)
 
 
+def _max_unpool(dims: int, unpool: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Where windows overlap, several numbers go to one place: only one has a derivative."""
+
+    def run(x: Tensor, indices: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        like = unpool(x, indices, *args, **kwargs)
+        places, values = indices.flatten(-dims), x.flatten(-dims)
+        numbers = torch.arange(places.shape[-1], device=x.device).expand(places.shape)
+        empty = torch.zeros_like(like).flatten(-dims)
+        last = empty.long().scatter(-1, places, numbers)
+        kept = last.gather(-1, places) == numbers
+        return empty.scatter_add(-1, places, torch.where(kept, values, 0)).reshape(like.shape)
+
+    return run
+
+
 def _normal(mean: Any, std: Any = 1.0, *args: Any, **kwargs: Any) -> Tensor:
     """The same draw, which moves with mean and deviation."""
     if args or not (isinstance(mean, Tensor) or isinstance(std, Tensor)) or "out" in kwargs:
@@ -171,7 +186,7 @@ _COMPOSED: dict[Any, Any] = {
     F.batch_norm: _norms.batch_norm,
     torch.batch_norm: lambda *args, **kwargs: _norms.native_batch_norm(*args, **kwargs)[0],
     torch.native_batch_norm: _norms.native_batch_norm,
-    legit_batch_norm: _norms.native_batch_norm,
+    legit_batch_norm: _norms.legit_batch_norm,
     updating_batch_norm: _norms.updating_batch_norm,
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _heads,
@@ -183,6 +198,9 @@ _COMPOSED: dict[Any, Any] = {
     torch.as_strided_scatter: _as_strided_scatter,
     Tensor.as_strided_scatter: _as_strided_scatter,
     torch.normal: _normal,
+    F.max_unpool1d: _max_unpool(1, F.max_unpool1d),
+    F.max_unpool2d: _max_unpool(2, F.max_unpool2d),
+    F.max_unpool3d: _max_unpool(3, F.max_unpool3d),
     F.ctc_loss: _ctc_loss,
     torch.logcumsumexp: _logcumsumexp,
     Tensor.logcumsumexp: _logcumsumexp,
@@ -199,6 +217,9 @@ _SUSPECT: frozenset[Any] = frozenset(
         torch.as_strided_scatter,
         Tensor.as_strided_scatter,
         torch.normal,
+        F.max_unpool1d,
+        F.max_unpool2d,
+        F.max_unpool3d,
         F.ctc_loss,
         getattr(F, "linear_cross_entropy", None),
     }

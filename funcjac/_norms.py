@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,6 +131,12 @@ def native_batch_norm(
     scale = (running_var + eps).rsqrt()
     found = _scaled(_scaled(x, None, -running_mean), scale, None)
     return _scaled(found, weight, bias), x.new_zeros(0), x.new_zeros(0)
+
+
+def legit_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *words: Any) -> Any:
+    """With running statistics, or without."""
+    words = words if len(words) > 3 else (None, None, *words)
+    return native_batch_norm(x, weight, bias, *words)
 
 
 def updating_batch_norm(

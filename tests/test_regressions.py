@@ -157,6 +157,18 @@ def test_nested_layer_norm_by_its_weight():
     torch.testing.assert_close(found[1][0].reshape(3, 2, 2, 2), wanted)
 
 
+def test_max_unpool_of_overlapping_windows():
+    # Plain autograd counts a number twice where two windows have it.
+    def func(x):
+        pooled, indices = F.max_pool1d(x.unsqueeze(1), 2, 1, return_indices=True)
+        return F.max_unpool1d(pooled, indices, 2, 1).squeeze(1)
+
+    x = torch.tensor([[1.0, 5.0, 2.0, 4.0], [4.0, 3.0, 2.0, 1.0]], dtype=f64)
+    kept = torch.tensor([[0.0, 1, 0, 1], [1, 1, 1, 0]], dtype=f64)
+    torch.testing.assert_close(func(x), x * kept)
+    torch.testing.assert_close(batch_jacobian(func)(x), torch.diag_embed(kept))
+
+
 # --- rounding ------------------------------------------------------------------------------
 
 

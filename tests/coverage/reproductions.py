@@ -60,4 +60,25 @@ def f(x):
     return torch.normal(x, x)
 """,
     ),
+    Reproduction(
+        "max_unpool",
+        r"max_unpool|MaxUnpool",
+        1,
+        "where indices repeat, as those of overlapping windows do, what is overwritten has a gradient",
+        """
+x, indices = torch.rand(1, 1, 2, dtype=torch.float64), torch.tensor([[[1, 1]]])
+f = lambda x: torch.nn.functional.max_unpool1d(x, indices, 2)
+""",
+    ),
+    Reproduction(
+        "ctc_loss",
+        r"CTCLoss|ctc_loss",
+        1,
+        "the gradient takes the input for the output of log_softmax",
+        """
+x = torch.rand(3, 4, dtype=torch.float64)
+words = torch.tensor([1]), torch.tensor(3), torch.tensor(1)
+f = lambda x: torch.nn.functional.ctc_loss(x, *words)
+""",
+    ),
 ]
