@@ -6,7 +6,7 @@ They run in the place of Python's calls, before autograd sees anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch

@@ -1,7 +1,7 @@
 """A random cotangent and its plain vector-Jacobian product."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -43,7 +43,8 @@ class Probe:
         grads: what plain autograd pulls back to each input; ``None`` where nothing depends on it.
         entries: what the blocks must come to.
         within: dtypes that ``func`` computes in, where those are asked for.
-        floor: size of the slopes of each row, to which second derivatives may be rounded.
+        floor: size in each row of what derivatives may be rounded to: slopes, where they are
+            second ones.
         output: what ``func`` returned.
         seed: of the random cotangent.
     """
@@ -55,8 +56,8 @@ class Probe:
     output: Output
     draw: "_Draw"
     seed: int
-    entries: list[Entry] = field(default_factory=list)
-    floor: Tensor | None = None
+    floor: Tensor
+    entries: list[Entry]
     within: tuple[torch.dtype, ...] = ()
 
 
@@ -73,7 +74,9 @@ def verifier(call: Call, context: Context, seed: int = 0) -> Probe:
             entries = reference(found, graph=context.graph)
     except (RuntimeError, NotImplementedError) as error:
         raise _undifferentiable(call.options.name, error) from error
-    return replace(found, entries=entries, floor=_floor(call, found.grads))
+    return replace(
+        found, entries=entries, floor=torch.maximum(_floor(call, found.grads), found.floor)
+    )
 
 
 def _floor(call: Call, grads: Sequence[Tensor | None]) -> Tensor:
@@ -86,6 +89,21 @@ def _floor(call: Call, grads: Sequence[Tensor | None]) -> Tensor:
     return found.nan_to_num(0, 0, 0)
 
 
+# Of what rounding a slope does to a second derivative, what rounding the output does to a slope.
+_FLAT = 0.1
+
+
+def _resolution(call: Call, products: list[Tensor]) -> Tensor:
+    """What is left, ``(B,)``, of derivatives of a constant."""
+    largest = [x.detach().abs().nan_to_num(0, 0, 0).max() for x in call.inputs if x.numel()]
+    found = torch.zeros(call.batch, device=call.inputs[0].device)
+    for product in products:
+        found = found + wide(product.detach()).abs().nan_to_num(0, 0, 0).unsqueeze(-1).flatten(
+            1
+        ).sum(1)
+    return _FLAT * found / max([1.0, *[float(one) for one in largest]])
+
+
 def probe(call: Call, context: Context, rows: Tensor | None = None, seed: int = 0) -> Probe:
     """Run ``func`` once and pull a random cotangent back; ``rows`` masks rows of it with 0."""
     draw = _Draw(torch.Generator("cpu").manual_seed(_SEED + seed), rows)
@@ -95,7 +113,7 @@ def probe(call: Call, context: Context, rows: Tensor | None = None, seed: int = 
         grads = _pull_back(call.options.name, scalar, inputs, graph=context.graph)
     dims = call.layout.diff_dims
     entries = [Entry(seeds, g, x, dim) for g, x, dim in zip(grads, inputs, dims)]
-    return Probe(call, inputs, seeds, list(grads), output, draw, seed, entries, floor)
+    return Probe(call, inputs, seeds, list(grads), output, draw, seed, floor, entries)
 
 
 @dataclass(frozen=True)
@@ -108,7 +126,7 @@ class _Draw:
 
 def _contract(
     call: Call, inputs: list[Tensor], draw: _Draw
-) -> tuple[Tensor, list[Tensor], Output, Tensor | None]:
+) -> tuple[Tensor, list[Tensor], Output, Tensor]:
     """``sum(seed * output)`` by plain autograd, the seeds, and sizes of what is a difference.
 
     Where ``func`` is a transform itself, the test is differentiated once more: its Jacobian
@@ -122,7 +140,8 @@ def _contract(
         if draw.rows is not None:
             seeds = [seed * _rowwise(draw.rows, seed) for seed in seeds]
         pairs = zip(seeds, output.leaves)
-        return total((s.to(o.dtype) * o).sum() for s, o in pairs), seeds, output, None
+        products = [s.to(o.dtype) * o for s, o in pairs]
+        return total(p.sum() for p in products), seeds, output, _resolution(call, products)
     aliases = plain_inputs(inner, Context(graph=True))
     scalar, outer, output, floor = _contract(inner, aliases, draw)
     grads = _pull_back(call.options.name, scalar, aliases, graph=True)
@@ -132,8 +151,7 @@ def _contract(
         outer_product(seed, tangent, dim) for seed in outer for tangent, dim in zip(tangents, dims)
     ]
     parts = [(g * t).sum() for g, t in zip(grads, tangents) if g is not None]
-    lower = _floor(inner, grads)
-    floor = lower if floor is None else torch.maximum(lower, floor)
+    floor = torch.maximum(_floor(inner, grads), floor)
     return total(parts or [scalar.detach() * 0]), seeds, output, floor
 
 

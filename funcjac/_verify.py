@@ -66,9 +66,8 @@ def _excess(found: Probe, result: Jacobian, e: int) -> float:
         scale = scale + wide(entry.size).nan_to_num(0, 0, 0).reshape(grad.shape)
     # Rounding is relative to the largest entry of the row, all else to the entry itself.
     limit = _tolerance(found) * scale + _rounding(found) * scale.amax(1, keepdim=True)
-    if found.floor is not None:
-        floor = found.floor.sum() if entry.dim is None else found.floor.unsqueeze(1)
-        limit = limit + _rounding(found) / 10 * floor.to(limit.dtype)
+    floor = found.floor.sum() if entry.dim is None else found.floor.unsqueeze(1)
+    limit = limit + _rounding(found) / 10 * floor.to(limit.dtype)
     ratio = torch.where(difference == 0, 0, difference / limit)
     return ratio.max().item()
 
@@ -187,8 +186,7 @@ def graph_mismatch(
         (wide(r).abs().nan_to_num(0, 0, 0).max().item() for r in right if r.numel()), default=0.0
     )
     limit = 10 * _tolerance(found) * scale + _rounding(found) / 10 * _largest(found)
-    if found.floor is not None:
-        limit += _rounding(found) * found.floor.max().item()
+    limit += _rounding(found) * found.floor.max().item() if len(found.floor) else 0
     errors = [
         (wide(r) - wide(g)).abs()[r.isfinite()].nan_to_num(torch.inf) for r, g in zip(right, grads)
     ]

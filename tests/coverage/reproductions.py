@@ -64,7 +64,7 @@ def f(x):
         "max_unpool",
         r"max_unpool|MaxUnpool",
         1,
-        "where indices repeat, as those of overlapping windows do, what is overwritten has a gradient",
+        "where indices repeat, as with overlapping windows, what is overwritten has a gradient",
         """
 x, indices = torch.rand(1, 1, 2, dtype=torch.float64), torch.tensor([[[1, 1]]])
 f = lambda x: torch.nn.functional.max_unpool1d(x, indices, 2)
