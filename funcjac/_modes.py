@@ -135,7 +135,7 @@ class Recorder(TorchDispatchMode):
         for arg in args:
             for item in arg if isinstance(arg, (list, tuple)) else (arg,):
                 if isinstance(item, torch.Tensor) and item.requires_grad:
-                    self.dtypes.add(item.dtype)
+                    self.dtypes.add(item.dtype.to_real())
         return func(*with_memory(args), **with_memory(kwargs or {}))
 
 

@@ -240,9 +240,9 @@ class _Attempt:
                 warn_of_fallback(self.options, self.memory, self.record, route)
                 return result
         self._put_back()
-        check_rows(self.call, self.reached)  # func fails on rows alone that belong together
+        check_rows(self.call, self.reached)  # it may fail on rows alone that belong together
         self._put_back()
-        self.call(self.call.inputs)  # if it has come to fail at all, that is the user's error
+        self.call._replace(clone=True)(self.call.inputs)  # it may have come to fail at all
         raise failure(self.options, self.record)
 
     def _try(self, route: Route) -> Jacobian | None:

@@ -109,20 +109,26 @@ def _of_result(result, gradients, case, truth: Truth, transform, turn) -> Outcom
 
 def _compare(found: Tensor, plain: Tensor | None, truth: Truth, kind, turn) -> Outcome:
     order = kind.order
+    blind = ~truth.value.isfinite().reshape(*truth.value.shape, *[1] * (found.ndim - 2))
+
+    def right_of(whole: Tensor) -> Tensor:
+        """Of what is not finite, no derivative is known."""
+        return torch.where(blind, torch.nan, kind.right(whole)).roll(turn, 0)
+
     below = 1e-9 * _row_max(truth.jac) if order == "hessian" and truth.jac is not None else None
     if order in truth.differences:
-        right = kind.right(truth.differences[order].roll(turn, 0))
+        right = right_of(truth.differences[order])
         gap = _gap(found, right, 1e-4, _floor(below, turn, 1e-5))
         if not gap:
             return Outcome(RIGHT)
         if plain is None:
             return Outcome(WRONG, f"plain autograd raises, and not what differences give: {gap}")
-        if not _gap(found, kind.right(plain.roll(turn, 0)), kind.tolerance, below):
+        if not _gap(found, right_of(plain), kind.tolerance, below):
             return Outcome(TORCH, truth.wrong[order])
         return Outcome(WRONG, f"plain autograd is wrong, and this too: {gap}")
     if plain is None:  # nothing to compare with: the first derivative is in doubt
         return Outcome(TORCH, "the first derivative of plain autograd is wrong or missing")
-    gap = _gap(found, kind.right(plain.roll(turn, 0)), kind.tolerance, _floor(below, turn))
+    gap = _gap(found, right_of(plain), kind.tolerance, _floor(below, turn))
     if gap and "jacobian" in truth.wrong:
         return Outcome(TORCH, gap)
     return Outcome(WRONG, gap + _where(truth)) if gap else Outcome(RIGHT)
