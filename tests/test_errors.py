@@ -121,7 +121,11 @@ def test_bad_words(name):
     assert func.count == 0
 
 
-@pytest.mark.parametrize("func", [None, 3, "sin", torch.ones(3), [torch.sin]], ids=str)
+@pytest.mark.parametrize(
+    "func",
+    [None, 3, "sin", torch.ones(3), [torch.sin]],
+    ids=["None", "number", "word", "tensor", "list"],
+)
 def test_func_that_is_not_callable(func):
     match = rf"^batch_jacobian: expected func to be callable, got {type(func).__name__}\."
     with pytest.raises(TypeError, match=match):
@@ -572,7 +576,9 @@ def test_a_function_without_a_derivative(engine):
 
 
 @pytest.mark.parametrize("look", [explain, check_derivative])
-@pytest.mark.parametrize("given", [torch.sin, nn.Linear(3, 3), None, 3], ids=str)
+@pytest.mark.parametrize(
+    "given", [torch.sin, nn.Linear(3, 3), None, 3], ids=["function", "module", "None", "number"]
+)
 def test_what_is_not_a_transform(look, given):
     with pytest.raises(TypeError, match=rf"^{look.__name__}: expected a .*, got .*batch_jacobian"):
         look(given, ones(B, 3))

@@ -856,7 +856,11 @@ def test_the_name_of_the_function_is_kept():
     assert batch_jacobian(nn.Linear(3, 5))(randn(B, 3).float()).shape == (B, 5, 3)
 
 
-@pytest.mark.parametrize("make", [lambda f: f.forward, lambda f: f, lambda f: f.__call__], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [lambda f: f.forward, lambda f: f, lambda f: f.__call__],
+    ids=["method", "module", "call"],
+)
 def test_what_is_called_may_be_a_method(make):
     net = nn.Linear(3, 5).double()
     x = randn(B, 3)

@@ -381,7 +381,9 @@ def test_indices(name):
 
 
 @pytest.mark.parametrize(
-    "func", [None, 0, "sin", torch.ones(3), [torch.sin], numpy.ones(2)], ids=repr
+    "func",
+    [None, 0, "sin", torch.ones(3), [torch.sin], numpy.ones(2)],
+    ids=["None", "number", "word", "tensor", "list", "array"],
 )
 def test_func_is_not_callable(func):
     for name, transform in TRANSFORMS.items():
