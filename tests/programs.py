@@ -1127,8 +1127,6 @@ def rows_mix(program: Program, scope: dict[str, Any], args: Any) -> bool:
 # --- which checks ---------------------------------------------------------------------------
 
 ENGINES, MODES = ("vmap", "sum", "loop"), ("rev", "fwd")
-# torch differentiates these wrongly once their cotangents move: second derivatives are refused.
-FIRST_ORDER_ONLY = ("logcumsumexp",)
 NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd")
 
 
@@ -1146,20 +1144,16 @@ def checks(
 
 
 def _further(program: Program, rng: random.Random, unchecked: bool) -> Iterator[Check]:
-    is_once = any(word in program.source() for word in FIRST_ORDER_ONLY)
     for engine in ENGINES:
         for mode in MODES:
             words = (("engine", engine), ("mode", mode))
             yield Check("batch_jacobian", words)
             yield Check("batch_jacobian", (*words, ("chunk_size", rng.randint(1, 2))))
-            if not is_once:
-                yield Check("batch_jacobian", words, backward=True)
+            yield Check("batch_jacobian", words, backward=True)
             if unchecked and not is_blind(
                 program
             ):  # forward mode sees through no_grad; verification says so
                 yield Check("batch_jacobian", (*words, ("check", False)), points=(1,))
-    if is_once:
-        return
     yield Check("batch_jacobian", backward=True, points=(0, 1, 2, 0, 1))
     if program.mixing:
         return

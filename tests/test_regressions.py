@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from funcjac import (
     BatchMixingError,
+    VerificationError,
     batch_hessian,
     batch_hessian_diagonal,
     batch_jacobian,
@@ -224,3 +225,65 @@ def test_ctc_loss_of_what_is_no_log_softmax(reduction):
     wanted = (rows(x + step * direction) - rows(x - step * direction)) / (2 * step)
     found = (batch_jacobian(rows)(x) * direction).sum((-1, -2))
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
+
+
+# --- what verification must not let pass ---------------------------------------------------
+
+
+def _or_refused(transformed, x, wanted, **tolerances):
+    for turn in range(3):
+        try:
+            found = transformed(x.roll(turn, 0))
+        except VerificationError:
+            continue
+        torch.testing.assert_close(found, wanted.roll(turn, 0), **tolerances)
+
+
+def test_complex_numbers_within_do_not_loosen_what_is_tolerated():
+    # The forward formula of eigenvalues is wrong once differentiated again.
+    row = lambda x: torch.view_as_real(torch.linalg.eigvals(x.view(3, 3))).flatten().square()
+    x = randn(3, 9)
+    wanted = hessian_by_rows(row, x)
+    hess = batch_hessian(stacked(row), mode="fwd_over_rev")
+    _or_refused(hess, x, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(batch_jacobian(batch_jacobian(stacked(row)))(x), wanted)
+
+
+def test_another_precision_beside_does_not_loosen_what_is_tolerated():
+    # Its forward formula moves with the triangle that it does not read.
+    start = torch.eye(3, dtype=f64) + 0.1
+
+    def row(x):
+        torch.ones(2).square()  # in float32, and nothing to do with the result
+        return torch.cholesky_inverse(start + x.view(3, 3).triu(1) + x.view(3, 3).tril() ** 2)
+
+    x = 0.1 * randn(3, 9)
+    wanted = hessian_by_rows(lambda x: row(x).flatten(), x).view(3, 3, 3, 9, 9)
+    nested = batch_jacobian(batch_jacobian(stacked(row)))
+    for turn in range(3):
+        torch.testing.assert_close(nested(x.roll(turn, 0)), wanted.roll(turn, 0))
+
+
+@pytest.mark.parametrize("transform", EVERY)
+def test_what_is_left_of_the_derivatives_of_a_constant(transform):
+    func = lambda x: (1000 * x).softmax(-1) @ torch.tensor([1.0, 2.0, 3.0], dtype=f64)
+    x = torch.tensor([[1.0, 2.0, 3.0], [5.0, 1.0, 2.0]], dtype=f64)
+    for _ in range(3):
+        assert transform(func)(x).abs().max() < 1e-9
+
+
+def test_an_error_that_comes_later_is_the_users():
+    class Mine(Exception):
+        pass
+
+    runs = 0
+
+    def func(x):
+        nonlocal runs
+        runs += 1
+        if runs > 1:
+            raise Mine
+        return x.sin()
+
+    with pytest.raises(Mine):
+        batch_jacobian(func)(randn(3, 2))
