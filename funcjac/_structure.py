@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._norms import standardized
+from funcjac._norms import native_batch_norm
 
 # Linear in all that depends on the input. Whatever else they are given is added to the
 # result or says where things go: as a tensor of numbers it counts as zero.
@@ -106,28 +106,6 @@ def _var_mean(x: Tensor, dim: Any = None, **words: Any) -> tuple[Tensor, Tensor]
     return _var(x, dims, **words), x.mean(dims, keepdim=words.get("keepdim", False))
 
 
-def _batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, None, None]:
-    """Without moving the running statistics, which the run that was recorded has done."""
-    del momentum
-    shape = (-1, *[1] * (x.ndim - 2))
-    if training or running_mean is None or running_var is None:
-        found = standardized(x, [0, *range(2, x.ndim)], eps)
-    else:
-        scale = (running_var + eps).rsqrt()
-        found = (x - running_mean.view(shape)) * scale.view(shape)
-    found = found if weight is None else found * weight.view(shape)
-    return (found if bias is None else found + bias.view(shape)), None, None
-
-
 # Where PyTorch's decomposition differentiates more than there is, or has no simpler parts.
 _OWN: dict[str, Callable[..., Any]] = {
     "_softmax": _softmax,
@@ -135,5 +113,5 @@ _OWN: dict[str, Callable[..., Any]] = {
     "logsumexp": _logsumexp,
     "var": _var,
     "var_mean": _var_mean,
-    "native_batch_norm": _batch_norm,
+    "native_batch_norm": native_batch_norm,
 }
