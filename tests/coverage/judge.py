@@ -118,7 +118,10 @@ def _compare(found: Tensor, plain: Tensor | None, truth: Truth, kind, turn) -> O
     below = 1e-9 * _row_max(truth.jac) if order == "hessian" and truth.jac is not None else None
     if order in truth.differences:
         right = right_of(truth.differences[order])
-        gap = _gap(found, right, 1e-4, _floor(below, turn, 1e-5))
+        # Differences see no less than rounding of the values over their step.
+        noise = 1e-10 * _row_max(truth.value.unsqueeze(-1)).roll(turn, 0)
+        floor = _floor(below, turn, 1e-5)
+        gap = _gap(found, right, 1e-4, noise if floor is None else floor + noise)
         if not gap:
             return Outcome(RIGHT)
         if plain is None:
