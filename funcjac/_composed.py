@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from funcjac import _norms
@@ -22,8 +23,14 @@ class Composed(TorchFunctionMode):
     """Runs what is fragile as simpler operations, of which all derivatives are right."""
 
     def __torch_function__(self, func: Any, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
         run: Any = _COMPOSED.get(func, func)
-        return run(*args, **(kwargs or {}))
+        if run is func or "out" in kwargs:
+            return func(*args, **kwargs)
+        if "input" in kwargs:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop("input"), *args)
+        return run(*args, **kwargs)
 
 
 class Suspects(TorchFunctionMode):
@@ -76,7 +83,10 @@ def _attention(
 
 
 def _heads(*args: Any, need_weights: bool = True, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Where weights are asked for, no fused kernel runs."""
+    """Where weights are asked for, no fused kernel runs; but rows that see nothing become NaN."""
+    if not need_weights and not (args[10] and kwargs.get("training", True)):
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.multi_head_attention_forward(*args, need_weights=False, **kwargs)
     found = F.multi_head_attention_forward(*args, need_weights=True, **kwargs)
     return found[0], found[1] if need_weights else None
 
@@ -108,9 +118,11 @@ def _as_strided_scatter(
     storage_offset: int | None = None,
 ) -> Tensor:
     """Its backward takes what was overwritten for what was kept."""
-    if not x.is_contiguous():
+    # The offset is that of the memory, in which ``x`` may begin later.
+    start = 0 if storage_offset is None else storage_offset - x.storage_offset()
+    if not x.is_contiguous() or start < 0:
         return torch.as_strided_scatter(x, src, size, stride, storage_offset)
-    places = torch.arange(x.numel(), device=x.device).as_strided(size, stride, storage_offset or 0)
+    places = torch.arange(x.numel(), device=x.device).as_strided(size, stride, start)
     found = x.reshape(-1).index_put((places.reshape(-1),), src.reshape(-1).to(x.dtype))
     return found.reshape(x.shape)
 
@@ -135,7 +147,8 @@ def _normal(mean: Any, std: Any = 1.0, *args: Any, **kwargs: Any) -> Tensor:
     if args or not (isinstance(mean, Tensor) or isinstance(std, Tensor)) or "out" in kwargs:
         return torch.normal(mean, std, *args, **kwargs)
     like = torch.as_tensor(mean) + torch.as_tensor(std)
-    return mean + std * torch.empty_like(like).normal_(**kwargs)
+    dtype = mean.dtype if isinstance(mean, Tensor) else std.dtype
+    return (mean + std * torch.empty_like(like, dtype=dtype).normal_(**kwargs)).to(dtype)
 
 
 def _ctc_loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +10,9 @@ import torch
 from torch import Tensor
 
 
-def standardized(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    return _moments(x, dims, eps)[0]
-
-
 def _moments(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Standardized over ``dims``, the mean, and one over the deviation."""
+    """Standardized over ``dims``, the mean, and one over the deviation; halves in float32."""
+    x = x.float() if x.dtype.itemsize < 4 else x
     mean = x.mean(dims, keepdim=True)
     centred = x - mean
     scale = ((centred * centred).mean(dims, keepdim=True) + eps).rsqrt()
@@ -37,7 +35,7 @@ def native_layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     found, mean, scale = _moments(x, list(range(-len(normalized_shape), 0)), eps)
     found = found if weight is None else found * weight
-    return found if bias is None else found + bias, mean, scale
+    return (found if bias is None else found + bias).to(x.dtype), mean, scale
 
 
 def layer_norm(
@@ -64,7 +62,7 @@ def instance_norm(
 ) -> Tensor:
     if not use_input_stats:
         return batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
-    return _scaled(standardized(x, list(range(2, x.ndim)), eps), weight, bias)
+    return _scaled(_moments(x, list(range(2, x.ndim)), eps)[0], weight, bias).to(x.dtype)
 
 
 def native_group_norm(
@@ -78,8 +76,10 @@ def native_group_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     del channels, size
-    found, mean, scale = _moments(x.reshape(n, num_groups, -1), [2], eps)
-    return _scaled(found.reshape(x.shape), weight, bias), mean.squeeze(2), scale.squeeze(2)
+    groups = x.reshape(n, num_groups, math.prod(x.shape[1:]) // num_groups)
+    found, mean, scale = _moments(groups, [2], eps)
+    whole = _scaled(found.reshape(x.shape), weight, bias).to(x.dtype)
+    return whole, mean.squeeze(2), scale.squeeze(2)
 
 
 def group_norm(
@@ -127,10 +127,11 @@ def native_batch_norm(
                 f"Expected more than 1 value per channel when training, got input size {x.shape}"
             )
         found, mean, scale = _moments(x, [0, *range(2, x.ndim)], eps)
-        return _scaled(found, weight, bias), mean.flatten(), scale.flatten()
+        return _scaled(found, weight, bias).to(x.dtype), mean.flatten(), scale.flatten()
+    wide = x.float() if x.dtype.itemsize < 4 else x
     scale = (running_var + eps).rsqrt()
-    found = _scaled(_scaled(x, None, -running_mean), scale, None)
-    return _scaled(found, weight, bias), x.new_zeros(0), x.new_zeros(0)
+    found = _scaled(_scaled(wide, None, -running_mean), scale, None)
+    return _scaled(found, weight, bias).to(x.dtype), x.new_zeros(0), x.new_zeros(0)
 
 
 def legit_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *words: Any) -> Any:

@@ -98,9 +98,8 @@ def _resolution(call: Call, products: list[Tensor]) -> Tensor:
     largest = [x.detach().abs().nan_to_num(0, 0, 0).max() for x in call.inputs if x.numel()]
     found = torch.zeros(call.batch, device=call.inputs[0].device)
     for product in products:
-        found = found + wide(product.detach()).abs().nan_to_num(0, 0, 0).unsqueeze(-1).flatten(
-            1
-        ).sum(1)
+        sizes = wide(product.detach()).abs().nan_to_num(0, 0, 0).unsqueeze(-1).flatten(1)
+        found = torch.maximum(found, sizes.amax(1)) if sizes.numel() else found
     return _FLAT * found / max([1.0, *[float(one) for one in largest]])
 
 

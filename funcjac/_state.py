@@ -59,10 +59,11 @@ class Guard:
 
         A graph keeps these; to put values back into the buffers themselves would break it.
         """
+        copies: dict[int, Tensor] = {}  # modules may share one
         for module, _, _ in self.attributes:
             for name, buffer in module._buffers.items():
                 if buffer is not None and not is_wrapped(buffer):
-                    module._buffers[name] = buffer.clone()
+                    module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
 
     def restarting(self, func: Callable[..., Any]) -> Callable[..., Any]:
         """``func`` from the same state in every run."""

@@ -186,7 +186,7 @@ def graph_mismatch(
         (wide(r).abs().nan_to_num(0, 0, 0).max().item() for r in right if r.numel()), default=0.0
     )
     limit = 10 * _tolerance(found) * scale + _rounding(found) / 10 * _largest(found)
-    limit += _rounding(found) * found.floor.max().item() if len(found.floor) else 0
+    limit += _rounding(found) / 10 * found.floor.max().item() if len(found.floor) else 0
     errors = [
         (wide(r) - wide(g)).abs()[r.isfinite()].nan_to_num(torch.inf) for r, g in zip(right, grads)
     ]

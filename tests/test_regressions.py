@@ -209,7 +209,7 @@ def test_a_draw_moves_with_its_parameters():
 
 def test_as_strided_scatter():
     src = randn(2, 2)
-    rows = stacked(lambda x: torch.as_strided_scatter(x, src, (2, 2), (1, 2), 1))
+    rows = stacked(lambda x: torch.as_strided_scatter(x.clone(), src, (2, 2), (1, 2), 1))
     jac = batch_jacobian(rows)(randn(3, 3, 3)).reshape(3, 9, 9)
     kept = torch.tensor([1, 0, 0, 0, 0, 1, 1, 1, 1], dtype=f64)
     torch.testing.assert_close(jac, torch.diag_embed(kept.expand(3, 9)))
@@ -287,3 +287,88 @@ def test_an_error_that_comes_later_is_the_users():
 
     with pytest.raises(Mine):
         batch_jacobian(func)(randn(3, 2))
+
+
+# --- simpler operations give what the others give ------------------------------------------
+
+
+def test_layer_norm_of_large_halves():
+    norm = nn.LayerNorm(64).half()
+    x = (400 * randn(4, 64)).half()
+    jac, value = batch_jacobian(norm, return_value=True)(x)
+    torch.testing.assert_close(value, norm(x).detach(), rtol=1e-2, atol=1e-2)
+    assert jac.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("offset", [1e4, 100])
+def test_rows_that_mix_under_a_large_constant(offset):
+    x = randn(4, 2000).float()
+    with torch.no_grad(), pytest.raises(BatchMixingError):
+        batch_jacobian(lambda x: offset + (x - x.mean(0)))(x)
+
+
+def test_norms_in_another_precision_than_their_weights():
+    head, norm = nn.Linear(5, 3).bfloat16(), nn.LayerNorm(5)
+    x = randn(3, 5).bfloat16()
+    assert batch_jacobian(norm)(x).dtype == torch.bfloat16
+    assert batch_hessian(lambda x: head(norm(x)))(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("transform", EVERY)
+def test_attention_of_rows_that_see_nothing(transform):
+    torch.manual_seed(0)
+    heads = nn.MultiheadAttention(4, 2, batch_first=True).double().eval()
+    mask = torch.zeros(3, 3, dtype=torch.bool)
+    mask[0] = True
+    func = lambda x: heads(x, x, x, attn_mask=mask, need_weights=False)[0]
+    assert transform(func)(randn(2, 3, 4)).isfinite().all()
+
+
+def test_a_buffer_that_modules_share():
+    class Counts(nn.Module):
+        def __init__(self, count, counts):
+            super().__init__()
+            self.register_buffer("count", count)
+            self.counts = counts
+
+        def forward(self, x):
+            if self.counts:
+                self.count.add_(1)
+                return x
+            return x**2 * self.count
+
+    count = torch.ones(5, dtype=f64)
+    x = randn(4, 5)
+    jac = batch_jacobian(nn.Sequential(Counts(count, True), Counts(count, False)))
+    for _ in range(3):
+        torch.testing.assert_close(jac(x), torch.diag_embed(4 * x))
+    assert count.eq(1).all()
+
+
+def test_a_draw_that_is_kept_or_made_with_a_graph_only():
+    class Kept(nn.Module):
+        mask = None
+
+        def forward(self, x):
+            if self.mask is None:
+                self.mask = torch.rand(x.shape[1], dtype=x.dtype)
+            return x**2 * self.mask
+
+    draws = lambda x: x**2 + (torch.rand_like(x) * x if torch.is_grad_enabled() else x)
+    for func in (draws, Kept()):
+        with pytest.raises(RuntimeError, match="expected func not to draw random numbers"):
+            batch_jacobian(func)(randn(3, 4))
+
+
+def test_operations_called_by_keyword():
+    x = randn(3, 5)
+    scatter = lambda x: torch.select_scatter(input=x.tanh(), src=x[:, 0].exp(), dim=1, index=2)
+    assert batch_jacobian(scatter)(x).shape == (3, 5, 5)
+    assert batch_hessian(lambda x: torch.logcumsumexp(input=x, dim=1))(x).shape == (3, 5, 5, 5)
+    norm = lambda x: torch.group_norm(input=x, num_groups=5)
+    assert batch_hessian(lambda x: norm(x.unsqueeze(-1).expand(-1, -1, 2)))(x).isfinite().all()
+
+
+@pytest.mark.parametrize("transform", [batch_jacobian, batch_hessian])
+def test_a_norm_of_an_empty_batch(transform):
+    assert transform(nn.GroupNorm(1, 5).double())(randn(0, 5)).shape[:3] == (0, 5, 5)

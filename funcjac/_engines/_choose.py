@@ -8,7 +8,7 @@ cheaper a turn, each verified before its result is handed out, until the fastest
 
 import time
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -24,7 +24,7 @@ from funcjac._engines._record import (
     signature,
 )
 from funcjac._engines._rows import by_sum, executed, run, synchronize
-from funcjac._engines._suited import confirm, draws, forward_safe, is_fragile, unsuitable
+from funcjac._engines._suited import composes, confirm, draws, forward_safe, is_fragile, unsuitable
 from funcjac._engines._tell import drew, failure, warn_of_fallback
 from funcjac._linear import Context
 from funcjac._mixing import check_rows
@@ -86,9 +86,8 @@ class _Attempt:
             reached = reach(call.reachable, memory.known)
         self.call, self.memory, self.reached, self.options = call, memory, reached, call.options
         self.checked = call.options.check is not False
-        self.guard = Guard([], [], [])
+        self.guard, self.found = Guard([], [], []), cast("Probe | None", None)
         self.rng = self.drawn = rng_state()
-        self.found: Probe | None = None
 
     def __enter__(self) -> "_Attempt":
         return self
@@ -130,7 +129,7 @@ class _Attempt:
 
     def _compose(self) -> None:
         """Higher derivatives of fragile operations are taken of simpler ones."""
-        self.record.composed = is_fragile(self.call, graph=self.record.context.graph)
+        self.record.composed = is_fragile(self.call, self.rng, self.record.context)
         self._put_back()
         self.call = self.call._replace(composed=self.record.composed)
 
@@ -139,7 +138,8 @@ class _Attempt:
         record = self.record
         with Suspects() as suspects:
             self.found = self._probe()
-        if suspects.seen and not record.composed:
+        record.note(self.guard.restore())
+        if suspects.seen and not record.composed and composes(self.call, self.rng):
             self._put_back()
             record.composed, self.call = True, self.call._replace(composed=True)
             self.found = self._probe()
@@ -153,10 +153,10 @@ class _Attempt:
             self._put_back()
             self._compose()
             self.found = self._probe()
-        seeds = self.found.seeds  # of the shape of what func returns, also if it is a transform
-        outputs = sum(seed[0].numel() for seed in seeds) if self.call.batch else 0
-        inputs = sizes_of(self.call.inputs, self.call.layout.diff_dims)
-        record.sizes = self.call.batch, outputs, inputs
+        # Seeds have the shape of what func returns, also if it is a transform.
+        outputs = sum(seed[0].numel() for seed in self.found.seeds) if self.call.batch else 0
+        dims = self.call.layout.diff_dims
+        record.sizes = self.call.batch, outputs, sizes_of(self.call.inputs, dims)
         if self.checked and 0 not in record.sizes:
             self._put_back()
             check_attached(self.found)

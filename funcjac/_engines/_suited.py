@@ -11,7 +11,7 @@ from funcjac._linear import Context, plain_inputs
 from funcjac._mixing import check_rows
 from funcjac._modes import Recorder, Route, is_forward_safe
 from funcjac._passes import Jacobian
-from funcjac._probe import Probe
+from funcjac._probe import Probe, tolerance
 from funcjac._reach import Reach
 from funcjac._state import RngState, rng_state, same_rng_state, set_rng_state
 from funcjac._structure import FRAGILE
@@ -19,24 +19,46 @@ from funcjac._verify import is_noise, mismatch
 from funcjac.errors import UnsuitableError, UntraceableError
 
 
-def is_fragile(call: Call, *, graph: bool) -> bool:
+def is_fragile(call: Call, start: RngState, context: Context) -> bool:
     """Whether higher derivatives are taken of an operation that has wrong ones, or none."""
     inner = transform_behind(call.func)
-    if not (graph or inner or call.options.operator.reference):
+    if not (context.graph or inner or call.options.operator.reference):
         return False
     with Recorder() as recorder, torch.enable_grad():
         call._replace(clone=True)(plain_inputs(call, Context()))
     if inner and any(record.composed for record in inner.memory.records.values()):
         return True  # the inner transform runs nothing fragile any more
-    return not FRAGILE.isdisjoint(recorder.names)
+    return not FRAGILE.isdisjoint(recorder.names) and composes(call, start)
 
 
 def draws(call: Call, start: RngState) -> bool:
     """Whether ``func`` draws random numbers, and not another thread meanwhile: a second look."""
     set_rng_state(start)
-    with torch.no_grad():
-        call._replace(clone=True)(call.inputs)
+    with torch.enable_grad():
+        call._replace(clone=True)(plain_inputs(call, Context()))
     return not same_rng_state(start, rng_state())
+
+
+def composes(call: Call, start: RngState) -> bool:
+    """Whether simpler operations give what those of ``func`` give, at least here."""
+    runs = []
+    for composed in (False, True):
+        set_rng_state(start)
+        one = call._replace(clone=True, composed=composed)
+        try:
+            with torch.enable_grad():
+                runs.append([out.detach() for out in one(plain_inputs(one, Context())).leaves])
+        except Exception:
+            return False  # what func itself raises comes again
+    return all(_alike(one, other) for one, other in zip(*runs))
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    limit = tolerance([one.dtype], one.device)
+    size = one.double().nan_to_num(0, 0, 0).abs().max().item() if one.numel() else 0.0
+    return torch.allclose(one.double(), other.double(), limit, limit * size, equal_nan=True)
 
 
 def forward_safe(call: Call) -> bool:
