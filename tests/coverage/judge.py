@@ -118,8 +118,10 @@ def _compare(found: Tensor, plain: Tensor | None, truth: Truth, kind, turn) -> O
     below = 1e-9 * _row_max(truth.jac) if order == "hessian" and truth.jac is not None else None
     if order in truth.differences:
         right = right_of(truth.differences[order])
-        # Differences see no less than rounding of the values over their step.
-        noise = 1e-10 * _row_max(truth.value.unsqueeze(-1)).roll(turn, 0)
+        # Differences see no less than rounding of the values over their step, or its square.
+        noise = (1e-10 if order == "jacobian" else 1e-7) * _row_max(truth.value.unsqueeze(-1)).roll(
+            turn, 0
+        )
         floor = _floor(below, turn, 1e-5)
         gap = _gap(found, right, 1e-4, noise if floor is None else floor + noise)
         if not gap:
@@ -127,7 +129,7 @@ def _compare(found: Tensor, plain: Tensor | None, truth: Truth, kind, turn) -> O
         if plain is None:
             return Outcome(WRONG, f"plain autograd raises, and not what differences give: {gap}")
         if not _gap(found, right_of(plain), kind.tolerance, below):
-            return Outcome(TORCH, truth.wrong[order])
+            return Outcome(TORCH, truth.wrong.get(order, "the first derivative is wrong"))
         return Outcome(WRONG, f"plain autograd is wrong, and this too: {gap}")
     if plain is None:  # nothing to compare with: the first derivative is in doubt
         return Outcome(TORCH, "the first derivative of plain autograd is wrong or missing")
