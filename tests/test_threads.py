@@ -328,21 +328,6 @@ class Keeps(nn.Module):
 
 
 @quiet
-def test_a_module_that_keeps_its_activation():
-    xs, raised = [randn(3, 3) for _ in range(THREADS)], []
-    for name, transform in [*TRANSFORMS.items()] * 4:
-        module = Keeps()
-        right = [tensors(TRANSFORMS[name](module, engine="loop")(x)) for x in xs]
-        transformed = transform(module, engine="vmap")
-
-        def work(i):
-            for _ in range(5):
-                close(tensors(transformed(xs[i])), right[i])
-
-        raised += together(*[lambda i=i: work(i) for i in range(THREADS)]).values()
-    assert not raised
-
-
 def test_a_module_is_whole_all_the_time():
     """A plain forward pass in another thread never meets a module that is being put back."""
     module, x, stop = Keeps(), randn(3, 3), threading.Event()
