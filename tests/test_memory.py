@@ -172,15 +172,6 @@ def test_chunks_are_enough(route):
     finishes(child(WIDE, *FIRST)[route])
 
 
-SECOND = ("diag taylor 2", "hess auto 2")
-
-
-@pytest.mark.parametrize("route", SECOND)
-def test_chunks_are_enough_for_second_derivatives(route):
-    # Slopes, second derivatives and products of all directions at once take a GiB.
-    finishes(child(ONE, *SECOND, limit=96)[route])
-
-
 TAYLOR = ("diag taylor None", "lap taylor None")
 
 
