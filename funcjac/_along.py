@@ -90,11 +90,15 @@ class Along:
 
 
 class Columns:
-    """Blocks ``(B, *out, *in)`` of one input, put together from pieces ``(k, B, *out)``."""
+    """Blocks ``(B, *out, *row)`` of one input, put together from pieces ``(k, B, *out)``.
 
-    def __init__(self, call: Call, j: int, context: Context) -> None:
+    A row is one of the input, or has as many entries as there are pieces in all.
+    """
+
+    def __init__(self, call: Call, j: int, context: Context, row: torch.Size | None = None) -> None:
         self.x, dim = call.inputs[j], call.layout.diff_dims[j]
-        self.row, self.graph = row_shape(self.x, dim), context.graph or context.functional
+        self.row = row_shape(self.x, dim) if row is None else row
+        self.graph = context.graph or context.functional
         self.blocks: list[Block] = []
 
     def add(self, output: Any, pieces: Sequence[Tensor | None], start: int, stop: int) -> None:

@@ -1,4 +1,10 @@
-"""One block of a result, put together from passes."""
+"""One block of a result, put together from passes, or their sum.
+
+Small results that are kept each for itself, among large tensors that come and go, would keep the
+C library from using the memory of those again: without a graph they go to one place.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -83,3 +89,11 @@ class Block:
                 found.append(piece)
             end = stop
         return torch.cat(found, self.axis)
+
+
+def added(total: Tensor | None, piece: Tensor | None, *, graph: bool) -> Tensor | None:
+    """The sum of pieces so far; ``None`` for zero."""
+    if total is None or piece is None:
+        return total if piece is None else piece if graph else piece.clone()
+    alone = not graph and total.dtype == piece.dtype
+    return total.add_(piece) if alone else total + piece

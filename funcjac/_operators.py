@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from funcjac._along import Along, Columns
-from funcjac._batched import Call, Output
+from funcjac._batched import Call
+from funcjac._block import added
 from funcjac._directions import Spec, basis, directions, row_shape
 from funcjac._jets import mixed
 from funcjac._linear import Context
@@ -96,48 +97,44 @@ def laplacian(call: Call, route: Route, context: Context, *, spec: Spec) -> Jaco
         return zeros(call, spec)
     along = Along(call, route, context)
     exact = call.options.return_value and spec.samples is None
-    each: list[Tensor] = []  # for each output, contributions (k, B, *out)
+    totals: list[Tensor | None] = []
     slopes: list[list[Tensor]] = []
     for j in range(len(call.inputs)):
         given = directions(call, spec, j, exact=exact)
         first = Columns(call, j, context)
-        pieces: list[list[Any]] = []
+        each = Columns(call, j, context, torch.Size([len(given.left)]))
         for start, stop, firsts, seconds in along.pieces(j, given, total=not spec.return_error):
-            pieces.append(seconds)
+            if spec.return_error:
+                each.add(along.output, seconds, start, stop)
+            else:
+                totals = _plus(totals, seconds, graph=first.graph)
             if exact:
                 first.add(along.output, firsts, start, stop)
-        assert along.output is not None
-        each = _gathered(each, pieces, along.output, len(given.left) if spec.return_error else 1)
+        if spec.return_error:
+            totals = _plus(totals, each.result(along.output), graph=each.graph)
         if exact:
             slopes.append(first.result(along.output))
     assert along.output is not None
     x = call.inputs[0]
-    columns = [_estimates(found, out, x, spec) for found, out in zip(each, along.output.leaves)]
+    columns = [_estimates(found, out, x, spec) for found, out in zip(totals, along.output.leaves)]
     rows = [[column[0], *(s[i] for s in slopes), *column[1:]] for i, column in enumerate(columns)]
     return Jacobian(rows, along.output)
 
 
-def _gathered(each: Any, pieces: list[list[Any]], output: Output, count: int) -> list[Any]:
-    """Contributions of all inputs added up, where there are several samples sample by sample."""
-    found = []
-    for i, out in enumerate(output.leaves):
-        parts = [piece[i] for piece in pieces if piece[i] is not None]
-        if not parts:
-            one = out.new_zeros((count, *out.shape))
-        elif count > 1:
-            one = torch.cat(parts) if len(parts) > 1 else parts[0]
-        else:
-            one = sum(parts[1:], parts[0])
-        found.append(one if not each else each[i] + one)
-    return found
+def _plus(totals: list[Any], more: Sequence[Tensor | None], *, graph: bool) -> list[Tensor | None]:
+    pairs = zip(totals or [None] * len(more), more)
+    return [added(one, two, graph=graph) for one, two in pairs]
 
 
-def _estimates(found: Tensor, out: Tensor, x: Tensor, spec: Spec) -> list[Tensor]:
+def _estimates(found: Tensor | None, out: Tensor, x: Tensor, spec: Spec) -> list[Tensor]:
+    """The sum ``(1, B, *out)``; of samples ``(B, *out, k)`` their mean and its error."""
     dtype = torch.result_type(out, x)
+    if found is None:
+        return [out.new_zeros(out.shape, dtype=dtype)]
     if not spec.return_error:
         return [found.sum(0).to(dtype).expand(out.shape).contiguous()]
-    mean = found.mean(0)
-    error = found.std(0) / len(found) ** 0.5
+    mean = found.mean(-1)
+    error = found.std(-1) / found.shape[-1] ** 0.5
     return [mean.to(dtype).contiguous(), error.to(dtype).contiguous()]
 
 

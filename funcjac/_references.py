@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from funcjac._block import Block
 from funcjac._directions import Spec, directions, row_shape
 from funcjac._probe import Entry, Probe, outer_product, random_like
 from funcjac._trace import check_square
@@ -37,12 +38,12 @@ def diagonal_entries(found: Probe, *, graph: bool, spec: Spec) -> list[Entry]:
     for j, (x, dim) in enumerate(zip(found.inputs, found.call.layout.diff_dims)):
         call = found.call.with_inputs(found.inputs)
         basis = directions(call, Spec("diagonal"), j, exact=True).left
-        pieces = [_bent(found, j, one, one, factors, graph=graph) for one in basis]
+        bent = _bent(found, j, basis, basis, factors, graph=graph)
         row = row_shape(x, dim)
         if dim is None:
-            entries.append(Entry(found.seeds, torch.stack(pieces).view(row), x, None))
+            entries.append(Entry(found.seeds, bent.view(row), x, None))
         else:
-            grad = torch.stack(pieces, -1).view(-1, *row)
+            grad = bent.movedim(0, -1).reshape(-1, *row)
             entries.append(Entry(seeds, grad, x.movedim(dim, 0), 0))
     return entries + _slopes(found)
 
@@ -56,10 +57,10 @@ def laplacian_entries(found: Probe, *, graph: bool, spec: Spec) -> list[Entry]:
     for j in range(len(found.inputs)):
         left, right, weights, _ = directions(call, spec, j, exact=True)
         right = left if right is None else right
-        for one, two, weight in zip(left, right, weights):
-            term = weight * _bent(found, j, one, two, factors, graph=graph)
-            term = term.sum() if shared else term
-            total, size = total + term, size + term.detach().abs()
+        bent = _bent(found, j, left, right, factors, graph=graph)
+        terms = weights.view(-1, *[1] * (bent.ndim - 1)) * bent
+        over = list(range(terms.ndim)) if shared else 0
+        total, size = total + terms.sum(over), size + terms.detach().abs().sum(over)
     first = _slopes(found) if spec.samples is None else []
     return [Entry(seeds, total, total.detach(), None if shared else 0, size), *first]
 
@@ -117,16 +118,19 @@ def divergence_entries(found: Probe, *, graph: bool, spec: Spec) -> list[Entry]:
     for i, (x, dim) in enumerate(zip(found.inputs, call.layout.diff_dims)):
         flat = output.leaves[i].reshape(batch, -1)
         count = flat.shape[1] if spec.samples is None else spec.samples
+        block = Block((count, 1 if dim is None else batch), 0, graph)
         for n in range(count):
             probe = None if spec.samples is None else call.extras[i][:, n].reshape(batch, -1)
             scalar = flat[:, n] if probe is None else (flat * probe).sum(1)
             (grad,) = _grad(scalar, [x], factors, graph=graph)
-            if grad is None:
-                continue
-            rows = grad.reshape(1, -1) if dim is None else grad.movedim(dim, 0).reshape(batch, -1)
-            term = rows[:, n] if probe is None else (rows * probe).sum(1) / count
-            term = term.sum() if shared else term
-            total, size = total + term, size + term.detach().abs()
+            if grad is not None:
+                rows = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
+                rows = rows.reshape(len(rows), -1)
+                grad = rows[:, n] if probe is None else (rows * probe).sum(1) / count
+            block.add(grad, 0, n, n + 1, many=False)
+        terms = block.result(block.shape, x, x)
+        over = [0, 1] if shared else 0
+        total, size = total + terms.sum(over), size + terms.detach().abs().sum(over)
     return [Entry([factors], total, total.detach(), None if shared else 0, size)]
 
 
@@ -152,19 +156,21 @@ def _times(seed: Tensor, factors: Tensor) -> Tensor:
 
 
 def _bent(
-    found: Probe, j: int, one: Tensor, two: Tensor, factors: Tensor | None, *, graph: bool
+    found: Probe, j: int, left: Tensor, right: Tensor, factors: Tensor | None, *, graph: bool
 ) -> Tensor:
-    """``two . H one`` in each row, ``(B,)``; the sum over rows ``()`` of a shared input."""
+    """``right . H left`` in each row for each pair ``(K, B)``, ``(K,)`` of a shared input."""
     x, dim = found.inputs[j], found.call.layout.diff_dims[j]
     if dim is not None and factors is not None:
-        one = one * factors.view(*[1] * dim, -1, *[1] * (x.ndim - 1 - dim))
-    (row,) = _grad(found.grads[j], [x], one, graph=graph)
-    if row is None:
-        return x.new_zeros(() if dim is None else x.shape[dim])
-    product = row * two
-    return (
-        product.sum() if dim is None else product.movedim(dim, 0).reshape(x.shape[dim], -1).sum(1)
-    )
+        factors = factors.view(*[1] * dim, -1, *[1] * (x.ndim - 1 - dim))
+    block = Block((len(left), *([] if dim is None else [x.shape[dim]])), 0, graph)
+    for k, (one, two) in enumerate(zip(left, right)):
+        tangent = one if dim is None or factors is None else one * factors
+        (row,) = _grad(found.grads[j], [x], tangent, graph=graph)
+        if row is not None:
+            row = row * two
+            row = row.sum() if dim is None else row.movedim(dim, 0).reshape(x.shape[dim], -1).sum(1)
+        block.add(row, 0, k, k + 1, many=False)
+    return block.result(block.shape, x, x)
 
 
 def _grad(

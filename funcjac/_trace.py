@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funcjac._basis import seeds
 from funcjac._batched import Call, Output
+from funcjac._block import Block, added
 from funcjac._directions import Spec, row_shape
 from funcjac._linear import (
     Context,
@@ -33,20 +34,40 @@ def divergence(call: Call, route: Route, context: Context, *, spec: Spec) -> Jac
         out = output.leaves[0]
         zero = out.new_zeros(call.batch)
         return Jacobian([[zero] * (1 + spec.return_error)], output)
-    products = (
-        _pulled(call, route, context, spec)
-        if route.mode == "rev"
-        else _pushed(call, route, context, spec)
-    )
-    output, found = products
-    dtype = torch.result_type(output.leaves[0], call.inputs[0])
-    total = sum(found[1:], found[0]).to(dtype)  # (B,), or of samples (k, B)
+    run = _pulled if route.mode == "rev" else _pushed
+    found = _Sum(call.batch, spec.samples, context.graph or context.functional)
+    output = run(call, route, context, spec, found)
+    total = found.total
+    assert total is not None
+    total = total.to(torch.result_type(output.leaves[0], call.inputs[0]))
     if spec.samples is None:
         return Jacobian([[total.contiguous()]], output)
-    blocks = [total.mean(0).contiguous()]
+    blocks = [total.mean(-1).contiguous()]
     if spec.return_error:
-        blocks.append((total.std(0) / len(total) ** 0.5).contiguous())
+        blocks.append((total.std(-1) / spec.samples**0.5).contiguous())
     return Jacobian([blocks], output)
+
+
+class _Sum:
+    """The trace so far, ``(B,)``; of samples each, ``(B, k)``."""
+
+    def __init__(self, batch: int, samples: int | None, graph: bool) -> None:
+        self.batch, self.samples, self.graph = batch, samples, graph
+        self.total: Tensor | None = None
+        self.each = self._block()  # samples of one input
+
+    def _block(self) -> Block:
+        return Block((self.batch, self.samples or 0), -1, self.graph)
+
+    def add(self, piece: Tensor, start: int, stop: int) -> None:
+        """A part of the trace, or samples ``(k, B)`` from ``start`` to ``stop``."""
+        if self.samples is not None:
+            self.each.add(piece, None, start, stop, many=True)
+            if stop < self.samples:
+                return
+            piece = self.each.result(self.each.shape, piece, piece)
+            self.each = self._block()
+        self.total = added(self.total, piece, graph=self.graph)
 
 
 def check_square(call: Call, output: Output) -> None:
@@ -71,25 +92,24 @@ def check_square(call: Call, output: Output) -> None:
         )
 
 
-def _pulled(call: Call, route: Route, context: Context, spec: Spec) -> tuple[Output, list[Tensor]]:
+def _pulled(call: Call, route: Route, context: Context, spec: Spec, found: _Sum) -> Output:
     make = functional_pullback if context.functional else plain_pullback
     output, pull = make(call, context)
     check_square(call, output)
     run = over_basis if route.vectorized else _call
-    found: list[Tensor] = []
     for i, out in enumerate(output.leaves):
         x, dim = call.inputs[i], call.layout.diff_dims[i]
         for start, stop, seed in _seeds(call, spec, i, out, 0, route):
             last = i + 1 == len(output.leaves) and stop == _count(call, spec, i)
             grad = run(functools.partial(pull, i, last), seed)[i]
-            found.append(_picked(grad, seed, x, dim, (start, stop), route, spec))
-    return output, _totals(found, spec)
+            piece = _picked(grad, seed, x, dim, (start, stop), route, spec)
+            found.add(piece, start, stop)
+    return output
 
 
-def _pushed(call: Call, route: Route, context: Context, spec: Spec) -> tuple[Output, list[Tensor]]:
+def _pushed(call: Call, route: Route, context: Context, spec: Spec, found: _Sum) -> Output:
     make = transposed if route.transposed else pushforward
     replay = rng_state() if call.options.randomness != "error" else None
-    found: list[Tensor] = []
     output: Any = None
     for i, (x, dim) in enumerate(zip(call.inputs, call.layout.diff_dims)):
         push = make(call.only(i), context, replay)
@@ -100,8 +120,8 @@ def _pushed(call: Call, route: Route, context: Context, spec: Spec) -> tuple[Out
                 check_square(call, output)
             like, place = output.leaves[i], (start, stop)
             rows = seed.movedim(dim + route.vectorized, int(route.vectorized)) if dim else seed
-            found.append(_picked(tangents[i], rows, like, 0, place, route, spec))
-    return output, _totals(found, spec)
+            found.add(_picked(tangents[i], rows, like, 0, place, route, spec), *place)
+    return output
 
 
 def _count(call: Call, spec: Spec, i: int) -> int:
@@ -145,19 +165,6 @@ def _picked(
         return flat[:, :, start:stop].diagonal(0, 0, 2).sum(-1)
     probes = seed if route.vectorized else seed.unsqueeze(0)
     return (flat * probes.reshape(flat.shape)).sum(-1)
-
-
-def _totals(found: list[Tensor], spec: Spec) -> list[Tensor]:
-    """Summands of the result: of the basis as they are, of probes by input, all samples."""
-    if spec.samples is None:
-        return found
-    pieces: list[Tensor] = []
-    for one in found:
-        if pieces and len(pieces[-1]) < spec.samples:
-            pieces[-1] = torch.cat([pieces[-1], one])
-        else:
-            pieces.append(one)
-    return pieces
 
 
 def _call(function: Any, seed: Tensor) -> Any:

@@ -107,6 +107,13 @@ for name, mode, chunk in {routes}:
     transformed = SECOND[name](func, mode=mode, chunk_size=eval(chunk))
     report(f"{{name}} {{mode}} {{chunk}}", transformed, func, small, which[name], x)
 """
+TRACE = """
+right = lambda x: x.cos().mean(1)
+for engine, mode, chunk in {routes}:
+    func = Net(lambda x: WIDE(x) / N)
+    divergence = batch_divergence(func, engine=engine, mode=mode, chunk_size=eval(chunk))
+    report(f"{{engine}} {{mode}} {{chunk}}", divergence, func, small, right, x)
+"""
 # A result of ten times the limit, but for two rows
 LONG = """
 right_few = lambda x: torch.diag_embed(x.cos()).repeat(1, 2, 1)
@@ -170,6 +177,22 @@ FIRST = ("vmap rev 2", "vmap fwd 2", "sum rev 2", "sum fwd 2", "loop rev 2", "au
 @pytest.mark.parametrize("route", FIRST)
 def test_chunks_are_enough(route):
     finishes(child(WIDE, *FIRST)[route])
+
+
+SECOND = ("diag taylor 2", "lap taylor 2", "lap rev_over_rev 2", "hess auto 2")
+
+
+@pytest.mark.parametrize("route", SECOND)
+def test_chunks_are_enough_for_second_derivatives(route):
+    finishes(child(ONE, *SECOND)[route])
+
+
+TRACES = ("vmap rev 2", "vmap fwd 2", "sum rev 2", "auto auto 2")
+
+
+@pytest.mark.parametrize("route", TRACES)
+def test_chunks_are_enough_for_divergences(route):
+    finishes(child(TRACE, *TRACES)[route])
 
 
 TAYLOR = ("diag taylor None", "lap taylor None")
