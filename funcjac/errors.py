@@ -71,7 +71,7 @@ def out_of_memory(name: str, sizes: tuple[int, int, int], error: Exception) -> R
     """What to raise where not even the smallest pieces fit."""
     batch, outputs, inputs = sizes
     raised = RuntimeError(
-        f"{name}: expected the result of {batch} x {outputs} x {inputs} numbers and its pieces to "
+        f"{name}: expected derivatives of {batch} rows, {outputs} outputs by {inputs} inputs, to "
         f"fit in memory, got {brief(error)}. Pass fewer rows at once, or a smaller chunk_size."
     )
     raised.__cause__ = error

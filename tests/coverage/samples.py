@@ -307,16 +307,24 @@ def _seeded(row, *, drawn: bool):
 
 
 def _few_inputs(base: list[Tensor], rng: torch.Generator):
-    """Which elements move, and matrices ``(numel, moves)`` that move them."""
+    """Which elements move, and matrices ``(numel, moves)`` that move them towards the mean."""
     share = max(2, FEW // len(base))
     picks, spread = [], []
     for x in base:
         index = torch.randperm(x.numel(), generator=rng)[: min(share, x.numel())]
         matrix = torch.zeros(x.numel(), len(index), dtype=f64)
-        matrix[index, torch.arange(len(index))] = 1
+        flat = x.reshape(-1)
+        matrix[index, torch.arange(len(index))] = torch.where(flat > flat.mean(), -1, 1)[index].to(
+            f64
+        )
         picks.append(index)
         spread.append(matrix)
     return picks, spread
+
+
+def _to_mean(x: Tensor) -> Tensor:
+    """Signs of moves by which probabilities stay such."""
+    return torch.where(x > x.mean(), -1, 1).to(f64)
 
 
 def _few_outputs(function, base, spread, kept, rng):
@@ -341,22 +349,25 @@ def _perturbed(row, base: list[Tensor], rng: torch.Generator) -> list[list[Tenso
     """The sample and copies nearby, as far off as the domain of the function allows."""
     with torch.no_grad():
         first = row(*[x.clone() for x in base])
-    size = 0.1
-    while size > 1e-5:
-        rows = [base]
-        for _ in range(ROWS - 1):
-            noise = [(torch.rand(x.shape, generator=rng, dtype=f64) - 0.5, x) for x in base]
-            rows.append(
-                [
-                    x * (1 + size * (torch.rand(x.shape, generator=rng, dtype=f64) - 0.5))
-                    + size * 0.2 * n
-                    for n, x in noise
-                ]
-            )
-        if all(_is_like(row, moved, first) for moved in rows[1:]):
-            return rows
-        size /= 10
+    for move in (_around, _inwards):
+        size = 0.1
+        while size > 1e-5:
+            rows = [base, *[[move(x, size, rng) for x in base] for _ in range(ROWS - 1)]]
+            if all(_is_like(row, moved, first) for moved in rows[1:]):
+                return rows
+            size /= 10
     raise Unusable("does not run nearby")
+
+
+def _around(x: Tensor, size: float, rng: torch.Generator) -> Tensor:
+    noise = [torch.rand(x.shape, generator=rng, dtype=f64) - 0.5 for _ in range(2)]
+    return x * (1 + size * noise[1]) + size * 0.2 * noise[0]
+
+
+def _inwards(x: Tensor, size: float, rng: torch.Generator) -> Tensor:
+    """Between the least and the largest element, for probabilities and the like."""
+    towards = x.mean() - x if x.any() else 1
+    return x + size * torch.rand(x.shape, generator=rng, dtype=f64) * towards
 
 
 def _is_like(row, inputs, first) -> bool:
@@ -488,7 +499,7 @@ def _batched(unit, name, tree, make_call, seed) -> Iterator[Case]:
     spread = {}
     for i, index in picks.items():
         spread[i] = torch.zeros(len(index), leaves[i][0].numel(), dtype=f64)
-        spread[i][torch.arange(len(index)), index] = 1
+        spread[i][torch.arange(len(index)), index] = _to_mean(leaves[i])[0].reshape(-1)[index]
     total = sum(outs[k][0].numel() for k in kept)
     every = max(1, total // FEW)
     chosen = [(k, torch.arange(0, outs[k][0].numel(), every)) for k in kept]
@@ -529,8 +540,7 @@ def _is_independent(make, args) -> bool:
         moved = [x.clone() for x in args]
         for x in moved:
             if x.is_floating_point():
-                x[b] *= 1.01
-                x[b] += 0.001
+                x[b] += 0.01 * (x.mean() - x[b]) if x.unique().numel() > 1 else 0.001
         others = [i for i in range(args[0].shape[0]) if i != b]
         for out, after in zip(outs, optree.tree_leaves(make().func(*moved))):
             if not torch.allclose(out[others], after[others], 1e-9, 1e-11, equal_nan=True):
