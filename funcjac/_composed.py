@@ -144,7 +144,7 @@ def _max_unpool(dims: int, unpool: Callable[..., Tensor]) -> Callable[..., Tenso
 
 def _normal(mean: Any, std: Any = 1.0, *args: Any, **kwargs: Any) -> Tensor:
     """The same draw, which moves with mean and deviation."""
-    if args or not (isinstance(mean, Tensor) or isinstance(std, Tensor)) or "out" in kwargs:
+    if args or not (isinstance(mean, Tensor) or isinstance(std, Tensor)):
         return torch.normal(mean, std, *args, **kwargs)
     like = torch.as_tensor(mean) + torch.as_tensor(std)
     dtype = mean.dtype if isinstance(mean, Tensor) else std.dtype

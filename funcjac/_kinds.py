@@ -1,7 +1,7 @@
 """Which kinds of tensors can be looked at and differentiated."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,40 +33,42 @@ def is_uninitialized(x: object) -> bool:
     return isinstance(x, (UninitializedParameter, UninitializedBuffer))
 
 
+class _Words(NamedTuple):
+    """What is asked of a tensor, and remedies."""
+
+    tensor: tuple[str, str]
+    real: str
+    of_complex: str
+    of_integers: str
+    dense: str
+
+
+_INPUT = _Words(
+    (
+        "the differentiated argument to hold tensors only",
+        "Name the tensors to differentiate in argnums.",
+    ),
+    "a differentiated argument of real floating-point dtype",
+    "Use torch.view_as_real for complex inputs.",
+    "Pass integers as another argument and leave them out of argnums.",
+    "a differentiated argument that is dense",
+)
+_OUTPUT = _Words(
+    ("func to return tensors", "Return what is not a tensor as aux, with has_aux=True."),
+    "func to return real floating-point tensors",
+    "Use torch.view_as_real for complex outputs, and aux for integers.",
+    "Return integers and booleans as aux, with has_aux=True.",
+    "func to return dense tensors",
+)
+
+
 def check_input(name: str, leaf: Any) -> None:
     """Refuse what cannot be differentiated.
 
     Raises:
         TypeError: it is not a dense tensor of real floating-point dtype.
     """
-    if not isinstance(leaf, Tensor):
-        raise refuse(
-            name,
-            TypeError,
-            "the differentiated argument to hold tensors only",
-            type(leaf).__name__,
-            "Name the tensors to differentiate in argnums.",
-        )
-    if leaf.dtype not in _DTYPES:
-        raise refuse(
-            name,
-            TypeError,
-            "a differentiated argument of real floating-point dtype",
-            leaf.dtype,
-            _remedy(
-                leaf,
-                "Use torch.view_as_real for complex inputs.",
-                "Pass integers as another argument and leave them out of argnums.",
-            ),
-        )
-    if leaf.layout != torch.strided:
-        raise refuse(
-            name,
-            TypeError,
-            "a differentiated argument that is dense",
-            leaf.layout,
-            "Call .to_dense() on it.",
-        )
+    _check(name, leaf, _INPUT)
 
 
 def check_output(name: str, leaf: Any) -> None:
@@ -75,38 +77,22 @@ def check_output(name: str, leaf: Any) -> None:
     Raises:
         TypeError: it is not a dense tensor of real floating-point dtype, with values.
     """
-    if not isinstance(leaf, Tensor):
-        raise refuse(
-            name,
-            TypeError,
-            "func to return tensors",
-            type(leaf).__name__,
-            "Return what is not a tensor as aux, with has_aux=True.",
-        )
-    if leaf.dtype not in _DTYPES:
-        raise refuse(
-            name,
-            TypeError,
-            "func to return real floating-point tensors",
-            leaf.dtype,
-            _remedy(
-                leaf,
-                "Use torch.view_as_real for complex outputs, and aux for integers.",
-                "Return integers and booleans as aux, with has_aux=True.",
-            ),
-        )
-    if leaf.layout != torch.strided:
-        raise refuse(
-            name, TypeError, "func to return dense tensors", leaf.layout, "Call .to_dense() on it."
-        )
+    _check(name, leaf, _OUTPUT)
     if type(leaf) is not Tensor or leaf.is_nested or leaf.is_meta:
         _check_strange(name, leaf, "func to return tensors")
 
 
-def _remedy(leaf: Tensor, for_complex: str, otherwise: str) -> str:
-    if leaf.is_floating_point():
-        return "Convert it to torch.float32 first, which can be computed with."
-    return for_complex if leaf.is_complex() else otherwise
+def _check(name: str, leaf: Any, words: _Words) -> None:
+    if not isinstance(leaf, Tensor):
+        expected, remedy = words.tensor
+        raise refuse(name, TypeError, expected, type(leaf).__name__, remedy)
+    if leaf.dtype not in _DTYPES:
+        remedy = words.of_complex if leaf.is_complex() else words.of_integers
+        if leaf.is_floating_point():
+            remedy = "Convert it to torch.float32 first, which can be computed with."
+        raise refuse(name, TypeError, words.real, leaf.dtype, remedy)
+    if leaf.layout != torch.strided:
+        raise refuse(name, TypeError, words.dense, leaf.layout, "Call .to_dense() on it.")
 
 
 def _check_strange(name: str, x: Tensor, what: str) -> None:

@@ -115,12 +115,14 @@ def guard(found: Reach, arguments: Iterable[Tensor] = (), *, values: bool = True
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:
+    if one.is_nested:
+        return all(map(same_values, one.unbind(), other.unbind()))
     return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def _versions(tensors: Iterable[Tensor]) -> Iterable[tuple[Tensor, int, Tensor]]:
     for tensor in tensors:
-        usual = tensor.layout == torch.strided and not is_wrapped(tensor)
+        usual = tensor.layout == torch.strided and not tensor.is_meta and not is_wrapped(tensor)
         if usual and not tensor.is_inference():
             yield tensor, tensor._version, tensor.detach().clone()
 

@@ -372,3 +372,40 @@ def test_operations_called_by_keyword():
 @pytest.mark.parametrize("transform", [batch_jacobian, batch_hessian])
 def test_a_norm_of_an_empty_batch(transform):
     assert transform(nn.GroupNorm(1, 5).double())(randn(0, 5)).shape[:3] == (0, 5, 5)
+
+
+STRANGE = {
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "jagged": lambda: torch.nested.nested_tensor(
+        [torch.ones(2), torch.ones(3)], layout=torch.jagged
+    ),
+    "meta": lambda: torch.ones(3, device="meta"),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore:.*[Qq]uantize")
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_tensor_of_another_kind_in_the_closure_or_a_buffer(kind):
+    held, x = STRANGE[kind](), randn(4, 3)
+
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("held", held)
+
+        def forward(self, x):
+            return x.sin() if self.held is not None else x
+
+    for func in (Holds(), lambda x: x.sin() if held is not None else x):
+        jac = batch_jacobian(func)
+        for _ in range(4):
+            torch.testing.assert_close(jac(x), torch.diag_embed(x.cos()))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_a_nested_tensor_that_func_writes_to_is_put_back():
+    held = STRANGE["nested"]()
+    batch_jacobian(lambda x: x.sin() * held.mul_(2.0).numel())(randn(4, 3))
+    assert all(one.eq(1).all() for one in held.unbind())

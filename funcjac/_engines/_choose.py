@@ -8,7 +8,7 @@ cheaper a turn, each verified before its result is handed out, until the fastest
 
 import time
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -78,6 +78,7 @@ class _Attempt:
     """One call on its way through routes, with what must be put back after each."""
 
     record: Record
+    found: Probe | None
 
     def __init__(self, call: Call, memory: Memory, reached: Reach) -> None:
         if has_lazy(reached):  # parameters take their shape now, as in any first call
@@ -86,7 +87,7 @@ class _Attempt:
             reached = reach(call.reachable, memory.known)
         self.call, self.memory, self.reached, self.options = call, memory, reached, call.options
         self.checked = call.options.check is not False
-        self.guard, self.found = Guard([], [], []), cast("Probe | None", None)
+        self.guard, self.found = Guard([], [], []), None
         self.rng = self.drawn = rng_state()
 
     def __enter__(self) -> "_Attempt":
@@ -187,10 +188,9 @@ class _Attempt:
 
     def _routes(self) -> list[Route]:
         """Routes worth trying; the record says why the others are not."""
-        options = self.options
         found = []
         on_cpu = all(x.device.type == "cpu" for x in self.call.inputs)
-        for route in options.operator.routes(options, self.record.sizes, on_cpu):
+        for route in self.options.operator.routes(self.options, self.record.sizes, on_cpu):
             error = unsuitable(self.call, self.reached, self.record, route)
             if error is None:
                 found.append(route)
