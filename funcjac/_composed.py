@@ -71,6 +71,7 @@ def _attention(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query * factor) @ key.transpose(-2, -1)
     if is_causal:
+        _norms.refuse_unless(attn_mask is None, "attn_mask should not be set with is_causal=True")
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
     if attn_mask is None:
         weights = scores.softmax(-1)
@@ -93,6 +94,9 @@ def _heads(*args: Any, need_weights: bool = True, **kwargs: Any) -> tuple[Tensor
 
 def _cdist(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
     del compute_mode
+    _norms.refuse_unless(p >= 0, "cdist only supports non-negative p values")
+    fits = min(x.ndim, y.ndim) > 1 and x.shape[-1] == y.shape[-1]
+    _norms.refuse_unless(fits, "cdist needs matrices with the same number of columns")
     return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), p, -1)
 
 
@@ -146,6 +150,10 @@ def _normal(mean: Any, std: Any = 1.0, *args: Any, **kwargs: Any) -> Tensor:
     """The same draw, which moves with mean and deviation."""
     if args or not (isinstance(mean, Tensor) or isinstance(std, Tensor)):
         return torch.normal(mean, std, *args, **kwargs)
+    if isinstance(std, Tensor):  # torch.vmap shows its values to operations alone: let one refuse
+        torch.normal(0.0, std.detach(), generator=torch.Generator(std.device))
+    elif std < 0:
+        return torch.normal(mean, std)
     like = torch.as_tensor(mean) + torch.as_tensor(std)
     dtype = mean.dtype if isinstance(mean, Tensor) else std.dtype
     return (mean + std * torch.empty_like(like, dtype=dtype).normal_(**kwargs)).to(dtype)

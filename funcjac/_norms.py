@@ -19,8 +19,25 @@ def _moments(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Te
     return centred * scale, mean, scale
 
 
+def refuse_unless(fits: bool, words: str) -> None:
+    """What the operation itself would refuse, and a simpler one might stretch.
+
+    Raises:
+        RuntimeError: as PyTorch does.
+    """
+    if not fits:
+        raise RuntimeError(words)
+
+
+def _refuse_unless_alike(shape: Sequence[int], **given: Tensor | None) -> None:
+    for name, one in given.items():
+        fits = one is None or tuple(one.shape) == tuple(shape)
+        refuse_unless(fits, f"Expected {name} to be of shape {tuple(shape)}")
+
+
 def _scaled(found: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """With a weight and a bias for each channel."""
+    _refuse_unless_alike(found.shape[1:2], weight=weight, bias=bias)
     shape = (-1, *[1] * (found.ndim - 2))
     found = found if weight is None else found * weight.view(shape)
     return found if bias is None else found + bias.view(shape)
@@ -33,7 +50,11 @@ def native_layer_norm(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    found, mean, scale = _moments(x, list(range(-len(normalized_shape), 0)), eps)
+    shape = tuple(normalized_shape)
+    fits = tuple(x.shape[-len(shape) :]) == shape
+    refuse_unless(fits, f"Expected input of shape [*, {shape}], got {tuple(x.shape)}")
+    _refuse_unless_alike(shape, weight=weight, bias=bias)
+    found, mean, scale = _moments(x, list(range(-len(shape), 0)), eps)
     found = found if weight is None else found * weight
     return (found if bias is None else found + bias).to(x.dtype), mean, scale
 
@@ -76,6 +97,8 @@ def native_group_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     del channels, size
+    words = "Expected number of channels in input to be divisible by num_groups"
+    refuse_unless(x.shape[1] % num_groups == 0, words)
     groups = x.reshape(n, num_groups, math.prod(x.shape[1:]) // num_groups)
     found, mean, scale = _moments(groups, [2], eps)
     whole = _scaled(found.reshape(x.shape), weight, bias).to(x.dtype)
@@ -128,6 +151,7 @@ def native_batch_norm(
             )
         found, mean, scale = _moments(x, [0, *range(2, x.ndim)], eps)
         return _scaled(found, weight, bias).to(x.dtype), mean.flatten(), scale.flatten()
+    _refuse_unless_alike(x.shape[1:2], running_mean=running_mean, running_var=running_var)
     wide = x.float() if x.dtype.itemsize < 4 else x
     scale = (running_var + eps).rsqrt()
     found = _scaled(_scaled(wide, None, -running_mean), scale, None)

@@ -409,3 +409,53 @@ def test_a_nested_tensor_that_func_writes_to_is_put_back():
     held = STRANGE["nested"]()
     batch_jacobian(lambda x: x.sin() * held.mul_(2.0).numel())(randn(4, 3))
     assert all(one.eq(1).all() for one in held.unbind())
+
+
+def row(*size):
+    return torch.ones(size, dtype=torch.float64)
+
+
+def among(x):
+    return x.view(-1, 3, 2)
+
+
+REFUSED = {
+    "layer_norm, shape": lambda x: F.layer_norm(x, (3,)),
+    "layer_norm, weight": lambda x: F.layer_norm(x, (6,), row(1)),
+    "layer_norm, bias": lambda x: F.layer_norm(x, (6,), None, row(1)),
+    "group_norm, groups": lambda x: F.group_norm(among(x), 2),
+    "group_norm, weight": lambda x: F.group_norm(among(x), 3, row(1)),
+    "batch_norm, weight": lambda x: F.batch_norm(x, row(6), row(6), row(1)),
+    "batch_norm, mean": lambda x: F.batch_norm(x, row(1), row(1)),
+    "batch_norm, no statistics": lambda x: F.batch_norm(x, None, None),
+    "instance_norm, weight": lambda x: F.instance_norm(among(x), weight=row(1)),
+    "cdist, p": lambda x: torch.cdist(among(x), among(x), p=-1),
+    "cdist, columns": lambda x: torch.cdist(among(x), x.view(-1, 6, 1)),
+    "cdist, vectors": lambda x: torch.cdist(x[0], x[0])[None],
+    "attention, both masks": lambda x: F.scaled_dot_product_attention(
+        among(x), among(x), among(x), row(3, 3) > 0, is_causal=True
+    ),
+    "normal, deviation": lambda x: torch.normal(x, -torch.ones_like(x)),
+    "select_scatter, index": lambda x: torch.select_scatter(x, x[:, 0], 1, 9),
+    "select_scatter, shape": lambda x: torch.select_scatter(x, x[:, :1], 1, 0),
+    "max_unpool, index": lambda x: F.max_unpool1d(among(x), torch.full((len(x), 3, 2), 9), 2),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_torch_refuses_is_refused_inside_torch_func_too(name):
+    x, func = randn(4, 6), REFUSED[name]
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        func(x)
+    jac = batch_jacobian(func, randomness="different")
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        torch.func.grad(lambda x: jac(x).sum())(x)
+
+
+def test_a_deviation_that_torch_vmap_hides_is_still_looked_at():
+    jac = batch_jacobian(lambda x: torch.normal(0.0, x.exp()), randomness="different")
+    found = torch.vmap(lambda row: jac(row[None]), randomness="different")(randn(4, 3))
+    assert found.shape == (4, 1, 3, 3)
+    jac = batch_jacobian(lambda x: torch.normal(0.0, -x.exp()), randomness="different")
+    with pytest.raises(RuntimeError, match="std >= 0"):
+        torch.vmap(lambda row: jac(row[None]), randomness="different")(randn(4, 3))
