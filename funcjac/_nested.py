@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from funcjac import _tree
 from funcjac._batched import Call, Layout, Output
 from funcjac._directions import basis
+from funcjac._jets import Index
 from funcjac._linear import Context, detached
 from funcjac._modes import Route
 from funcjac._native import is_transformed
@@ -143,32 +145,68 @@ def _shift(steps: Tensor, along: Tensor, dim: int | None) -> Tensor:
     return (steps.mT.reshape(shape) * along).sum(0)
 
 
-def partial_along(
-    call: Call, route: Route, context: Context, index: tuple[int, ...]
-) -> tuple[list[Tensor], Output]:
-    """One mixed derivative by ``(B, d)``: a differentiation for each entry of ``index``."""
+def partials_along(
+    call: Call, route: Route, context: Context, indices: Sequence[Index]
+) -> tuple[dict[Index, list[Tensor]], Output]:
+    """Mixed derivatives by ``(B, d)``, of each sorted index: an order nested in the next.
+
+    What is differentiated further is so once, by all coordinates.
+    """
     call = call._replace(composed=True)
     x, dim = call.inputs[0], call.layout.diff_dims[0]
     level = Route("sum", route.mode, 1, vectorized=False, transposed=route.transposed)
+    orders = _by_order(indices)
 
-    def at(shift: Tensor, rest: tuple[int, ...], here: Context) -> tuple[list[Tensor], Output]:
-        if not rest:
+    def at(shift: Tensor, order: int, here: Context) -> tuple[dict[Index, list[Tensor]], Output]:
+        if not order:
             output = call([x + shift])
-            return output.leaves, output
-        along = basis(x, dim, [rest[0]])
+            return {(): output.leaves}, output
+        further = orders[order - 1]
+        used = sorted({entry for entries in further.values() for entry in entries})
+        along = basis(x, dim, used)
 
         def func(steps: Tensor) -> tuple[list[Tensor], Any]:
             inside = Context(functional=is_transformed(), graph=True)
-            found, output = at(shift + _shift(steps, along, dim), rest[1:], inside)
-            return found, (output.leaves, output.spec, output.aux)
+            known, output = at(shift + _shift(steps, along, dim), order - 1, inside)
+            outs = [leaf for index in further for leaf in known[index]]
+            return outs, (known, output.leaves, output.spec, output.aux)
 
-        zero = x.new_zeros(call.batch, 1)
-        found = jacobian(reframed(call, func, [zero], (0,)), level, here)
-        leaves, spec, aux = found.output.aux
-        return [block.squeeze(-1) for (block,) in found.blocks], Output(list(leaves), spec, aux)
+        zeros = x.new_zeros(call.batch, len(used))
+        found = jacobian(reframed(call, func, [zeros], (0,)), level, here)
+        known, leaves, spec, aux = found.output.aux
+        blocks = iter(found.blocks)
+        for index, entries in further.items():
+            slopes = [next(blocks)[0] for _ in leaves]
+            for entry in entries:
+                place = used.index(entry)
+                known[tuple(sorted((*index, entry)))] = [s.select(-1, place) for s in slopes]
+        return known, Output(list(leaves), spec, aux)
 
-    found, output = at(torch.zeros_like(x), index, context)
-    if not index and not (context.graph or context.functional):
+    known, output = at(torch.zeros_like(x), len(orders), context)
+    if not orders and not (context.graph or context.functional):
         output = detached(output)
-        return output.leaves, output
-    return found, output
+        known = {(): output.leaves}
+    return known, output
+
+
+def _by_order(indices: Sequence[Index]) -> list[dict[Index, list[int]]]:
+    """By order, what must be differentiated by which coordinates."""
+    needed = {tuple(sorted(index)) for index in indices}
+    found: list[dict[Index, list[int]]] = []
+    for order in range(max(map(len, needed)), 0, -1):
+        left = sorted(index for index in needed if len(index) == order)
+        step: dict[Index, list[int]] = {}
+        while left:  # first the one that most are derivatives of
+            lower = Counter(part for index in left for part in set(_shorter(index)))
+            best = max(lower, key=lambda part: (lower[part], part in needed, part))
+            of = [index for index in left if best in _shorter(index)]
+            step[best] = [next((Counter(i) - Counter(best)).elements()) for i in of]
+            left = [index for index in left if index not in of]
+        needed.update(step)
+        found.append(step)
+    return found[::-1]
+
+
+def _shorter(index: Index) -> list[Index]:
+    """Without one of its entries."""
+    return [index[:i] + index[i + 1 :] for i in range(len(index))]

@@ -19,9 +19,10 @@ from funcjac._directions import Spec, basis, directions, row_shape
 from funcjac._jets import mixed
 from funcjac._linear import Context
 from funcjac._modes import Route
-from funcjac._nested import hessian_blocks, partial_along
+from funcjac._nested import hessian_blocks, partials_along
 from funcjac._pairs import all_pairs
 from funcjac._passes import Jacobian
+from funcjac._state import rng_state, set_rng_state
 from funcjac._taylor import Recording, propagate, record
 from funcjac.errors import refuse
 
@@ -156,14 +157,16 @@ def partials(call: Call, route: Route, context: Context, *, spec: Spec) -> Jacob
     columns: list[list[Tensor]] = []
     recording = record(call, context) if route.mode == "taylor" else None
     output = None if recording is None else recording.output
+    replay = rng_state() if call.options.randomness != "error" else None
     for start in range(0, len(spec.indices), step):
         group = spec.indices[start : start + step]
         if recording is not None:
             columns += _taylor_partials(recording, group, x, dim)
             continue
-        for index in group:
-            found, output = partial_along(call, route, context, index)
-            columns.append(found)
+        if replay is not None:
+            set_rng_state(replay)  # every group sees the same draws
+        found, output = partials_along(call, route, context, group)
+        columns += [found[tuple(sorted(index))] for index in group]
     assert output is not None
     dtypes = [torch.result_type(out, x) for out in output.leaves]
     # The same index twice, or the value, must not come as one tensor under two names.

@@ -370,3 +370,45 @@ def test_other_batch_sizes(name):
 def test_the_answer_has_the_name_of_the_function():
     for name in OPERATORS:
         assert make(name).__name__ == "field"
+
+
+# --- what partial derivatives share ------------------------------------------------------
+
+
+def test_nested_partials_differentiate_what_they_share_once():
+    """One run of ``func``, and in each order a pass for each derivative that goes on."""
+    runs, passes = [], []
+
+    def func(x):
+        runs.append(1)
+        x.register_hook(lambda grad: passes.append(1))
+        return x.prod(-1)
+
+    indices = [(0, 0, 1), (0, 1, 1), (1, 0), (2, 1, 0), ()]
+    x = torch.rand(B, 3, dtype=torch.float64)
+    transformed = batch_partials(func, indices, mode="rev", engine="sum", check=False)
+    for _ in range(2):  # the first looks at func
+        runs.clear()
+        passes.clear()
+        found = transformed(x)
+    one, two, three = x.unbind(-1)
+    zero = torch.zeros_like(one)
+    for got, right in zip(found, (zero, zero, three, torch.ones_like(one), one * two * three)):
+        torch.testing.assert_close(got, right)
+    assert len(runs) == 1
+    assert len(passes) == 3  # of u, of u_0 and of u_01
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+@pytest.mark.parametrize("mode", ["taylor", "rev"])
+def test_partials_of_one_draw(mode, chunk_size):
+    def func(x):
+        return torch.rand_like(x[0]) * x**3
+
+    words = {"mode": mode, "chunk_size": chunk_size, "randomness": "different"}
+    transformed = batch_partials(func, [(0,), (0, 0), (0, 0, 0)], return_value=True, **words)
+    x = 1 + torch.rand(B, 3, dtype=torch.float64)
+    (first, second, third), value = transformed(x)
+    torch.testing.assert_close(first[:, 0], 3 * value[:, 0] / x[:, 0])
+    torch.testing.assert_close(second[:, 0], 6 * value[:, 0] / x[:, 0] ** 2)
+    torch.testing.assert_close(third[:, 0], 6 * value[:, 0] / x[:, 0] ** 3)
