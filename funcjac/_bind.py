@@ -67,6 +67,13 @@ def with_extras(
     return call._replace(leaves=[*call.leaves, *extras], layout=layout, extra=len(extras))
 
 
+def narrowed(call: Call, layouts: dict[Any, Layout], diff: tuple[int, ...]) -> Call:
+    """The call with only some of its leaves to differentiate."""
+    key = (id(call.layout), "diff", diff)
+    layout = layouts.get(key) or layouts.setdefault(key, replace(call.layout, diff=diff))
+    return call._replace(layout=layout)
+
+
 def check_inputs(call: Call) -> None:
     """Refuse arguments that cannot be differentiated.
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from funcjac import _tree
 from funcjac._batched import Call, Operator, Options, transform_behind
-from funcjac._bind import bind, check_inputs, with_extras
+from funcjac._bind import bind, check_inputs, narrowed, with_extras
 from funcjac._engines import Jacobian, Memory, solve, solve_transformed, solve_within
 from funcjac._kinds import is_uninitialized
 from funcjac._modes import MODES, prefers_forward, routes
 from funcjac._native import is_transformed
+from funcjac._operators import with_elements, with_empty
 from funcjac._passes import jacobian
 from funcjac._state import levels_of_others
 from funcjac._words import check_options
@@ -48,7 +49,15 @@ class Transform:
     ) -> Any:
         """The result as a level of another transform, which verifies the two together."""
         call = self.bind(args, kwargs)._replace(clone=clone, simply=simply)
-        return self.options.operator.assemble(call, solve_within(call, self.memory))
+        return self.result(call, solve_within)
+
+    def result(self, call: Call, solve: Callable[[Call, Memory], Jacobian]) -> Any:
+        kept = with_elements(call)
+        if kept == call.layout.diff:
+            found = solve(call, self.memory)
+        else:
+            found = with_empty(call, solve(narrowed(call, self.memory.layouts, kept), self.memory))
+        return self.options.operator.assemble(call, found)
 
 
 def batch_jacobian(
@@ -177,19 +186,18 @@ def transformed(
 
 
 def evaluate(transform: Transform, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    assemble = transform.options.operator.assemble
     if is_transformed():
         others = levels_of_others([transform.func, args, kwargs])
         if others is not None:
             with others:
                 return evaluate(transform, args, kwargs)
         call = transform.bind(args, kwargs)
-        return assemble(call, solve_transformed(call, transform.memory))
+        return transform.result(call, solve_transformed)
     if torch.is_inference_mode_enabled() or any(map(_is_inference, _tree.tensors(args))):
         with torch.inference_mode(False), torch.no_grad():
             return evaluate(transform, *usable((args, kwargs)))
     call = transform.bind(args, kwargs)
-    return assemble(call, solve(call, transform.memory))
+    return transform.result(call, solve)
 
 
 def assemble(call: Call, result: Jacobian) -> Any:

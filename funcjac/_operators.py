@@ -27,32 +27,60 @@ from funcjac._taylor import Recording, propagate, record
 from funcjac.errors import refuse
 
 
+def _shapes(call: Call, spec: Spec) -> list[torch.Size]:
+    """What follows an output's shape in each of its blocks."""
+    rows = [row_shape(x, dim) for x, dim in zip(call.inputs, call.layout.diff_dims)]
+    first = rows if call.options.return_value else []
+    scalar = torch.Size()
+    return {
+        "hessian": [a + b for a in rows for b in rows] + first,
+        "diagonal": rows + first,
+        "laplacian": [scalar] * (1 + spec.return_error) + (first if spec.samples is None else []),
+        "partials": [scalar] * len(spec.indices),
+        "divergence": [scalar] * (1 + spec.return_error),
+    }[spec.kind]
+
+
+def _zeros(call: Call, out: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    dtype = torch.result_type(out, call.inputs[0])
+    return [out.new_zeros((*out.shape, *shape), dtype=dtype) for shape in shapes]
+
+
 def zeros(call: Call, spec: Spec) -> Jacobian:
     """The result for an empty batch, or rows without elements: ``func`` runs for shapes."""
     output = call(call.inputs)
-    rows = [row_shape(x, dim) for x, dim in zip(call.inputs, call.layout.diff_dims)]
-    first = rows if call.options.return_value else []
-    shapes = {
-        "hessian": [a + b for a in rows for b in rows] + first,
-        "diagonal": rows + first,
-        "laplacian": [torch.Size()] * (1 + spec.return_error)
-        + (first if spec.samples is None else []),
-        "partials": [torch.Size()] * len(spec.indices),
-        "divergence": [torch.Size()] * (1 + spec.return_error),
-    }[spec.kind]
     outs = (
         output.leaves if spec.kind != "divergence" else [output.leaves[0].flatten(1)[:, :0].sum(1)]
     )
-    dtypes = [torch.result_type(out, call.inputs[0]) for out in outs]
-    blocks = [
-        [out.new_zeros((*out.shape, *shape), dtype=dtype) for shape in shapes]
-        for out, dtype in zip(outs, dtypes)
-    ]
+    shapes = _shapes(call, spec)
+    blocks = [_zeros(call, out, shapes) for out in outs]
     for row, out in zip(blocks, outs):  # the value itself is no derivative
         row[: len(spec.indices)] = [
             zero if index else out for zero, index in zip(row, spec.indices)
         ]
     return Jacobian(blocks, output)
+
+
+_BY_INPUT = ("hessian", "diagonal", "laplacian")
+
+
+def with_elements(call: Call) -> tuple[int, ...]:
+    """Leaves to differentiate: not the ones without elements, if others have some."""
+    spec, diff = call.options.operator.spec, call.layout.diff
+    full = tuple([i for i in diff if call.leaves[i].numel()])
+    by_input = spec is not None and spec.kind in _BY_INPUT and not spec.samples
+    return full if full and by_input else diff
+
+
+def with_empty(call: Call, found: Jacobian) -> Jacobian:
+    """What was found by the others, and empty blocks for those without elements."""
+    shapes = _shapes(call, call.options.operator.spec)
+    blocks = []
+    for out, given in zip(found.output.leaves, found.blocks):
+        rest = iter(given)
+        empty = _zeros(call, out, shapes)
+        blocks.append([next(rest) if s.numel() else none for s, none in zip(shapes, empty)])
+    return Jacobian(blocks, found.output)
 
 
 def is_empty(call: Call, route: Route) -> bool:

@@ -116,6 +116,8 @@ def divergence_entries(found: Probe, *, graph: bool, spec: Spec) -> list[Entry]:
     total = output.leaves[0].new_zeros(() if shared else batch)
     size = total.detach()
     for i, (x, dim) in enumerate(zip(found.inputs, call.layout.diff_dims)):
+        if not x.numel():
+            continue
         flat = output.leaves[i].reshape(batch, -1)
         count = flat.shape[1] if spec.samples is None else spec.samples
         block = Block((count, 1 if dim is None else batch), 0, graph)

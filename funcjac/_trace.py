@@ -28,7 +28,7 @@ from funcjac.errors import refuse
 
 def divergence(call: Call, route: Route, context: Context, *, spec: Spec) -> Jacobian:
     """``sum_n d f_n / d x_n``, chunk by chunk, or an estimate of it from probes."""
-    if route.mode == "empty" or any(x.numel() == 0 for x in call.inputs):
+    if route.mode == "empty" or not any(x.numel() for x in call.inputs):
         output = call(call.inputs)
         check_square(call, output)
         out = output.leaves[0]
@@ -99,6 +99,8 @@ def _pulled(call: Call, route: Route, context: Context, spec: Spec, found: _Sum)
     run = over_basis if route.vectorized else _call
     for i, out in enumerate(output.leaves):
         x, dim = call.inputs[i], call.layout.diff_dims[i]
+        if not x.numel():
+            continue
         for start, stop, seed in _seeds(call, spec, i, out, 0, route):
             last = i + 1 == len(output.leaves) and stop == _count(call, spec, i)
             grad = run(functools.partial(pull, i, last), seed)[i]
@@ -112,6 +114,8 @@ def _pushed(call: Call, route: Route, context: Context, spec: Spec, found: _Sum)
     replay = rng_state() if call.options.randomness != "error" else None
     output: Any = None
     for i, (x, dim) in enumerate(zip(call.inputs, call.layout.diff_dims)):
+        if not x.numel():
+            continue
         push = make(call.only(i), context, replay)
         for start, stop, seed in _seeds(call, spec, i, x, dim, route):
             new, tangents = push(seed, route.vectorized)

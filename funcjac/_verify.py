@@ -35,6 +35,8 @@ from funcjac.errors import VerificationError, brief
 
 # A mismatch this many times smaller than what rounding the input does is conditioning.
 _NOISE = 32
+# Units of rounding by which the input is moved to see that.
+_ROUNDINGS = (1, -1, 2, 5, -8)
 
 
 # --- the comparison ----------------------------------------------------------------------
@@ -108,21 +110,34 @@ def _dtypes(found: Probe) -> list[torch.dtype]:
     return [*found.within, *outs, *[x.dtype for x in found.inputs]]
 
 
-def is_noise(found: Probe, result: Jacobian) -> bool:
-    """Whether rounding the input moves the VJP as much as the mismatch: bad conditioning."""
-    eps = [torch.finfo(x.dtype).eps for x in found.inputs]
-    moved = [x.detach() * (1 + e) for x, e in zip(found.inputs, eps)]
-    again = verifier(found.call.with_inputs(moved), Context(), seed=found.seed)
-    for e, (entry, moved_entry) in enumerate(zip(found.entries, again.entries)):
-        grad, other = _grad_rows(entry), _grad_rows(moved_entry)
-        if not grad.numel():
-            continue
-        predicted, _ = _contracted(entry.seeds, [blocks[e] for blocks in result.blocks])
-        predicted = predicted.sum(0, keepdim=True) if entry.dim is None else predicted
-        noise = (grad - other).abs().max()
-        if not (predicted - grad).abs().max() <= _NOISE * noise:
-            return False
-    return True
+def is_noise(found: Probe, result: Jacobian, put_back: Callable[[], None]) -> bool:
+    """Whether rounding the input moves the VJP as much as the mismatch: bad conditioning.
+
+    ``put_back`` comes before ``func`` runs once more.
+    """
+    rows = [_grad_rows(entry) for entry in found.entries]
+    noise = [0.0] * len(rows)
+    for steps in _ROUNDINGS:  # one alone may happen to round to the same
+        put_back()
+        moved = [x.detach() * (1 + steps * torch.finfo(x.dtype).eps) for x in found.inputs]
+        again = verifier(found.call.with_inputs(moved), Context(), seed=found.seed)
+        for e, (grad, entry) in enumerate(zip(rows, again.entries)):
+            if grad.numel():
+                noise[e] = max(noise[e], (grad - _grad_rows(entry)).abs().max().item())
+        if all(_off(found, result, e) <= _NOISE * noise[e] for e in range(len(rows))):
+            return True
+    return False
+
+
+def _off(found: Probe, result: Jacobian, e: int) -> float:
+    """Largest difference in entry ``e``."""
+    entry = found.entries[e]
+    grad = _grad_rows(entry)
+    if not grad.numel():
+        return 0.0
+    predicted, _ = _contracted(entry.seeds, [blocks[e] for blocks in result.blocks])
+    predicted = predicted.sum(0, keepdim=True) if entry.dim is None else predicted
+    return (predicted - grad).abs().max().item()
 
 
 # --- what autograd cannot see ------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What a sweep over PyTorch's operators and random programs once found, one test for each."""
 
+import optree
 import pytest
 import torch
 from torch import nn
@@ -9,10 +10,12 @@ from torch.nn import functional as F
 from funcjac import (
     BatchMixingError,
     VerificationError,
+    batch_divergence,
     batch_hessian,
     batch_hessian_diagonal,
     batch_jacobian,
     batch_laplacian,
+    explain,
 )
 
 f64 = torch.float64
@@ -459,3 +462,48 @@ def test_a_deviation_that_torch_vmap_hides_is_still_looked_at():
     jac = batch_jacobian(lambda x: torch.normal(0.0, -x.exp()), randomness="different")
     with pytest.raises(RuntimeError, match="std >= 0"):
         torch.vmap(lambda row: jac(row[None]), randomness="different")(randn(4, 3))
+
+
+@pytest.mark.parametrize("seed", [2, 9, 22, 36, 49, 53])
+def test_a_norm_of_a_single_feature_which_is_but_rounding(seed):
+    """Derivatives are zero; plain autograd returns rounding of numbers 300 times as large."""
+    rng = torch.Generator().manual_seed(seed)
+    args = [size * torch.rand(3, 1, generator=rng, dtype=f64) for size in (-1, -5, -8)]
+    row = lambda x, weight, bias: F.layer_norm(x, (1,), weight, bias)
+    for found in batch_jacobian(stacked(row), (0, 1, 2))(*args)[:2]:
+        assert found.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("return_value", [False, True])
+@pytest.mark.parametrize("transform", [batch_hessian, batch_hessian_diagonal, batch_laplacian])
+def test_inputs_without_elements_beside_others(transform, return_value):
+    def func(x, z):
+        return x.sin() * z.sum(-1, keepdim=True) ** 2
+
+    x, none, z = randn(4, 2), randn(4, 0), randn(4, 3)
+    added = lambda x, none, z: func(x, z) + none.sum(-1, keepdim=True)
+    with_none = transform(added, (0, 1, 2), return_value=return_value)
+    without = transform(func, (0, 1), return_value=return_value)
+
+    def loss(found):
+        return sum(leaf.sum() for leaf in optree.tree_leaves(found))
+
+    for _ in range(3):
+        found, right = (optree.tree_leaves(f) for f in (with_none(x, none, z), without(x, z)))
+        assert all(leaf.shape[:2] == (4, 2) for leaf in found)
+        torch.testing.assert_close([leaf for leaf in found if leaf.numel()], right)
+    inside = torch.func.grad(lambda x: loss(with_none(x, none, z)))(x)
+    torch.testing.assert_close(inside, torch.func.grad(lambda x: loss(without(x, z)))(x))
+    assert "passes" in str(explain(with_none, x, none, z))
+
+
+@pytest.mark.parametrize("words", [{}, {"samples": 2}], ids=str)
+@pytest.mark.parametrize("check", [False, "auto"])
+@pytest.mark.parametrize("mode", ["fwd", "rev"])
+def test_a_divergence_with_a_leaf_without_elements(mode, check, words):
+    x, none = randn(4, 2), randn(4, 0)
+    for order in (1, -1):
+        func = lambda *args, order=order: tuple(x * x for x in args[::order])[::order]
+        divergence = batch_divergence(func, (0, 1), mode=mode, check=check, **words)
+        found = divergence(*(x, none)[::order])
+        torch.testing.assert_close(found, 2 * x.sum(-1))

@@ -107,5 +107,4 @@ def confirm(
     if problem is None:
         return None, found
     check_rows(call, reached)
-    put_back()
-    return None if is_noise(found, result) else problem, found
+    return None if is_noise(found, result, put_back) else problem, found

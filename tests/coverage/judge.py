@@ -119,9 +119,10 @@ def _compare(found: Tensor, plain: Tensor | None, truth: Truth, kind, turn) -> O
     if order in truth.differences:
         right = right_of(truth.differences[order])
         # Differences see no less than rounding of the values over their step, or its square.
-        noise = (1e-10 if order == "jacobian" else 1e-7) * _row_max(truth.value.unsqueeze(-1)).roll(
-            turn, 0
-        )
+        noise = (1e-10 if order == "jacobian" else 1e-7) * _row_max(truth.value.unsqueeze(-1))
+        if order == "hessian" and truth.blur is not None:
+            noise = torch.maximum(noise, truth.blur)
+        noise = noise.roll(turn, 0)
         floor = _floor(below, turn, 1e-5)
         gap = _gap(found, right, 1e-4, noise if floor is None else floor + noise)
         if not gap:

@@ -26,6 +26,7 @@ class Truth:
         wrong: names of derivatives in which central differences contradict plain autograd.
         differences: derivatives by central differences, where they are needed.
         kinks: rows at which one-sided differences disagree.
+        blur: what rounding leaves of second differences in each row, where those were taken.
     """
 
     value: Tensor
@@ -39,6 +40,7 @@ class Truth:
     wrong: dict[str, str] = field(default_factory=dict)
     differences: dict[str, Tensor] = field(default_factory=dict)
     kinks: list[int] = field(default_factory=list)
+    blur: Tensor | None = None
 
 
 def truth_of(case: Case) -> Truth:
@@ -128,6 +130,9 @@ def _judge(truth: Truth, rows: list["_Row"]) -> None:
         truth.differences["jacobian"] = _by_differences([r.value for r in rows], rows)
         slopes = [functools.partial(_slopes, r.value) for r in rows]
         truth.differences["hessian"] = _by_differences(slopes, rows)
+        sizes = truth.value.nan_to_num(0, 0, 0).abs().flatten(1).amax(1)
+        finest = torch.tensor([_step(row.flat) / 4 for row in rows], dtype=f64)
+        truth.blur = torch.finfo(f64).eps * sizes / finest**2
     elif truth.hess is None or "hessian" in truth.wrong:
         truth.differences["hessian"] = _by_differences([r.jacobian for r in rows], rows)
     if "hessian" in truth.differences and truth.weights is not None:
@@ -152,6 +157,10 @@ def _by_differences(functions: list[Callable[[Tensor], Tensor]], rows: list["_Ro
     return torch.stack(found)
 
 
+def _step(z: Tensor) -> float:
+    return STEP * max(1e-2, min(1.0, float(z.abs().max()) if len(z) else 1.0))
+
+
 @dataclass
 class _Along:
     slope: Tensor
@@ -162,7 +171,7 @@ class _Along:
 def _along(function: Callable[[Tensor], Tensor], z: Tensor, v: Tensor) -> _Along:
     """Directional derivative by Richardson's extrapolation, and how far to trust it."""
     middle = function(z)
-    step = STEP * max(1e-2, min(1.0, float(z.abs().max()) if len(z) else 1.0))
+    step = _step(z)
     slopes, bends = [], []
     for h in (step, step / 2, step / 4):
         plus, minus = function(z + h * v), function(z - h * v)
