@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from funcjac._formulas import Formula, formula
 from funcjac._jets import (
+    Index,
     Jet,
     Scheme,
     Site,
+    Term,
     aligned,
     combined,
     part,
-    partitions,
 )
 from funcjac._native import backward
 from funcjac._opaque import first, rerun, variables
@@ -39,96 +42,113 @@ def elementwise(site: Site) -> list[Jet]:
     of = _of_named if site.scheme.places else _of_one if len(stacks) == 1 else _of_many
     terms = of(site.scheme, stacks, found)
     if site.start:
-        terms = [_cut(term, site.start) for term in terms if term[0] + len(term[2]) > site.start]
-    return [site.cast(combined(terms, site.shape, overwrite=site.spare and len(jets) == 1))]
+        terms = [_cut(term, site.start) for term in terms if term.end > site.start]
+    # Products by multi-indices are of the jet itself, which must stay until the last.
+    overwrite = site.spare and len(jets) == 1 and of is not _of_named
+    return [site.cast(combined(terms, site.shape, overwrite=overwrite))]
 
 
-def _cut(term: Any, start: int) -> Any:
+def _cut(term: Term, start: int) -> Term:
     """What a term adds to derivatives from ``start`` on."""
-    begin, factor, found = term
-    return max(begin - start, 0), factor, found[max(start - begin, 0) :]
+    begin, found = max(term.begin - start, 0), term.found[max(start - term.begin, 0) :]
+    return term._replace(begin=begin, found=found)
 
 
-def _of_one(scheme: Scheme, stacks: list[Tensor], found: _Derivatives) -> list[Any]:
-    (jet,), slope_of, second = stacks, found(0), found(0, 0)
-    terms = [] if slope_of is None else [(0, slope_of, jet)]
+def _of_one(scheme: Scheme, stacks: list[Tensor], found: _Derivatives) -> list[Term]:
+    (jet,), second = stacks, found(0, 0)
+    terms = _firsts(stacks, found)
     if second is not None and scheme.seconds:
         slope = jet[: scheme.firsts]
-        terms.append((scheme.firsts, second, scheme.along(slope, slope, torch.mul)))
+        terms.append(Term(scheme.firsts, second, scheme.along(slope, slope, torch.mul)))
     return terms
 
 
-def _of_many(scheme: Scheme, stacks: list[Tensor], found: _Derivatives) -> list[Any]:
+def _of_many(scheme: Scheme, stacks: list[Tensor], found: _Derivatives) -> list[Term]:
     n = scheme.firsts
     terms = _firsts(stacks, found)
     for i, j in itertools.combinations_with_replacement(range(len(stacks)), 2):
         factor = found(i, j) if scheme.seconds else None
         if factor is not None:
             rule = scheme.along if i == j else scheme.crossed
-            terms.append((n, factor, rule(stacks[i][:n], stacks[j][:n], torch.mul)))
+            terms.append(Term(n, factor, rule(stacks[i][:n], stacks[j][:n], torch.mul)))
     return terms
 
 
-def _of_named(scheme: Scheme, stacks: list[Tensor], found: _Derivatives) -> list[Any]:
-    """Of derivatives by multi-indices, one by one."""
-    terms, known = _firsts(stacks, found), {}
-    for index, place in scheme.places.items():
-        for key, sum_ in _products(scheme, index, stacks, known):
-            factor = found(*key)
-            if factor is not None:
-                terms.append((place, factor, sum_))
-    return terms
+def _of_named(scheme: Scheme, stacks: list[Tensor], found: _Derivatives) -> list[Term]:
+    """Of derivatives by multi-indices.
 
-
-def _firsts(stacks: list[Tensor], found: _Derivatives) -> list[Any]:
-    terms = [(0, found(i), jet) for i, jet in enumerate(stacks)]
-    terms = [term for term in terms if term[1] is not None]
-    return sorted(terms, key=lambda term: -len(term[2]))  # what is added to must be there
-
-
-def _products(
-    scheme: Scheme, index: tuple[int, ...], stacks: list[Tensor], known: dict[Any, Any]
-) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """What the derivatives of the operation are multiplied with: for each of them, by variables.
-
-    A sum over all ways to split ``index`` into two or more blocks, each of which falls to a
-    variable. ``known`` are products that were computed before.
+    ``d_Ic f(z)`` is ``d_I (f'(z) d_c z)``: by Leibniz' rule, derivatives of ``z`` times those of
+    ``f'(z)``, which many share.
     """
-    for key, found in _splits(index, len(stacks)).items():
-        total: Any = None
-        for factors, count in found.items():
-            term = _monomial(scheme, factors, stacks, known)
-            if term is not None and total is None:
-                total = term if count == 1 else count * term
-            elif term is not None:
-                total = torch.add(total, term, alpha=count)
-        if total is not None:
-            yield key, total
+    terms, known = _firsts(stacks, found), {}
+    for (variable, outer, times), runs in _runs(scheme, stacks).items():
+        factor = _bent(scheme, stacks, found, ((variable,), outer), known)
+        if factor is not None:
+            jet = stacks[variable]
+            terms += [Term(place, factor, jet[at : at + n], times) for place, at, n in runs]
+    return sorted(terms, key=lambda term: term.begin)
+
+
+def _runs(scheme: Scheme, stacks: list[Tensor]) -> dict[Any, list[list[int]]]:
+    """By factor (variable, index, and how often): where products go, with what, and how many."""
+    found: dict[Any, list[list[int]]] = {}
+    for index, place in scheme.places.items():
+        for variable, outer, inner, times in _splits(index, len(stacks)):
+            source = scheme.places[inner]
+            if not outer or source >= len(stacks[variable]):
+                continue
+            runs = found.setdefault((variable, outer, times), [])
+            if runs and place - runs[-1][0] == source - runs[-1][1] == runs[-1][2]:
+                runs[-1][2] += 1
+            else:
+                runs.append([place, source, 1])
+    return found
+
+
+def _firsts(stacks: list[Tensor], found: _Derivatives) -> list[Term]:
+    factors = [(found(i), jet) for i, jet in enumerate(stacks)]
+    terms = [Term(0, factor, jet) for factor, jet in factors if factor is not None]
+    return sorted(terms, key=lambda term: -len(term.found))  # what is added to must be there
 
 
 @functools.cache
-def _splits(index: tuple[int, ...], variables: int) -> dict[tuple[int, ...], dict[Any, int]]:
-    """How often each product of variables' derivatives occurs, by variables."""
-    sums: dict[tuple[int, ...], dict[Any, int]] = {}
-    for blocks in partitions(index):
-        for chosen in itertools.product(range(variables), repeat=len(blocks)):
-            key, factors = tuple(sorted(chosen)), tuple(sorted(zip(chosen, blocks)))
-            if len(key) > 1:
-                found = sums.setdefault(key, {})
-                found[factors] = found.get(factors, 0) + 1
-    return sums
+def _splits(index: Index, variables: int) -> list[tuple[int, Index, Index, int]]:
+    """For each variable, ways to split ``index`` in two, and how often each occurs.
+
+    The last entry falls to the second part.
+    """
+    ways: Counter[tuple[Index, Index]] = Counter()
+    for chosen in itertools.product((True, False), repeat=len(index) - 1):
+        outer = tuple(entry for entry, yes in zip(index, chosen) if yes)
+        ways[outer, tuple(entry for entry, yes in zip(index, (*chosen, False)) if not yes)] += 1
+    return [(v, *parts, count) for parts, count in ways.items() for v in range(variables)]
 
 
-def _monomial(scheme: Scheme, factors: Any, stacks: list[Tensor], known: Any) -> Tensor | None:
-    """A product of derivatives, from that of all but the last."""
-    if factors not in known:
-        variable, block = factors[-1]
-        last = part(scheme, stacks[variable], block)
-        before = _monomial(scheme, factors[:-1], stacks, known) if len(factors) > 1 else None
-        if len(factors) > 1:
-            last = None if last is None or before is None else before * last
-        known[factors] = last
-    return known[factors]
+def _bent(
+    scheme: Scheme,
+    stacks: list[Tensor],
+    found: _Derivatives,
+    what: tuple[tuple[int, ...], Index],
+    known: dict[Any, Tensor | None],
+) -> Tensor | None:
+    """How an operation's derivative by variables changes: its derivative by an index."""
+    if what not in known:
+        variables, index = what
+        if not index:
+            return found(*variables)
+        total: Any = None
+        for variable, outer, inner, count in _splits(index, len(stacks)):
+            further = (tuple(sorted((*variables, variable))), outer)
+            factor = _bent(scheme, stacks, found, further, known)
+            jet = part(scheme, stacks[variable], inner)
+            if factor is None or jet is None:
+                continue
+            if total is None:
+                total = factor * jet if count == 1 else count * factor * jet
+            else:
+                total = torch.addcmul(total, factor, jet, value=count)
+        known[what] = total
+    return known[what]
 
 
 class _Derivatives:
@@ -148,8 +168,23 @@ class _Derivatives:
                 out = first(rerun(site, spread))
         self.inputs = inputs
         self.found: dict[tuple[int, ...], Tensor | None] = {(): out}
+        self.formula: Formula | None = None
+        self.formula = self._formula(site, out)
+
+    def _formula(self, site: Site, out: Tensor) -> Formula | None:
+        """``None`` where autograd is the way."""
+        whole = len(self.inputs) == 1 and self.inputs[0].shape == out.shape
+        if self.graph or not whole or self.inputs[0] is not site.value(0):
+            return None
+        self.ones = out.new_ones(()).expand(out.shape)
+        tensors = (self.inputs[0], out, self.ones)
+        self.values = dict(enumerate(tensors))
+        return formula(site.node, tensors, lambda order: self(*[0] * order), self.order)
 
     def __call__(self, *index: int) -> Tensor | None:
+        if index not in self.found and self.formula is not None:
+            self(*index[:-1])
+            self.found[index] = self.formula.run(self.values, len(index))
         if index not in self.found:
             before = self(*index[:-1])
             more = self.graph or len(index) < self.order

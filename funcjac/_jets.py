@@ -98,18 +98,6 @@ def _parts(index: Index) -> Iterator[Index]:
         yield from itertools.combinations(index, size)
 
 
-def partitions(index: Index) -> Iterator[list[Index]]:
-    """All ways to split the positions of ``index`` into blocks, as their entries."""
-    if not index:
-        yield []
-        return
-    first, rest = index[0], index[1:]
-    for found in partitions(rest):
-        yield [(first,), *found]
-        for i, block in enumerate(found):
-            yield [*found[:i], (first, *block), *found[i + 1 :]]
-
-
 def part(scheme: Scheme, jet: Tensor, index: Index) -> Tensor | None:
     """One derivative of a jet, as a stack of one; ``None`` where it is zero or the value."""
     place = scheme.places.get(tuple(sorted(index)), len(jet))
@@ -145,8 +133,17 @@ def extend(jet: Tensor, found: Tensor, start: int) -> Tensor:
     return torch.cat([jet[:start], jet[start:stop] + found, jet[stop:]])
 
 
-# Where it begins among the derivatives, and ``factor`` and ``derivatives`` to multiply.
-Term = tuple[int, Tensor, Tensor]
+class Term(NamedTuple):
+    """``times * factor * found``, added to derivatives from ``begin`` on."""
+
+    begin: int
+    factor: Tensor
+    found: Tensor
+    times: int = 1
+
+    @property
+    def end(self) -> int:
+        return self.begin + len(self.found)
 
 
 def combined(terms: list[Term], shape: torch.Size, *, overwrite: bool) -> Jet:
@@ -158,34 +155,39 @@ def combined(terms: list[Term], shape: torch.Size, *, overwrite: bool) -> Jet:
     if not terms:
         return None
     if torch.is_grad_enabled():
-        total: Any = None
-        for begin, factor, found in terms:
-            term = factor * found
-            if total is None and begin == 0:
-                total = term
-            else:
-                total = term[:0] if total is None else total
-                total = extend(filled(total, begin), term, begin)
-        return total
-    _, factor, first = terms[0]
-    length = max(begin + len(found) for begin, _, found in terms)
+        return _summed(terms)
+    _, factor, first, _ = terms[0]
+    length = max(term.end for term in terms)
     same = factor.dtype == first.dtype
     dtype = first.dtype if same else torch.promote_types(factor.dtype, first.dtype)
     fits = overwrite and first.shape == (length, *shape) and first.dtype == dtype
     whole = first if fits else first.new_empty((length, *shape), dtype=dtype)
     end = 0  # of what has been written; the rest is not added to but written
-    for begin, factor, found in terms:
+    for begin, factor, found, times in terms:
         stop = begin + len(found)
         if end > begin:
             middle = min(end, stop)
-            whole[begin:middle].addcmul_(factor, found[: middle - begin])
+            whole[begin:middle].addcmul_(factor, found[: middle - begin], value=times)
             begin, found = middle, found[middle - begin :]
         elif end < begin:
             whole[end:begin].zero_()
         if stop > begin:
-            torch.mul(factor, found, out=whole[begin:stop])
+            torch.mul(factor, found if times == 1 else times * found, out=whole[begin:stop])
             end = stop
     return whole
+
+
+def _summed(terms: list[Term]) -> Tensor:
+    """The same out of place."""
+    total: Any = None
+    for begin, factor, found, times in terms:
+        term = factor * found if times == 1 else times * (factor * found)
+        if total is None and begin == 0:
+            total = term
+        else:
+            total = term[:0] if total is None else total
+            total = extend(filled(total, begin), term, begin)
+    return total
 
 
 def aligned(jet: Tensor, ndim: int) -> Tensor:

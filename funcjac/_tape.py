@@ -201,7 +201,7 @@ class Tape(TorchDispatchMode):
     ) -> Any:
         """Record an operation on a tensor of its own as the same one out of place."""
         target = args[0]
-        functional = _out_of_place(op)
+        functional = out_of_place(op)
         reshapes = op.overloadpacket.__name__ in ("squeeze_", "unsqueeze_")
         own = reshapes or (target._base is None and not self._shares_memory(target))
         if functional is None or not own:
@@ -292,7 +292,7 @@ def is_mutable(op: Any) -> bool:
 
 
 @functools.cache
-def _out_of_place(op: Any) -> Any:
+def out_of_place(op: Any) -> Any:
     """``aten.relu`` for ``aten.relu_``; ``None`` where there is none."""
     space, name = op._schema.name.split("::")
     packet = getattr(getattr(torch.ops, space), name.removesuffix("_"), None)

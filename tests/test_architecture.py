@@ -39,7 +39,7 @@ LAYERS = [
     ["_structure"],
     ["_batched", "_basis", "_state", "_tape"],
     ["_bind", "_words", "_linear", "_directions", "_jets"],
-    ["_passes", "_probe", "_opaque"],
+    ["_passes", "_probe", "_opaque", "_formulas"],
     ["_verify", "_mixing", "_results", "_nested", "_trace", "_elementwise"],
     ["_rules"],
     ["_taylor", "_references", "_differences"],
