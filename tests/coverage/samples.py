@@ -239,18 +239,24 @@ def _row(unit, name, tree, make_call, seed, few):
         def row_of():
             function, module = bare()
 
-            def row(*moves: Tensor) -> tuple[Tensor, ...]:
+            def row(*moved: Tensor) -> tuple[Tensor, ...]:
                 full = [
-                    (x.reshape(-1) + basis @ move).reshape(x.shape)
-                    for x, basis, move in zip(base, spread, moves)
+                    (x + basis @ z).reshape(like.shape)
+                    for x, basis, z, like in zip(fixed, spread, moved, base)
                 ]
                 found = function(*full)
                 return tuple(found[k].reshape(-1)[index] for k, index in chosen)
 
             return seeded(row), module
 
-        start = [torch.zeros(len(p), dtype=f64) for p in picks]
-        rows = _perturbed(row_of()[0], start, rng)
+        # As numbers of their own size, they are rounded as they would be elsewhere.
+        flat = [x.reshape(-1) for x in base]
+        moving = [x.isfinite() & (basis != 0).any(1) for x, basis in zip(flat, spread)]
+        start = [basis.mT @ torch.where(m, x, 0) for x, basis, m in zip(flat, spread, moving)]
+        fixed = [torch.where(m, 0, x) for x, m in zip(flat, moving)]
+        row, moves = row_of()[0], [torch.zeros(len(p), dtype=f64) for p in picks]
+        rows = _perturbed(lambda *m: row(*map(torch.add, start, m)), moves, rng)
+        rows = [list(map(torch.add, start, moves)) for moves in rows]
     constants = tuple(
         x for i, x in enumerate(leaves) if isinstance(x, Tensor) and (i not in where or not fits)
     )
