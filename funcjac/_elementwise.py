@@ -24,7 +24,6 @@ from funcjac._jets import (
     Term,
     aligned,
     combined,
-    part,
 )
 from funcjac._native import backward
 from funcjac._opaque import first, rerun, variables
@@ -80,22 +79,27 @@ def _of_named(scheme: Scheme, stacks: list[Tensor], found: _Derivatives) -> list
     ``d_Ic f(z)`` is ``d_I (f'(z) d_c z)``: by Leibniz' rule, derivatives of ``z`` times those of
     ``f'(z)``, which many share.
     """
-    terms, known = _firsts(stacks, found), {}
-    for (variable, outer, times), runs in _runs(scheme, stacks).items():
-        factor = _bent(scheme, stacks, found, ((variable,), outer), known)
+    terms, bends = _firsts(stacks, found), _Bends(scheme, stacks, found)
+    lengths = tuple(map(len, stacks))
+    for (variable, outer, times), runs in _runs(tuple(scheme.places), lengths).items():
+        factor = bends((variable,), outer)
         if factor is not None:
             jet = stacks[variable]
             terms += [Term(place, factor, jet[at : at + n], times) for place, at, n in runs]
     return sorted(terms, key=lambda term: term.begin)
 
 
-def _runs(scheme: Scheme, stacks: list[Tensor]) -> dict[Any, list[list[int]]]:
-    """By factor (variable, index, and how often): where products go, with what, and how many."""
+@functools.lru_cache(256)
+def _runs(indices: tuple[Index, ...], lengths: tuple[int, ...]) -> dict[Any, list[list[int]]]:
+    """By factor (variable, index, and how often): where products go, with what, and how many.
+
+    ``lengths`` are those of the variables' jets.
+    """
     found: dict[Any, list[list[int]]] = {}
-    for index, place in scheme.places.items():
-        for variable, outer, inner, times in _splits(index, len(stacks)):
-            source = scheme.places[inner]
-            if not outer or source >= len(stacks[variable]):
+    for place, index in enumerate(indices):
+        for variable, outer, inner, times in _splits(index, len(lengths)):
+            source = indices.index(inner)
+            if not outer or source >= lengths[variable]:
                 continue
             runs = found.setdefault((variable, outer, times), [])
             if runs and place - runs[-1][0] == source - runs[-1][1] == runs[-1][2]:
@@ -124,31 +128,34 @@ def _splits(index: Index, variables: int) -> list[tuple[int, Index, Index, int]]
     return [(v, *parts, count) for parts, count in ways.items() for v in range(variables)]
 
 
-def _bent(
-    scheme: Scheme,
-    stacks: list[Tensor],
-    found: _Derivatives,
-    what: tuple[tuple[int, ...], Index],
-    known: dict[Any, Tensor | None],
-) -> Tensor | None:
-    """How an operation's derivative by variables changes: its derivative by an index."""
-    if what not in known:
-        variables, index = what
+class _Bends:
+    """Derivatives of an operation by variables, and of those by multi-indices."""
+
+    def __init__(self, scheme: Scheme, stacks: list[Tensor], found: _Derivatives) -> None:
+        self.places, self.found = scheme.places, found
+        self.parts = [jet.split(1) for jet in stacks]
+        self.known: dict[Any, Tensor | None] = {}
+
+    def __call__(self, variables: tuple[int, ...], index: Index) -> Tensor | None:
         if not index:
-            return found(*variables)
+            return self.found(*variables)
+        if (variables, index) not in self.known:
+            self.known[variables, index] = self._sum(variables, index)
+        return self.known[variables, index]
+
+    def _sum(self, variables: tuple[int, ...], index: Index) -> Tensor | None:
         total: Any = None
-        for variable, outer, inner, count in _splits(index, len(stacks)):
-            further = (tuple(sorted((*variables, variable))), outer)
-            factor = _bent(scheme, stacks, found, further, known)
-            jet = part(scheme, stacks[variable], inner)
-            if factor is None or jet is None:
+        for variable, outer, inner, times in _splits(index, len(self.parts)):
+            parts, place = self.parts[variable], self.places[inner]
+            factor = self(tuple(sorted((*variables, variable))), outer)
+            if factor is None or place >= len(parts):
                 continue
-            if total is None:
-                total = factor * jet if count == 1 else count * factor * jet
+            if total is not None:
+                total = torch.addcmul(total, factor, parts[place], value=times)
             else:
-                total = torch.addcmul(total, factor, jet, value=count)
-        known[what] = total
-    return known[what]
+                total = factor * parts[place]
+                total = total if times == 1 else times * total
+        return total
 
 
 class _Derivatives:
