@@ -67,11 +67,20 @@ def with_extras(
     return call._replace(leaves=[*call.leaves, *extras], layout=layout, extra=len(extras))
 
 
-def narrowed(call: Call, layouts: dict[Any, Layout], diff: tuple[int, ...]) -> Call:
-    """The call with only some of its leaves to differentiate."""
-    key = (id(call.layout), "diff", diff)
-    layout = layouts.get(key) or layouts.setdefault(key, replace(call.layout, diff=diff))
-    return call._replace(layout=layout)
+def narrowed(
+    call: Call, layouts: dict[Any, Layout], diff: tuple[int, ...], dropped: tuple[int, ...]
+) -> Call:
+    """The call with only some of its leaves to differentiate, without extras that are dropped."""
+    key = (id(call.layout), diff, dropped)
+    kept = [i for i in range(len(call.leaves)) if i not in dropped]
+    layout = layouts.get(key)
+    if layout is None:
+        old = call.layout
+        batched = tuple([kept.index(i) for i in old.batched if i not in dropped])
+        dims = tuple([old.dims[i] for i in kept])
+        layout = layouts.setdefault(key, replace(old, diff=diff, dims=dims, batched=batched))
+    leaves = [call.leaves[i] for i in kept]
+    return call._replace(leaves=leaves, layout=layout, extra=call.extra - len(dropped))
 
 
 def check_inputs(call: Call) -> None:

@@ -16,6 +16,7 @@ from funcjac._engines import Context, Jacobian, executed, run
 from funcjac._jacobian import JACOBIAN, looks, transform_of, usable
 from funcjac._mixing import check_rows, mixing_error
 from funcjac._modes import ENGINES, Route, sizes_of
+from funcjac._operators import with_elements
 from funcjac._probe import tolerance
 from funcjac._reach import Reach, reach
 from funcjac._state import Guard, guard, rng_state, same_rng_state, set_rng_state
@@ -214,7 +215,7 @@ def check_derivative(
         with torch.inference_mode(False):
             return check_derivative(transformed, *args, **kwargs)
     args, kwargs = usable((args, kwargs))
-    call = transform.bind(args, kwargs)
+    call = with_elements(transform.bind(args, kwargs), transform.memory.layouts)
     operator = transform.options.operator
     plain = "rev" if "rev" in operator.modes else "rev_over_rev"
     call = call._replace(composed=operator.reference is not None)

@@ -70,6 +70,8 @@ def formula(
     Returns:
         ``None`` where other operations could run another time.
     """
+    if not tensors[1].numel():
+        return None  # nothing lies anywhere
     constants = [*node.args[1:], *node.kwargs.values()]
     if node.places != ((0, None),) or any(isinstance(c, (Tensor, list, tuple)) for c in constants):
         return None

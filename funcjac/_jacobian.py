@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funcjac import _tree
 from funcjac._batched import Call, Operator, Options, transform_behind
-from funcjac._bind import bind, check_inputs, narrowed, with_extras
+from funcjac._bind import bind, check_inputs, with_extras
 from funcjac._engines import Jacobian, Memory, solve, solve_transformed, solve_within
 from funcjac._kinds import is_uninitialized
 from funcjac._modes import MODES, prefers_forward, routes
@@ -52,11 +52,9 @@ class Transform:
         return self.result(call, solve_within)
 
     def result(self, call: Call, solve: Callable[[Call, Memory], Jacobian]) -> Any:
-        kept = with_elements(call)
-        if kept == call.layout.diff:
-            found = solve(call, self.memory)
-        else:
-            found = with_empty(call, solve(narrowed(call, self.memory.layouts, kept), self.memory))
+        full = with_elements(call, self.memory.layouts)
+        found = solve(full, self.memory)
+        found = found if full is call else with_empty(call, found)
         return self.options.operator.assemble(call, found)
 
 

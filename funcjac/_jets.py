@@ -7,6 +7,7 @@ may end after any order; what is missing is zero. A :class:`Scheme` says which t
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -156,10 +157,9 @@ def combined(terms: list[Term], shape: torch.Size, *, overwrite: bool) -> Jet:
         return None
     if torch.is_grad_enabled():
         return _summed(terms)
-    _, factor, first, _ = terms[0]
-    length = max(term.end for term in terms)
-    same = factor.dtype == first.dtype
-    dtype = first.dtype if same else torch.promote_types(factor.dtype, first.dtype)
+    first, length = terms[0].found, max(term.end for term in terms)
+    dtypes = {tensor.dtype for term in terms for tensor in (term.factor, term.found)}
+    dtype = functools.reduce(torch.promote_types, dtypes)
     fits = overwrite and first.shape == (length, *shape) and first.dtype == dtype
     whole = first if fits else first.new_empty((length, *shape), dtype=dtype)
     end = 0  # of what has been written; the rest is not added to but written

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from funcjac._along import Along, Columns
 from funcjac._batched import Call
+from funcjac._bind import narrowed
 from funcjac._block import added
 from funcjac._directions import Spec, basis, directions, row_shape
 from funcjac._jets import mixed
@@ -27,23 +28,27 @@ from funcjac._taylor import Recording, propagate, record
 from funcjac.errors import refuse
 
 
-def _shapes(call: Call, spec: Spec) -> list[torch.Size]:
-    """What follows an output's shape in each of its blocks."""
-    rows = [row_shape(x, dim) for x, dim in zip(call.inputs, call.layout.diff_dims)]
-    first = rows if call.options.return_value else []
-    scalar = torch.Size()
+def _entries(call: Call, spec: Spec) -> list[tuple[int, ...]]:
+    """By which inputs each of an output's blocks is a derivative with axes of their own."""
+    alone = [(j,) for j in range(len(call.inputs))]
+    first = alone if call.options.return_value else []
+    scalar: list[tuple[int, ...]] = [()]
     return {
-        "hessian": [a + b for a in rows for b in rows] + first,
-        "diagonal": rows + first,
-        "laplacian": [scalar] * (1 + spec.return_error) + (first if spec.samples is None else []),
-        "partials": [scalar] * len(spec.indices),
-        "divergence": [scalar] * (1 + spec.return_error),
+        "hessian": [a + b for a in alone for b in alone] + first,
+        "diagonal": alone + first,
+        "laplacian": scalar * (1 + spec.return_error) + (first if spec.samples is None else []),
+        "partials": scalar * len(spec.indices),
+        "divergence": scalar * (1 + spec.return_error),
     }[spec.kind]
 
 
-def _zeros(call: Call, out: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    dtype = torch.result_type(out, call.inputs[0])
-    return [out.new_zeros((*out.shape, *shape), dtype=dtype) for shape in shapes]
+def _zeros(call: Call, out: Tensor, entry: tuple[int, ...]) -> Tensor:
+    inputs = [call.inputs[j] for j in entry]
+    rows = [row_shape(x, call.layout.diff_dims[j]) for j, x in zip(entry, inputs)]
+    zero = out.new_zeros((*out.shape, *[size for row in rows for size in row]))
+    for x in inputs or call.inputs[:1]:
+        zero = zero.to(torch.result_type(zero, x))
+    return zero
 
 
 def zeros(call: Call, spec: Spec) -> Jacobian:
@@ -52,8 +57,8 @@ def zeros(call: Call, spec: Spec) -> Jacobian:
     outs = (
         output.leaves if spec.kind != "divergence" else [output.leaves[0].flatten(1)[:, :0].sum(1)]
     )
-    shapes = _shapes(call, spec)
-    blocks = [_zeros(call, out, shapes) for out in outs]
+    entries = _entries(call, spec)
+    blocks = [[_zeros(call, out, entry) for entry in entries] for out in outs]
     for row, out in zip(blocks, outs):  # the value itself is no derivative
         row[: len(spec.indices)] = [
             zero if index else out for zero, index in zip(row, spec.indices)
@@ -61,25 +66,29 @@ def zeros(call: Call, spec: Spec) -> Jacobian:
     return Jacobian(blocks, output)
 
 
-_BY_INPUT = ("hessian", "diagonal", "laplacian")
-
-
-def with_elements(call: Call) -> tuple[int, ...]:
-    """Leaves to differentiate: not the ones without elements, if others have some."""
+def with_elements(call: Call, layouts: dict[Any, Any]) -> Call:
+    """The call by its inputs with elements alone, where others have none."""
     spec, diff = call.options.operator.spec, call.layout.diff
-    full = tuple([i for i in diff if call.leaves[i].numel()])
-    by_input = spec is not None and spec.kind in _BY_INPUT and not spec.samples
-    return full if full and by_input else diff
+    kept = [j for j, x in enumerate(call.inputs) if x.numel()]
+    some = 0 < len(kept) < len(diff) and call.batch > 0
+    if not some or spec is None or spec.kind not in ("hessian", "diagonal", "laplacian"):
+        return call
+    probes = len(call.leaves) - call.extra + spec.is_weighted  # one for each input
+    others = [j for j in range(len(diff)) if j not in kept]
+    dropped = tuple([probes + j for j in others]) if spec.samples is not None else ()
+    return narrowed(call, layouts, tuple([diff[j] for j in kept]), dropped)
 
 
 def with_empty(call: Call, found: Jacobian) -> Jacobian:
-    """What was found by the others, and empty blocks for those without elements."""
-    shapes = _shapes(call, call.options.operator.spec)
+    """What was found of :func:`with_elements`, and blocks without elements."""
+    kept = {j for j, x in enumerate(call.inputs) if x.numel()}
+    entries = _entries(call, call.options.operator.spec)
     blocks = []
     for out, given in zip(found.output.leaves, found.blocks):
         rest = iter(given)
-        empty = _zeros(call, out, shapes)
-        blocks.append([next(rest) if s.numel() else none for s, none in zip(shapes, empty)])
+        row = [next(rest) if kept.issuperset(e) else _zeros(call, out, e) for e in entries]
+        pairs = zip(entries, row)
+        blocks.append([b if e else b.to(torch.result_type(b, call.inputs[0])) for e, b in pairs])
     return Jacobian(blocks, found.output)
 
 
@@ -90,7 +99,7 @@ def is_empty(call: Call, route: Route) -> bool:
         ValueError: some inputs are empty, and others are not.
     """
     empty = [x.numel() == 0 for x in call.inputs]
-    if any(empty) and not all(empty):
+    if any(empty) and not all(empty) and call.batch:
         shapes = [tuple(x.shape) for x in call.inputs]
         remedy = "Leave the empty ones out of argnums."
         raise refuse(call.options.name, ValueError, "inputs with elements", shapes, remedy)

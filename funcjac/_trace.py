@@ -28,7 +28,7 @@ from funcjac.errors import refuse
 
 def divergence(call: Call, route: Route, context: Context, *, spec: Spec) -> Jacobian:
     """``sum_n d f_n / d x_n``, chunk by chunk, or an estimate of it from probes."""
-    if route.mode == "empty" or not any(x.numel() for x in call.inputs):
+    if route.mode == "empty" or not call.batch or not any(x.numel() for x in call.inputs):
         output = call(call.inputs)
         check_square(call, output)
         out = output.leaves[0]

@@ -116,28 +116,34 @@ def is_noise(found: Probe, result: Jacobian, put_back: Callable[[], None]) -> bo
     ``put_back`` comes before ``func`` runs once more.
     """
     rows = [_grad_rows(entry) for entry in found.entries]
-    noise = [0.0] * len(rows)
+    noise = [torch.zeros_like(row) for row in rows]
     for steps in _ROUNDINGS:  # one alone may happen to round to the same
         put_back()
         moved = [x.detach() * (1 + steps * torch.finfo(x.dtype).eps) for x in found.inputs]
         again = verifier(found.call.with_inputs(moved), Context(), seed=found.seed)
-        for e, (grad, entry) in enumerate(zip(rows, again.entries)):
-            if grad.numel():
-                noise[e] = max(noise[e], (grad - _grad_rows(entry)).abs().max().item())
-        if all(_off(found, result, e) <= _NOISE * noise[e] for e in range(len(rows))):
+        for e, (row, entry) in enumerate(zip(rows, again.entries)):
+            moves = (row - _grad_rows(entry)).abs()
+            noise[e] = torch.maximum(noise[e], torch.where(moves.isfinite(), moves, 0))
+        if all(_is_within(found, result, e, noise[e]) for e in range(len(rows))):
             return True
     return False
 
 
-def _off(found: Probe, result: Jacobian, e: int) -> float:
-    """Largest difference in entry ``e``."""
+def _is_within(found: Probe, result: Jacobian, e: int, noise: Tensor) -> bool:
+    """Whether no difference in entry ``e`` is larger than noise explains."""
     entry = found.entries[e]
     grad = _grad_rows(entry)
     if not grad.numel():
-        return 0.0
-    predicted, _ = _contracted(entry.seeds, [blocks[e] for blocks in result.blocks])
-    predicted = predicted.sum(0, keepdim=True) if entry.dim is None else predicted
-    return (predicted - grad).abs().max().item()
+        return True
+    predicted, size = _contracted(entry.seeds, [blocks[e] for blocks in result.blocks])
+    if entry.dim is None:
+        predicted, size = predicted.sum(0, keepdim=True), size.sum(0, keepdim=True)
+    floor = found.floor.sum() if entry.dim is None else found.floor.unsqueeze(1)
+    scale = grad.abs() + size.nan_to_num(0, 0, 0) + floor.to(grad.dtype)
+    # What is small is rounding, and as large anywhere in a row; at a kink it is not.
+    small = torch.where(noise <= _tolerance(found) * scale, noise, 0).amax(1, keepdim=True)
+    off = torch.where(grad.isfinite(), (predicted - grad).abs(), 0)
+    return bool((off <= _NOISE * torch.maximum(noise, small)).all())
 
 
 # --- what autograd cannot see ------------------------------------------------------------

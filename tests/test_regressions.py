@@ -15,6 +15,8 @@ from funcjac import (
     batch_hessian_diagonal,
     batch_jacobian,
     batch_laplacian,
+    batch_partials,
+    check_derivative,
     explain,
 )
 
@@ -507,3 +509,109 @@ def test_a_divergence_with_a_leaf_without_elements(mode, check, words):
         divergence = batch_divergence(func, (0, 1), mode=mode, check=check, **words)
         found = divergence(*(x, none)[::order])
         torch.testing.assert_close(found, 2 * x.sum(-1))
+
+
+class Doubled(torch.autograd.Function):
+    """``2 x g``, with a batching rule that gives three quarters of it."""
+
+    @staticmethod
+    def forward(x, grad):
+        return 2 * x * grad
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, other = ctx.saved_tensors
+        return 2 * other * grad, 2 * x * grad
+
+    @staticmethod
+    def vmap(info, dims, x, grad):
+        x = x if dims[0] is not None else x.expand_as(grad)
+        return 1.5 * x * grad, dims[1] if dims[1] is not None else dims[0]
+
+
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Doubled.apply(*ctx.saved_tensors, grad)
+
+    @staticmethod
+    def vmap(info, dims, x):
+        return Squared.apply(x), dims[0]
+
+
+NOT_SMOOTH_AT_ONE = {
+    "relu": lambda x: torch.relu(1 - x),
+    "other side": lambda x: torch.relu(x - 1),
+    "clamp": lambda x: x.clamp(0, 1),
+    "abs": lambda x: (1 - x).abs(),
+}
+
+
+@pytest.mark.parametrize("name", NOT_SMOOTH_AT_ONE)
+def test_one_kink_excuses_no_other_element(name):
+    func = lambda x: 10 * Squared.apply(x) + NOT_SMOOTH_AT_ONE[name](x)
+    x = randn(16, 3).sigmoid()
+    x[5, 1] = 1.0
+    with pytest.raises(VerificationError):
+        batch_jacobian(func, engine="vmap", mode="rev")(x)
+
+
+@pytest.mark.parametrize("words", [{}, {"return_value": True}], ids=str)
+@pytest.mark.parametrize("transform", [batch_hessian, batch_hessian_diagonal, batch_laplacian])
+def test_an_empty_batch_with_an_argument_that_rows_share(transform, words):
+    both = transform(lambda x, s: (x @ s).sin(), (0, 1), in_dims=(0, None), **words)
+    shapes = [tuple(leaf.shape) for leaf in optree.tree_leaves(both(randn(0, 3), randn(3)))]
+    some = [tuple(leaf.shape) for leaf in optree.tree_leaves(both(randn(4, 3), randn(3)))]
+    assert shapes == [(0, *shape[1:]) for shape in some]
+
+
+@pytest.mark.parametrize("transform", [batch_hessian, batch_hessian_diagonal, batch_laplacian])
+def test_dtypes_beside_inputs_without_elements(transform):
+    func = lambda x, y: (x**2).sum(1) + y.sum(1).to(x.dtype)
+    for swap in (False, True):
+        argnums = (1, 0) if swap else (0, 1)
+        transformed = transform(func, argnums, return_value=True)
+        dtypes = [
+            [leaf.dtype for leaf in optree.tree_leaves(transformed(randn(4, 3).float(), y))]
+            for y in (randn(4, 0), randn(4, 1))
+        ]
+        assert dtypes[0] == dtypes[1]
+
+
+def test_estimates_and_checks_beside_inputs_without_elements():
+    func, x, none = lambda x, y: (x**2).sum(1) + y.sum(1), randn(4, 3), randn(4, 0)
+    for argnums in ((0, 1), (1, 0)):
+        found, error = batch_laplacian(func, argnums, samples=3, return_error=True)(x, none)
+        torch.testing.assert_close(found, torch.full((4,), 6.0, dtype=f64))
+        torch.testing.assert_close(error, torch.zeros(4, dtype=f64))
+        assert check_derivative(batch_hessian(func, argnums), x, none).ok
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap", "sum", "loop"])
+def test_the_values_of_a_divergence_of_several_outputs(engine):
+    x, y = randn(4, 3), randn(4, 2)
+    func = lambda x, y: ((x**2, y**2), x.sum(1))
+    words = {"return_value": True, "has_aux": True, "engine": engine}
+    found, (value, aux) = batch_divergence(func, (0, 1), **words)(x, y)
+    torch.testing.assert_close(found, 2 * x.sum(1) + 2 * y.sum(1))
+    torch.testing.assert_close(value, (x**2, y**2))
+    torch.testing.assert_close(aux, x.sum(1))
+
+
+def test_a_half_beside_a_double_does_not_round_it():
+    func = lambda x: torch.hypot((x[:, 0] * 0.01).half(), x[:, 1].exp() * x[:, 0])
+    partials, x = batch_partials(func, [(0,), (1,)], mode="taylor", check=False), randn(4, 2)
+    plain, graph = partials(x), partials(x.clone().requires_grad_())
+    torch.testing.assert_close(plain[1], graph[1].detach(), rtol=1e-12, atol=1e-12)

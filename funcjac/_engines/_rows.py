@@ -155,16 +155,14 @@ def _flatten_row(found: Jacobian) -> tuple[tuple[Tensor, ...], Any]:
     rows = [leaf[0] for leaf in aux]
     blocks = [block[0] for blocks in found.blocks for block in blocks]
     outs = [out[0] for out in found.output.leaves]
-    counts = (len(found.blocks), len(found.blocks[0]))
+    counts = (len(found.blocks), len(found.blocks[0]), len(outs))
     return (*blocks, *outs, *rows), (counts, found.output.spec, rest)
 
 
 def _unflatten_rows(rest: Any, tensors: Iterable[Tensor]) -> Jacobian:
-    (outputs, inputs), spec, aux = rest
+    (outputs, inputs, leaves), spec, aux = rest
     flat = list(tensors)
     # What does not depend on the row came out of vmap as one row, expanded.
     blocks = [[b.contiguous() for b in flat[i * inputs : (i + 1) * inputs]] for i in range(outputs)]
-    outs = flat[outputs * inputs : outputs * inputs + outputs]
-    return Jacobian(
-        blocks, Output(outs, spec, join_tensors(aux, flat[outputs * inputs + outputs :]))
-    )
+    outs, more = flat[outputs * inputs :][:leaves], flat[outputs * inputs + leaves :]
+    return Jacobian(blocks, Output(outs, spec, join_tensors(aux, more)))
