@@ -91,6 +91,9 @@ def _floor(call: Call, grads: Sequence[Tensor | None]) -> Tensor:
 
 # Of what rounding a slope does to a second derivative, what rounding the output does to a slope.
 _FLAT = 0.1
+# In float64 digits last for ten times that, and for inputs as large as this, by which slopes
+# are divided and must not drown.
+_LARGE = {torch.float64: 1e3}
 
 
 def _resolution(call: Call, products: list[Tensor]) -> Tensor:
@@ -100,7 +103,9 @@ def _resolution(call: Call, products: list[Tensor]) -> Tensor:
     for product in products:
         sizes = wide(product.detach()).abs().nan_to_num(0, 0, 0).unsqueeze(-1).flatten(1)
         found = torch.maximum(found, sizes.amax(1)) if sizes.numel() else found
-    return _FLAT * found / max([1.0, *[float(one) for one in largest]])
+    shares = [float(one) / _LARGE.get(one.dtype, 1.0) for one in largest]
+    room = 10 if all(one.dtype == torch.float64 for one in (*largest, *products)) else 1
+    return room * _FLAT * found / max([1.0, *shares])
 
 
 def probe(call: Call, context: Context, rows: Tensor | None = None, seed: int = 0) -> Probe:

@@ -615,3 +615,15 @@ def test_a_half_beside_a_double_does_not_round_it():
     partials, x = batch_partials(func, [(0,), (1,)], mode="taylor", check=False), randn(4, 2)
     plain, graph = partials(x), partials(x.clone().requires_grad_())
     torch.testing.assert_close(plain[1], graph[1].detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", [4, 6, 16, 21, 22])
+def test_attention_that_has_made_up_its_mind(seed):
+    """Weights are 0 and 1 but for rounding, and so little is left of slopes."""
+    rng = torch.Generator().manual_seed(seed)
+    query = -8 * torch.rand(3, 1, 2, generator=rng, dtype=f64)
+    keys = 8 * torch.rand(5, 2, generator=rng, dtype=f64) - 8
+    row = lambda row: F.scaled_dot_product_attention(row, keys, keys)
+    right = torch.stack([functional.jacobian(row, one) for one in query])
+    torch.testing.assert_close(batch_jacobian(stacked(row))(query), right, rtol=1e-7, atol=1e-12)
+    assert batch_hessian_diagonal(stacked(row))(query).isfinite().all()
