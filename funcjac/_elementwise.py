@@ -175,7 +175,7 @@ class _Derivatives:
                 out = first(rerun(site, spread))
         self.inputs = inputs
         self.found: dict[tuple[int, ...], Tensor | None] = {(): out}
-        self.formula: Formula | None = None
+        self.formula: Formula | None = None  # it is noted by calls of this
         self.formula = self._formula(site, out)
 
     def _formula(self, site: Site, out: Tensor) -> Formula | None:

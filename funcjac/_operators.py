@@ -69,9 +69,10 @@ def zeros(call: Call, spec: Spec) -> Jacobian:
 def with_elements(call: Call, layouts: dict[Any, Any]) -> Call:
     """The call by its inputs with elements alone, where others have none."""
     spec, diff = call.options.operator.spec, call.layout.diff
+    if len(diff) == 1 or spec is None or spec.kind not in ("hessian", "diagonal", "laplacian"):
+        return call
     kept = [j for j, x in enumerate(call.inputs) if x.numel()]
-    some = 0 < len(kept) < len(diff) and call.batch > 0
-    if not some or spec is None or spec.kind not in ("hessian", "diagonal", "laplacian"):
+    if len(kept) in (0, len(diff)) or call.batch == 0:
         return call
     probes = len(call.leaves) - call.extra + spec.is_weighted  # one for each input
     others = [j for j in range(len(diff)) if j not in kept]

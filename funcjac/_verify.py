@@ -53,25 +53,37 @@ def mismatch(found: Probe, result: Jacobian) -> str | None:
 
 def _excess(found: Probe, result: Jacobian, e: int) -> float:
     """Largest difference in entry ``e``, in units of what is tolerated."""
-    entry = found.entries[e]
-    grad = _grad_rows(entry)
+    grad, difference, size, floor = _compared(found, result, e)
     if not grad.numel():
         return 0.0
+    scale = torch.where(grad.isfinite(), grad.abs(), 0) + size
+    given = found.entries[e].size
+    if given is not None:
+        scale = scale + wide(given).nan_to_num(0, 0, 0).reshape(grad.shape)
+    # Rounding is relative to the largest entry of the row, all else to the entry itself.
+    limit = _tolerance(found) * scale + _rounding(found) * scale.amax(1, keepdim=True)
+    limit = limit + _rounding(found) / 10 * floor.to(limit.dtype)
+    ratio = torch.where(difference == 0, 0, difference / limit)
+    return ratio.max().item()
+
+
+def _compared(found: Probe, result: Jacobian, e: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of entry ``e``: the probe's gradient, how far off the result is, and sizes of both sums.
+
+    Each ``(B, N)``; the last, of what slopes are rounded to, ``(B, 1)``.
+    """
+    entry = found.entries[e]
+    grad, shared = _grad_rows(entry), entry.dim is None
+    floor = found.floor.sum() if shared else found.floor.unsqueeze(1)
+    if not grad.numel():
+        return grad, grad, grad, floor
     predicted, size = _contracted(entry.seeds, [blocks[e] for blocks in result.blocks])
-    if entry.dim is None:
+    if shared:
         predicted, size = predicted.sum(0, keepdim=True), size.sum(0, keepdim=True)
     difference = (predicted - grad).abs()
     # A number on one side and a nan on the other is an error of the Jacobian, not of the probe.
     difference = torch.where(grad.isfinite(), difference.nan_to_num(torch.inf, torch.inf), 0)
-    scale = torch.where(grad.isfinite(), grad.abs(), 0) + size.nan_to_num(0, 0, 0)
-    if entry.size is not None:
-        scale = scale + wide(entry.size).nan_to_num(0, 0, 0).reshape(grad.shape)
-    # Rounding is relative to the largest entry of the row, all else to the entry itself.
-    limit = _tolerance(found) * scale + _rounding(found) * scale.amax(1, keepdim=True)
-    floor = found.floor.sum() if entry.dim is None else found.floor.unsqueeze(1)
-    limit = limit + _rounding(found) / 10 * floor.to(limit.dtype)
-    ratio = torch.where(difference == 0, 0, difference / limit)
-    return ratio.max().item()
+    return grad, difference, size.nan_to_num(0, 0, 0), floor
 
 
 def _grad_rows(entry: Entry) -> Tensor:
@@ -131,19 +143,13 @@ def is_noise(found: Probe, result: Jacobian, put_back: Callable[[], None]) -> bo
 
 def _is_within(found: Probe, result: Jacobian, e: int, noise: Tensor) -> bool:
     """Whether no difference in entry ``e`` is larger than noise explains."""
-    entry = found.entries[e]
-    grad = _grad_rows(entry)
+    grad, difference, size, floor = _compared(found, result, e)
     if not grad.numel():
         return True
-    predicted, size = _contracted(entry.seeds, [blocks[e] for blocks in result.blocks])
-    if entry.dim is None:
-        predicted, size = predicted.sum(0, keepdim=True), size.sum(0, keepdim=True)
-    floor = found.floor.sum() if entry.dim is None else found.floor.unsqueeze(1)
-    scale = grad.abs() + size.nan_to_num(0, 0, 0) + floor.to(grad.dtype)
     # What is small is rounding, and as large anywhere in a row; at a kink it is not.
+    scale = grad.abs() + size + floor.to(grad.dtype)
     small = torch.where(noise <= _tolerance(found) * scale, noise, 0).amax(1, keepdim=True)
-    off = torch.where(grad.isfinite(), (predicted - grad).abs(), 0)
-    return bool((off <= _NOISE * torch.maximum(noise, small)).all())
+    return bool((difference <= _NOISE * torch.maximum(noise, small)).all())
 
 
 # --- what autograd cannot see ------------------------------------------------------------
