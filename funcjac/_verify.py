@@ -144,11 +144,15 @@ def is_noise(found: Probe, result: Jacobian, put_back: Callable[[], None]) -> bo
 def _is_within(found: Probe, result: Jacobian, e: int, noise: Tensor) -> bool:
     """Whether no difference in entry ``e`` is larger than noise explains."""
     grad, difference, size, floor = _compared(found, result, e)
-    if not grad.numel():
+    return _explains(noise, difference, _tolerance(found) * (grad.abs() + size + floor))
+
+
+def _explains(noise: Tensor, difference: Tensor, limit: Tensor | float) -> bool:
+    """Whether no difference, ``(B, N)``, is larger than noise makes it."""
+    if not difference.numel():
         return True
     # What is small is rounding, and as large anywhere in a row; at a kink it is not.
-    scale = grad.abs() + size + floor.to(grad.dtype)
-    small = torch.where(noise <= _tolerance(found) * scale, noise, 0).amax(1, keepdim=True)
+    small = torch.where(noise <= limit, noise, 0).amax(1, keepdim=True)
     return bool((difference <= _NOISE * torch.maximum(noise, small)).all())
 
 
@@ -209,18 +213,28 @@ def graph_mismatch(
         grads = _derivatives(got, leaves)
     except RuntimeError as error:
         return f"it cannot be differentiated: {brief(error)}"
-    scale = max(
-        (wide(r).abs().nan_to_num(0, 0, 0).max().item() for r in right if r.numel()), default=0.0
-    )
-    limit = 10 * _tolerance(found) * scale + _rounding(found) / 10 * _largest(found)
-    limit += _rounding(found) / 10 * found.floor.max().item() if len(found.floor) else 0
-    errors = [
-        (wide(r) - wide(g)).abs()[r.isfinite()].nan_to_num(torch.inf) for r, g in zip(right, grads)
-    ]
-    worst = max((error.max().item() for error in errors if error.numel()), default=0.0)
-    if worst <= limit or worst <= _NOISE * _graph_noise(found, tangents, leaves, right, put_back):
+    errors = _errors(found, right, grads)
+    if all(bool((error <= limit).all()) for error, limit in errors):
+        return None
+    if _is_graph_noise(found, tangents, leaves, right, errors, put_back):
         return None
     return "its derivatives differ from those of plain double backward"
+
+
+def _errors(found: Probe, right: list[Tensor], grads: list[Tensor]) -> list[tuple[Tensor, float]]:
+    """By each leaf how far off the derivatives are, ``(1, N)``, and what is tolerated there."""
+    sizes = [_size(entry.grad) for entry in found.entries if entry.grad is not None]
+    floor = _rounding(found) / 10 * (max(sizes, default=0.0) + _size(found.floor))
+    errors = []
+    for r, g in zip(map(wide, right), map(wide, grads)):
+        error = (r - g).abs().nan_to_num(torch.inf, torch.inf)
+        error = torch.where(r.isfinite(), error, 0).reshape(1, -1)
+        errors.append((error, 10 * _tolerance(found) * _size(r) + floor))
+    return errors
+
+
+def _size(x: Tensor) -> float:
+    return wide(x.detach()).abs().nan_to_num(0, 0, 0).max().item() if x.numel() else 0.0
 
 
 def _tangents(found: Probe) -> list[Tensor]:
@@ -233,28 +247,28 @@ def _along(found: Probe, tangents: list[Tensor]) -> Tensor:
     return total((g * t).sum() for g, t in pairs if g is not None)
 
 
-def _graph_noise(
+def _is_graph_noise(
     found: Probe,
     tangents: list[Tensor],
     leaves: list[Tensor],
     right: list[Tensor],
+    errors: list[tuple[Tensor, float]],
     put_back: Callable[[], None],
-) -> float:
-    """How much rounding the input moves plain second derivatives."""
-    put_back()
-    with torch.enable_grad():
-        moved = [x * (1 + torch.finfo(x.dtype).eps) for x in found.call.inputs]
-        again = verifier(found.call.with_inputs(moved), Context(graph=True), seed=found.seed)
-        others = _derivatives(_along(again, tangents), leaves)
-    noise = [(wide(r) - wide(o)).abs().nan_to_num(0, 0, 0) for r, o in zip(right, others)]
-    return max((one.max().item() for one in noise if one.numel()), default=0.0)
-
-
-def _largest(found: Probe) -> float:
-    """Size of what derivatives are taken of, to which they may be rounded."""
-    grads = [wide(entry.grad.detach()) for entry in found.entries if entry.grad is not None]
-    sizes = [grad.abs().nan_to_num(0, 0, 0).max().item() for grad in grads if grad.numel()]
-    return max(sizes, default=0.0)
+) -> bool:
+    """Whether rounding the input moves plain second derivatives as much as they are off."""
+    noise = [torch.zeros_like(error) for error, _ in errors]
+    for steps in _ROUNDINGS:
+        put_back()
+        with torch.enable_grad():
+            moved = [x * (1 + steps * torch.finfo(x.dtype).eps) for x in found.call.inputs]
+            again = verifier(found.call.with_inputs(moved), Context(graph=True), seed=found.seed)
+            others = _derivatives(_along(again, tangents), leaves)
+        for i, (r, other) in enumerate(zip(right, others)):
+            moves = (wide(r) - wide(other)).abs().reshape(1, -1)
+            noise[i] = torch.maximum(noise[i], torch.where(moves.isfinite(), moves, 0))
+        if all(_explains(n, error, limit) for n, (error, limit) in zip(noise, errors)):
+            return True
+    return False
 
 
 def _derivatives(scalar: Tensor, leaves: list[Tensor]) -> list[Tensor]:

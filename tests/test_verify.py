@@ -267,6 +267,50 @@ def test_a_wrong_backward_is_not_seen_but_checked():
     assert "WRONG" in str(report)
 
 
+# --- derivatives of the Jacobian ---------------------------------------------------------
+
+
+class CutFromTheWeight(torch.autograd.Function):
+    """A product whose forward formula is right, and cannot be differentiated by ``w``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, w):
+        return x * w
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return grad * w, (grad * x).sum_to_size(w.shape)
+
+    @staticmethod
+    def jvp(ctx, x_t, w_t):
+        x, w = ctx.saved_tensors
+        return x_t * w.detach() + (0 if w_t is None else x * w_t)
+
+
+# Beside the product: a weight with derivatives a billion times as large, and a kink.
+BESIDE = {
+    "large": lambda x, v: 1e8 * (x * v) ** 2,
+    "kink": lambda x, v: torch.where(x > 1, x**2, x) + 0 * v,
+}
+
+
+@pytest.mark.parametrize("mode", ["auto", "fwd", "rev"])
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_wrong_derivative_by_one_weight_among_others(name, mode):
+    w, v = (torch.tensor(t).double().requires_grad_() for t in (0.5, 0.7))
+    x = torch.tensor([[0.3], [1.0], [1.2]]).double()
+    jac = batch_jacobian(lambda x: CutFromTheWeight.apply(x, w) + BESIDE[name](x, v), mode=mode)(x)
+    equal(torch.autograd.grad(jac.sum(), w)[0], torch.tensor(3.0).double())
+
+
 # --- verification can fail ---------------------------------------------------------------
 
 

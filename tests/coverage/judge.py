@@ -175,7 +175,6 @@ def _compare_gradients(gradients, case: Case, truth: Truth, turn: int) -> Outcom
     by_differences = "hessian" in truth.differences
     gradients = gradients[: len(truth.gradients)]
     right = [g.roll(turn, 0) if i < count else g for i, g in enumerate(truth.gradients)]
-    scale = max((_largest(g) for g in right), default=0.0)
     floor = _largest(truth.differences.get("jacobian", torch.zeros(())))
     below = 0.0 if truth.jac is None else _largest(truth.jac)
     blur = 0.0
@@ -185,7 +184,7 @@ def _compare_gradients(gradients, case: Case, truth: Truth, turn: int) -> Outcom
         known = other.isfinite()
         if bool((known & ~one.isfinite()).any()):
             return Outcome(WRONG, "gradient not finite")
-        error = _largest(torch.where(known, one - other, 0))
+        error, scale = _largest(torch.where(known, one - other, 0)), _largest(other)
         tolerance = 1e-4 if by_differences else 1e-7
         if error > tolerance * (scale + by_differences * floor) + 1e-11 + 1e-9 * below + blur:
             name = f"argument {i}" if i < count else f"parameter {i - count}"
