@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcjac._state import same_values
-from funcjac._tape import Node, is_mutable, out_of_place
+from funcjac._structure import is_mutable, out_of_place
+from funcjac._tape import Node
 
 Derivative = Callable[[int], "Tensor | None"]  # by its order
 _ONES = 2

@@ -60,6 +60,27 @@ FRAGILE = frozenset(
 
 
 @functools.cache
+def is_mutable(op: Any) -> bool:
+    return op._schema.is_mutable
+
+
+@functools.cache
+def out_of_place(op: Any) -> Any:
+    """``aten.relu`` for ``aten.relu_``; ``None`` where there is none."""
+    space, name = op._schema.name.split("::")
+    packet = getattr(getattr(torch.ops, space), name.removesuffix("_"), None)
+    if packet is None or not name.endswith("_"):
+        return None
+    # By arguments, not by name: to pow_.Scalar belongs pow.Tensor_Scalar.
+    same = (getattr(packet, overload) for overload in packet.overloads())
+    return next((one for one in same if _arguments(one) == _arguments(op)), None)
+
+
+def _arguments(op: Any) -> list[tuple[str, str]]:
+    return [(argument.name, str(argument.type)) for argument in op._schema.arguments]
+
+
+@functools.cache
 def decomposition(op: Any) -> Callable[..., Any] | None:
     """What an operation does, as a function of simpler ones; ``None`` where none is wanted.
 

@@ -13,7 +13,6 @@ although no recorded operation made it, stops the recording (a custom
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcjac._native import with_memory
+from funcjac._structure import is_mutable, out_of_place
 from funcjac.errors import UntraceableError
 
 _CONSTANT, _HIDDEN = -1, -2
@@ -284,17 +284,3 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, (list, tuple)):
         for item in tree:
             yield from _tensors(item)
-
-
-@functools.cache
-def is_mutable(op: Any) -> bool:
-    return op._schema.is_mutable
-
-
-@functools.cache
-def out_of_place(op: Any) -> Any:
-    """``aten.relu`` for ``aten.relu_``; ``None`` where there is none."""
-    space, name = op._schema.name.split("::")
-    packet = getattr(getattr(torch.ops, space), name.removesuffix("_"), None)
-    overload = getattr(packet, op._overloadname, None) if packet is not None else None
-    return overload if name.endswith("_") and overload is not op else None

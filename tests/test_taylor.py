@@ -219,6 +219,8 @@ OTHER_CASES = {
     "reshaped_in_place": lambda x: (lambda y: (y * y).squeeze_(1))((x**2).unsqueeze_(1)),
     "reshaped_in_place_twice": lambda x: x.sin().unsqueeze_(1).squeeze_(1).exp(),
     "inplace": lambda x: bent(x).add_(1).mul_(x).sigmoid_(),
+    "inplace_power": lambda x: bent(x).pow_(2).float_power_(1.5),
+    "inplace_power_of_two": lambda x: (1 + bent(x) ** 2).pow_(x),
 }
 CASES = {**LINEAR_CASES, **OTHER_CASES}
 # Where plain autograd has no second derivative or a wrong third one, or works in place.
@@ -235,7 +237,7 @@ RIGHT["gradient_of_layer_norm"] = lambda x: torch.func.vmap(
 RIGHT["gradient_of_instance_norm"] = lambda x: torch.func.vmap(
     torch.func.grad(lambda r: STANDARD(r.sin()).pow(3).sum())
 )(x)
-NO_GRAPH = {"inplace"}
+NO_GRAPH = {"inplace", "inplace_power", "inplace_power_of_two"}
 # Rows of these are not rows of the batch: they are for one row only.
 ONE_ROW = {"dot_of_one_row", "mv_of_one_row", "dist"}
 
