@@ -240,29 +240,30 @@ def hanging(x: Tensor) -> Tensor:
 
 def test_dead_and_hanging_children_are_crashes(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(run, "PATIENCE", 1.0)
-    monkeypatch.setattr(run, "TRANSFORMS", TRANSFORMS[:1])
     path = tmp_path / "results.jsonl"
     found = [unit_of("dying", dying), unit_of("hanging", hanging), unit_of("fine", sine)]
     found.append(Unit("none", lambda samples, seed: iter([Skipped("none", "", "no samples")])))
-    Sweep(path, 1, 0, 2).run(found)
+    Sweep(path, 1, 0, 2, TRANSFORMS[:1]).run(found)
     kinds = {r["unit"]: r["class"] for r in load(path) if "class" in r}
     assert kinds == {"dying": CRASH, "hanging": CRASH, "fine": RIGHT}
     size = path.stat().st_size
-    Sweep(path, 1, 0, 2).run(found)  # nothing is left to do
+    Sweep(path, 1, 0, 2, TRANSFORMS[:1]).run(found)  # nothing is left to do
     assert path.stat().st_size == size
     text = page.write(load(path))
     assert "| dying | 0 stack | batch_jacobian | crash | the process died" in text
     assert "| no samples | 1 |" in text
 
 
-def test_a_sweep_goes_on_where_it_was_cut(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(run, "TRANSFORMS", TRANSFORMS[:3])
+def test_a_sweep_goes_on_where_it_was_cut(tmp_path) -> None:
     path = tmp_path / "results.jsonl"
-    Sweep(path, 1, 0, 1).run([unit_of("fine", sine)])
+    Sweep(path, 1, 0, 1, TRANSFORMS[:3]).run([unit_of("fine", sine)])
     lines = path.read_text().splitlines()
     kept = [line for line in lines if '"class"' in line][:2]
     path.write_text("\n".join(kept) + '\n{"unit": "fi')  # as a kill leaves it
     path.write_text(path.read_text() + "\n")
-    Sweep(path, 1, 0, 1).run([unit_of("fine", sine)])
+    Sweep(path, 1, 0, 1, TRANSFORMS[:3]).run([unit_of("fine", sine)])
     names = [r["transform"] for r in load(path) if "class" in r]
     assert names == [transform.name for transform in TRANSFORMS[:3]]
+    Sweep(path, 1, 0, 1, TRANSFORMS[:4]).run([unit_of("fine", sine)])  # a column more
+    names = [r["transform"] for r in load(path) if "class" in r]
+    assert names == [transform.name for transform in TRANSFORMS[:4]]

@@ -8,11 +8,13 @@ from pathlib import Path
 from tests.coverage.page import PAGE, write
 from tests.coverage.run import RESULTS, Sweep, forget, load, prepare
 from tests.coverage.samples import units
+from tests.coverage.transforms import TRANSFORMS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.coverage", description=__doc__)
     parser.add_argument("--only", metavar="PATTERN", help="units whose name this matches (re)")
+    parser.add_argument("--transforms", metavar="PATTERN", help="columns whose name this matches")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--samples", type=int, default=2, help="samples of each unit")
     parser.add_argument("--seed", type=int, default=0, help="which samples, and where")
@@ -26,7 +28,8 @@ def main() -> None:
         chosen = [u for u in units() if not words.only or re.search(words.only, u.name)]
         if words.fresh:
             forget(words.results, {unit.name for unit in chosen})
-        Sweep(words.results, words.samples, words.seed, words.jobs).run(chosen)
+        columns = [t for t in TRANSFORMS if re.search(words.transforms or "", t.name)]
+        Sweep(words.results, words.samples, words.seed, words.jobs, columns).run(chosen)
     if not words.no_page:
         PAGE.write_text(write(load(words.results)))
 

@@ -64,7 +64,8 @@ def _head(records: list[Record], cases: dict) -> list[str]:
         f"{', '.join(map(str, sorted(seeds)))}; {minutes:.0f} minutes of one CPU.",
         "",
         "Regenerate with `python -m tests.coverage` (it goes on where it was left; `--fresh` "
-        "starts again, `--only PATTERN` runs some).",
+        "starts again, `--only PATTERN` runs some units, `--transforms PATTERN` some columns, "
+        "`--samples N` more of each).",
         "",
         "* `stack` runs the rows one after the other, `vmap` lets torch batch them, `batch` is a "
         "module on a batch of its own.",

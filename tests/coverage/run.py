@@ -43,7 +43,7 @@ def records_of(
     samples: int,
     seed: int,
     done: frozenset[tuple[str, str]] = frozenset(),
-    transforms: Iterable[Transform] | None = None,
+    transforms: Iterable[Transform] = TRANSFORMS,
     starting: Any = lambda case, transform: None,
 ) -> Iterable[Record]:
     """Everything about a unit, but for what is ``done``: pairs of case and transform."""
@@ -55,7 +55,7 @@ def records_of(
             if isinstance(case, Skipped):
                 yield {"unit": unit.name, "case": case.name, "skipped": case.reason}
                 continue
-            left = [t for t in transforms or TRANSFORMS if (case.name, t.name) not in done]
+            left = [t for t in transforms if (case.name, t.name) not in done]
             if not left or (case.name, ORACLE) in done:
                 continue
             starting(case.name, ORACLE)
@@ -90,12 +90,10 @@ def records_of(
                 }
 
 
-def _child(pipe: Connection, unit: Unit, samples: int, seed: int, done: frozenset) -> None:
+def _child(pipe: Connection, *words: Any) -> None:
     prepare()
     try:
-        for record in records_of(
-            unit, samples, seed, done, starting=lambda *words: pipe.send(("at", words))
-        ):
+        for record in records_of(*words, starting=lambda *at: pipe.send(("at", at))):
             pipe.send(("record", record))
         pipe.send(("end", None))
     except Exception as error:  # an error of the harness, or of the database
@@ -114,10 +112,10 @@ class _Job:
     since: float = field(default_factory=time.monotonic)
     began: float = field(default_factory=time.monotonic)
 
-    def start(self, samples: int, seed: int) -> None:
+    def start(self, samples: int, seed: int, transforms: list[Transform]) -> None:
         context = multiprocessing.get_context("fork")
         self.pipe, theirs = context.Pipe(duplex=False)
-        words = (theirs, self.unit, samples, seed, frozenset(self.done))
+        words = (theirs, self.unit, samples, seed, frozenset(self.done), transforms)
         self.process = context.Process(target=_child, args=words, daemon=True)
         self.process.start()
         theirs.close()
@@ -132,14 +130,24 @@ class _Job:
 class Sweep:
     """All units, some children at a time; results are appended to ``path`` as they come."""
 
-    def __init__(self, path: Path, samples: int, seed: int, jobs: int) -> None:
-        self.path, self.samples, self.seed, self.jobs = path, samples, seed, jobs
+    def __init__(
+        self,
+        path: Path,
+        samples: int,
+        seed: int,
+        jobs: int,
+        transforms: list[Transform] = TRANSFORMS,
+    ) -> None:
+        self.path, self.jobs = path, jobs
+        self.words = samples, seed, transforms
+        # With this, a unit is done.
+        self.end = [samples, seed, *[t.name for t in transforms if transforms != TRANSFORMS]]
         self.counts: dict[str, int] = {}
         self.running: list[_Job] = []
 
     def run(self, units: list[Unit]) -> None:
         kept = load(self.path)
-        finished = {r["unit"] for r in kept if r.get("end") == [self.samples, self.seed]}
+        finished = {r["unit"] for r in kept if r.get("end") == self.end}
         done: dict[str, set] = {}
         for record in kept:
             if "class" in record:
@@ -154,7 +162,7 @@ class Sweep:
                     while waiting and len(self.running) < self.jobs:
                         unit = waiting.pop(0)
                         job = _Job(unit, done.get(unit.name, set()))
-                        job.start(self.samples, self.seed)
+                        job.start(*self.words)
                         self.running.append(job)
                     bar.show(len(waiting) + len(self.running), self.running, self.counts)
                     self._listen()
@@ -220,10 +228,10 @@ class Sweep:
     def _again(self, job: _Job) -> None:
         job.done.add(job.at)
         job.stop()
-        job.start(self.samples, self.seed)
+        job.start(*self.words)
 
     def _end(self, job: _Job, words: Record | None = None) -> None:
-        end = {"unit": job.unit.name, "end": [self.samples, self.seed]}
+        end = {"unit": job.unit.name, "end": self.end}
         self._write({**end, "seconds": round(time.monotonic() - job.began, 1), **(words or {})})
         job.stop()
         self.running.remove(job)
