@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from funcjac._jets import (
     Term,
     aligned,
     combined,
+    splits,
 )
 from funcjac._native import backward
 from funcjac._opaque import first, rerun, variables
@@ -115,17 +115,11 @@ def _firsts(stacks: list[Tensor], found: _Derivatives) -> list[Term]:
     return sorted(terms, key=lambda term: -len(term.found))  # what is added to must be there
 
 
-@functools.cache
 def _splits(index: Index, variables: int) -> list[tuple[int, Index, Index, int]]:
-    """For each variable, ways to split ``index`` in two, and how often each occurs.
-
-    The last entry falls to the second part.
-    """
-    ways: Counter[tuple[Index, Index]] = Counter()
-    for chosen in itertools.product((True, False), repeat=len(index) - 1):
-        outer = tuple(entry for entry, yes in zip(index, chosen) if yes)
-        ways[outer, tuple(entry for entry, yes in zip(index, (*chosen, False)) if not yes)] += 1
-    return [(v, *parts, count) for parts, count in ways.items() for v in range(variables)]
+    """For each variable, ways to split ``index``, of which the last entry falls to the second."""
+    *before, last = index
+    ways = splits(tuple(before))
+    return [(v, outer, (*inner, last), n) for outer, inner, n in ways for v in range(variables)]
 
 
 class _Bends:

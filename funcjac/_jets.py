@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
@@ -97,6 +98,16 @@ def mixed(indices: Sequence[Index], device: torch.device) -> Scheme:
 def _parts(index: Index) -> Iterator[Index]:
     for size in range(1, len(index) + 1):
         yield from itertools.combinations(index, size)
+
+
+@functools.cache
+def splits(index: Index) -> list[tuple[Index, Index, int]]:
+    """Ways to split an index in two, and how often each occurs: Leibniz' rule."""
+    ways: Counter[tuple[Index, Index]] = Counter()
+    for chosen in itertools.product((True, False), repeat=len(index)):
+        outer = tuple(entry for entry, yes in zip(index, chosen) if yes)
+        ways[outer, tuple(entry for entry, yes in zip(index, chosen) if not yes)] += 1
+    return [(*parts, times) for parts, times in ways.items()]
 
 
 def part(scheme: Scheme, jet: Tensor, index: Index) -> Tensor | None:

@@ -8,7 +8,6 @@ taken apart. Forward-mode formulas are not used, so none of their errors can ent
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from funcjac._elementwise import elementwise
-from funcjac._jets import Jet, Scheme, Site, add, aligned, extend, filled, part, spread
+from funcjac._jets import Jet, Scheme, Site, add, aligned, extend, filled, part, splits, spread
 from funcjac._native import matmul, over_basis
 from funcjac._opaque import opaque
 from funcjac._structure import (
@@ -223,11 +222,10 @@ def _leibniz(scheme: Scheme, total: Tensor, a: Tensor, b: Tensor, product: Any) 
     rows = []
     for index in scheme.higher:
         row = torch.zeros_like(total[:1])
-        for chosen in itertools.product((True, False), repeat=len(index)):
-            x = part(scheme, a, tuple(d for d, yes in zip(index, chosen) if yes))
-            y = part(scheme, b, tuple(d for d, yes in zip(index, chosen) if not yes))
+        for outer, inner, times in splits(index):
+            x, y = part(scheme, a, outer), part(scheme, b, inner)
             if x is not None and y is not None:
-                row = row + product(x, y)
+                row = row + times * product(x, y)
         rows.append(row)
     return extend(filled(total, start), torch.cat(rows), start) if rows else total
 

@@ -128,6 +128,27 @@ def test_what_depends_on_values_or_shapes_is_not_noted(name, most):
     assert noted(with_backward(UNCLEAR[name]), most) is None
 
 
+LIBRARY = torch.library.Library("funcjac_tests", "FRAGMENT")
+LIBRARY.define("twice_(Tensor(a!) x) -> Tensor(a!)")
+LIBRARY.impl("twice_", lambda x: x.mul_(2), "CompositeExplicitAutograd")
+ORDER = torch.arange(2).repeat(3, 1)
+WITHOUT_GRAPH = {
+    "a tensor by keyword": lambda grad, x: (
+        grad * 2 * x + 0 * torch.searchsorted(x.detach(), x.detach(), sorter=ORDER)
+    ),
+    "memory that is there": lambda grad, x: torch.mul(grad, 2 * x, out=torch.empty_like(ELSEWHERE)),
+    "in place, and in no other way": lambda grad, x: torch.ops.funcjac_tests.twice_(grad * x),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRAPH)
+def test_what_cannot_be_repeated_is_not_noted(name):
+    rule = torch.no_grad()(WITHOUT_GRAPH[name])
+    assert noted(with_backward(torch.no_grad()(lambda grad, x: grad * 2 * x)), 1) is not None
+    _formulas._KNOWN.clear()
+    assert noted(with_backward(rule), 1) is None
+
+
 def test_an_order_that_does_not_exist_is_left_to_autograd():
     class Once(torch.autograd.Function):
         @staticmethod
