@@ -55,6 +55,13 @@ def plain_inputs(call: Call, context: Context) -> list[Tensor]:
     ]
 
 
+def plain_values(call: Call) -> list[Tensor]:
+    """Outputs without a graph, of a ``func`` that may differentiate by itself."""
+    with torch.enable_grad():
+        outs = call._replace(clone=True)(plain_inputs(call, Context())).leaves
+    return [out.detach() for out in outs]
+
+
 def _own_leaf(x: Tensor) -> Tensor:
     leaf = x.detach().requires_grad_()
     vars(leaf)["funcjac"] = True  # not the user's: graphs are searched for those

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from funcjac._native import with_memory
+from funcjac._native import SET_GRAD_ENABLED, with_memory
 
 ENGINES = ("vmap", "sum", "loop")
 MODES = ("fwd", "rev")
@@ -129,9 +130,24 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.names: set[str] = set()
         self.dtypes: set[torch.dtype] = set()
+        self._switches = _Switches()
+
+    @property
+    def is_forward_safe(self) -> bool:
+        """Whether a forward-mode Jacobian of what ran is right, and may be differentiated again."""
+        return UNSAFE_FORWARD.isdisjoint(self.names) and not self._switches.seen
+
+    def __enter__(self) -> "Recorder":
+        self._switches.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._switches.__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.names.add(func.overloadpacket.__name__)
+        name = func.overloadpacket.__name__
+        self.names |= {name, f"{name}.{func._overloadname}"}
         for arg in args:
             for item in arg if isinstance(arg, (list, tuple)) else (arg,):
                 if isinstance(item, torch.Tensor) and item.requires_grad:
@@ -139,9 +155,14 @@ class Recorder(TorchDispatchMode):
         return func(*with_memory(args), **with_memory(kwargs or {}))
 
 
-def is_forward_safe(names: Iterable[str]) -> bool:
-    """Whether a forward-mode Jacobian of these operations may be differentiated again."""
-    return UNSAFE_FORWARD.isdisjoint(names)
+class _Switches(TorchFunctionMode):
+    """Notes a ``no_grad`` block, which forward formulas differentiate through."""
+
+    seen = False
+
+    def __torch_function__(self, func: Any, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen = self.seen or (func is SET_GRAD_ENABLED and args == (False,))
+        return func(*args, **(kwargs or {}))
 
 
 def prefers_forward(outputs: int, inputs: int) -> bool:

@@ -25,6 +25,8 @@ _FUNCTORCH: Any = getattr(torch._C, "_functorch", None)
 _ENGINE: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
 
 
+# What a no_grad block comes down to.
+SET_GRAD_ENABLED: Any = getattr(torch._C, "_set_grad_enabled", None)
 # Raised by torch inside of a function to leave it: no failure of the function.
 _STOP = getattr(torch.utils.checkpoint, "_StopRecomputationError", None)
 CONTROL_FLOW: tuple[type[Exception], ...] = () if _STOP is None else (_STOP,)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -234,15 +234,31 @@ def has_hidden_leaves(found: Probe) -> bool:
 
 def graph_leaves(root: Tensor) -> Iterator[Tensor]:
     """The user's leaf tensors that require grad and that ``root`` was computed from."""
+    for node in _graph_nodes(root):
+        variable = getattr(node, "variable", None)
+        if variable is not None and "funcjac" not in variable.__dict__:
+            yield variable
+
+
+def is_blind(found: Probe) -> bool:
+    """Whether a gradient has no finite number in it, so that nothing was verified."""
+    given = [entry.grad for entry in found.entries if entry.grad is not None]
+    return any(grad.numel() > 0 and not grad.isfinite().any() for grad in given)
+
+
+def is_final(root: Tensor) -> bool:
+    """Whether ``backward()`` from ``root`` raises, by a node that says that it has none."""
+    return any(node.name().endswith("::Error") for node in _graph_nodes(root))
+
+
+def _graph_nodes(root: Tensor) -> Iterator[Any]:
     stack, seen = [root.grad_fn], set()
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and "funcjac" not in variable.__dict__:
-            yield variable
+        yield node
         stack += [parent for parent, _ in node.next_functions]
 
 

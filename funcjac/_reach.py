@@ -6,8 +6,11 @@ not meet a decision made for what was there before.
 """
 
 import collections
+import contextlib
+import enum
 import functools
 import itertools
+import sys
 import types
 import weakref
 from collections.abc import Iterable
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 
 # Plain objects (a trainer, a config) are looked into this deep and lists up to this length (a
 # longer one holds data, unless it begins with layers); and no walk goes on for ever.
-_DEPTH = 2
+_DEPTH = 3
 _WIDEST = 256
 _MOST = 20_000
 
@@ -28,17 +31,19 @@ Known = dict[Any, Any]
 _CONTAINERS = (tuple, list, dict, set, frozenset, collections.deque)
 _DULL = (
     type(None),
-    bool,
     int,
     float,
     complex,
     str,
     bytes,
-    types.ModuleType,
     types.BuiltinFunctionType,
     torch.dtype,
     torch.device,
 )
+# Of what a function names or closes over, these decide what it does.
+_NAMED = (str, types.BuiltinFunctionType)
+# What functions find in these modules is no part of a model.
+_LIBRARIES = frozenset({"torch", "funcjac", "numpy", "scipy", "builtins", *sys.stdlib_module_names})
 
 
 @dataclass
@@ -47,6 +52,7 @@ class Reach:
 
     Attributes:
         token: identity of the code and the modules, and the modules' ``training`` flags.
+        numbers: integers that functions close over, name or have for defaults.
         requires_grad: whether a tensor among them requires grad.
         tensors: those that are in no module.
         containers: lists, dicts and attributes in which a function may leave tensors.
@@ -55,6 +61,7 @@ class Reach:
     """
 
     token: list[Any] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
     requires_grad: bool = False
     modules: dict[int, nn.Module] = field(default_factory=dict)
     tensors: list[Tensor] = field(default_factory=list)
@@ -73,6 +80,9 @@ def reach(start: list[Any], known: Known) -> Reach:
     stack: list[tuple[Any, int]] = [(item, 0) for item in start]
     while stack and len(seen) < _MOST:
         item, depth = stack.pop()
+        if type(item) is bool or isinstance(item, enum.Enum):
+            found.token.append(item)
+            continue
         if type(item) in _DULL or id(item) in seen:
             continue
         seen.add(id(item))
@@ -87,8 +97,10 @@ def reach(start: list[Any], known: Known) -> Reach:
             stack += ((item.__func__, depth), (item.__self__, depth))
         elif isinstance(item, functools.partial):
             stack += ((item.func, depth), (item.args, depth), (item.keywords, depth))
+            found.numbers += [v for v in (*item.args, *item.keywords.values()) if type(v) is int]
         elif isinstance(item, type):
             found.custom |= issubclass(item, torch.autograd.Function)
+            stack += [(v, depth) for v in vars(item).values() if isinstance(v, nn.Module)]
         elif isinstance(item, _CONTAINERS):
             found.containers.append(item)
             values: Iterable[Any] = item.values() if isinstance(item, dict) else item
@@ -111,6 +123,8 @@ def _visit_module(
     found.token += (weakref.ref(module), module.training)  # an id may be given out again
     if scripted:
         found.scripted = True
+        found.requires_grad |= any(parameter.requires_grad for parameter in module.parameters())
+        found.token += [child.training for child in module.modules()]
         return
     if not found.requires_grad:
         for parameter in module._parameters.values():
@@ -145,7 +159,7 @@ def _visit_attributes(module: nn.Module, found: Reach, stack: list[tuple[Any, in
     for name, value in module.__dict__.items():
         if name in _TORCH_ATTRIBUTES:
             continue
-        if type(value) in (bool, str):
+        if type(value) is str:
             found.token.append(value)
         elif type(value) not in _DULL:
             stack.append((value, 1))
@@ -160,24 +174,33 @@ def _visit_function(
     wrapped = func.__dict__.get("__wrapped__")
     if wrapped is not None:
         stack.append((wrapped, 0))
-    elif (func.__module__ or "").startswith("torch."):
-        return
     code = func.__code__
     found.token.append(code)  # equal code is the same function, also when a cell runs again
-    if func.__closure__:
-        stack += [(_content(cell), 0) for cell in func.__closure__]
-    if func.__defaults__:
-        stack.append((func.__defaults__, 0))
+    if wrapped is None and (func.__module__ or "").startswith("torch."):
+        return
+    outer = [*map(_content, func.__closure__ or ()), *(func.__defaults__ or ())]
+    outer += (func.__kwdefaults__ or {}).values()
     names = known.get(code)
     if names is None:
         names = known[code] = tuple(_names(code))
     scope = func.__globals__
-    if scope.get("__name__", "").startswith("torch."):
-        return  # a wrapper such as torch.vmap's: what it wraps is in its closure
+    if not scope.get("__name__", "").startswith("torch."):
+        # In a wrapper such as torch.vmap's, what it wraps is in its closure.
+        outer += _named(scope, names, set())
+    found.token += [item for item in outer if type(item) in _NAMED]
+    found.numbers += [item for item in outer if type(item) is int]
+    stack += [(item, 0) for item in outer if type(item) not in _DULL]
+
+
+def _named(scope: dict[str, Any], names: tuple[str, ...], seen: set[str]) -> Iterable[Any]:
+    """What names stand for, in a scope and in the modules that they stand for there."""
     for name in names:
         item = scope.get(name)
-        if type(item) not in _DULL:
-            stack.append((item, 0))
+        if type(item) is not types.ModuleType:
+            yield item
+        elif item.__name__.partition(".")[0] not in _LIBRARIES and item.__name__ not in seen:
+            seen.add(item.__name__)
+            yield from _named(vars(item), names, seen)
 
 
 def _content(cell: types.CellType) -> Any:
@@ -198,10 +221,22 @@ def _names(code: types.CodeType) -> Iterable[str]:
 def _visit_object(item: Any, depth: int, found: Reach, stack: list[tuple[Any, int]]) -> None:
     if isinstance(item, torch.jit.ScriptFunction):
         found.scripted = True
-    elif depth < _DEPTH and hasattr(item, "__dict__"):
-        found.token.append(type(item))
-        found.containers.append(vars(item))
-        stack += [(value, depth + 1) for value in vars(item).values() if type(value) not in _DULL]
+    elif depth < _DEPTH:
+        values = list(_slots(item))
+        if hasattr(item, "__dict__"):
+            found.token.append(type(item))
+            found.containers.append(vars(item))
+            values += vars(item).values()
+        stack += [(value, depth + 1) for value in values if type(value) not in _DULL]
         method = vars(type(item)).get("__call__")
         if isinstance(method, types.FunctionType):
             stack.append((method, depth))
+
+
+def _slots(item: Any) -> Iterable[Any]:
+    """Attributes that have no place in ``__dict__``."""
+    kinds = [kind for kind in type(item).__mro__ if "__slots__" in vars(kind)]
+    for slot in itertools.chain.from_iterable(vars(kind).values() for kind in kinds):
+        if type(slot) is types.MemberDescriptorType:
+            with contextlib.suppress(AttributeError):  # not set
+                yield slot.__get__(item)

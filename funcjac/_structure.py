@@ -48,9 +48,11 @@ OBSTINATE = frozenset(
     """logcumsumexp _weight_norm_interface native_layer_norm_backward native_group_norm_backward
     native_batch_norm_backward""".split()
 )
-# Operations that PyTorch differentiates only once, or of which higher derivatives are wrong.
+# Operations that PyTorch differentiates only once, or of which higher derivatives are wrong: all of
+# a name, or one overload.
 FRAGILE = frozenset(
-    """native_layer_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm _cdist_forward
+    """pow.Tensor_Tensor pow_.Tensor
+    native_layer_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm _cdist_forward
     _batch_norm_with_update
     native_group_norm_backward _weight_norm_interface native_group_norm select_scatter logcumsumexp
     _linear_cross_entropy_batch_chunked _linear_cross_entropy_batch_chunked_no_reduction

@@ -11,7 +11,7 @@ custom backward, a partial ``detach``) is wrong on both sides; and errors below 
 of the dtype pass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,21 +22,19 @@ from funcjac._passes import Jacobian
 from funcjac._probe import (
     Entry,
     Probe,
-    graph_leaves,
     nested,
-    outer_product,
-    random_like,
     tolerance,
-    total,
     verifier,
     wide,
 )
-from funcjac.errors import VerificationError, brief
+from funcjac.errors import VerificationError
 
+# Numbers in one piece of what is only needed for a moment.
+_PIECE = 2**20
 # A mismatch this many times smaller than what rounding the input does is conditioning.
 _NOISE = 32
 # Units of rounding by which the input is moved to see that.
-_ROUNDINGS = (1, -1, 2, 5, -8)
+ROUNDINGS = (1, -1, 2, 5, -8)
 
 
 # --- the comparison ----------------------------------------------------------------------
@@ -47,7 +45,7 @@ def mismatch(found: Probe, result: Jacobian) -> str | None:
     worst = max(_excess(found, result, e) for e in range(len(found.entries)))
     if worst <= 1:
         return None
-    error = worst * _tolerance(found)
+    error = worst * tolerance_of(found)
     return f"its product with a random cotangent is off by {error:.2g} of its size"
 
 
@@ -61,8 +59,8 @@ def _excess(found: Probe, result: Jacobian, e: int) -> float:
     if given is not None:
         scale = scale + wide(given).nan_to_num(0, 0, 0).reshape(grad.shape)
     # Rounding is relative to the largest entry of the row, all else to the entry itself.
-    limit = _tolerance(found) * scale + _rounding(found) * scale.amax(1, keepdim=True)
-    limit = limit + _rounding(found) / 10 * floor.to(limit.dtype)
+    limit = tolerance_of(found) * scale + rounding_of(found) * scale.amax(1, keepdim=True)
+    limit = limit + rounding_of(found) / 10 * floor.to(limit.dtype)
     ratio = torch.where(difference == 0, 0, difference / limit)
     return ratio.max().item()
 
@@ -104,16 +102,25 @@ def _contracted(seeds: list[Tensor], blocks: list[Tensor]) -> tuple[Tensor, Tens
         left = wide(seed).reshape(batch, 1, -1)
         right = wide(block.detach()).reshape(batch, left.shape[2], -1)
         parts.append((left.to(right.dtype) @ right).squeeze(1))
-        sizes.append(right.norm(dim=1) * left.norm(dim=2).to(right.dtype))
+        sizes.append(_size_of_product(left.to(right.dtype).squeeze(1), right))
     return sum(parts[1:], parts[0]), sum(sizes[1:], sizes[0])
 
 
-def _rounding(found: Probe) -> float:
+def _size_of_product(left: Tensor, right: Tensor) -> Tensor:
+    """The norm of what ``sum_m left[b, m] right[b, m, n]`` sums, without a copy of all of it."""
+    step = max(_PIECE // max(right[0].numel(), 1), 1) if len(right) else 1
+    found = right.new_empty(len(right), right.shape[2])
+    for one, two, piece in zip(left.split(step), right.split(step), found.split(step)):
+        piece.copy_((one.unsqueeze(2) * two).norm(dim=1))
+    return found
+
+
+def rounding_of(found: Probe) -> float:
     dtypes = _dtypes(found)
-    return min(1000 * max(torch.finfo(dtype).eps for dtype in dtypes), _tolerance(found))
+    return min(1000 * max(torch.finfo(dtype).eps for dtype in dtypes), tolerance_of(found))
 
 
-def _tolerance(found: Probe) -> float:
+def tolerance_of(found: Probe) -> float:
     return tolerance(_dtypes(found), found.inputs[0].device)
 
 
@@ -129,7 +136,7 @@ def is_noise(found: Probe, result: Jacobian, put_back: Callable[[], None]) -> bo
     """
     rows = [_grad_rows(entry) for entry in found.entries]
     noise = [torch.zeros_like(row) for row in rows]
-    for steps in _ROUNDINGS:  # one alone may happen to round to the same
+    for steps in ROUNDINGS:  # one alone may happen to round to the same
         put_back()
         moved = [x.detach() * (1 + steps * torch.finfo(x.dtype).eps) for x in found.inputs]
         again = verifier(found.call.with_inputs(moved), Context(), seed=found.seed)
@@ -144,15 +151,15 @@ def is_noise(found: Probe, result: Jacobian, put_back: Callable[[], None]) -> bo
 def _is_within(found: Probe, result: Jacobian, e: int, noise: Tensor) -> bool:
     """Whether no difference in entry ``e`` is larger than noise explains."""
     grad, difference, size, floor = _compared(found, result, e)
-    return _explains(noise, difference, _tolerance(found) * (grad.abs() + size + floor))
+    return explains(noise, difference, tolerance_of(found) * (grad.abs() + size + floor))
 
 
-def _explains(noise: Tensor, difference: Tensor, limit: Tensor | float) -> bool:
+def explains(noise: Tensor, difference: Tensor, limit: Tensor | float) -> bool:
     """Whether no difference, ``(B, N)``, is larger than noise makes it."""
     if not difference.numel():
         return True
     # What is small is rounding, and as large anywhere in a row; at a kink it is not.
-    small = torch.where(noise <= limit, noise, 0).amax(1, keepdim=True)
+    small = torch.where(noise <= limit, noise, 0).amax()
     return bool((difference <= _NOISE * torch.maximum(noise, small)).all())
 
 
@@ -184,108 +191,20 @@ def check_attached(found: Probe) -> None:
             )
 
 
-# --- derivatives of the result -----------------------------------------------------------
+# --- what is returned besides --------------------------------------------------------------
 
 
-def graph_mismatch(
-    found: Probe, result: Jacobian, put_back: Callable[[], None] = lambda: None
-) -> str | None:
-    """Like :func:`mismatch`, for the derivatives of the Jacobian by whatever requires grad.
-
-    ``put_back`` comes before ``func`` runs once more.
-    """
-    tangents = _tangents(found)
-    ours = [
-        (outer_product(seed, t, entry.dim).to(blocks[e].dtype) * blocks[e]).sum()
-        for e, (entry, t) in enumerate(zip(found.entries, tangents))
-        for seed, blocks in zip(entry.seeds, result.blocks)
-    ]
-    wanted, got = _along(found, tangents), total(ours)
-    given = {id(leaf) for leaf in found.call.leaves}
-    theirs = {id(leaf): leaf for leaf in graph_leaves(wanted)}
-    theirs |= {id(leaf): leaf for leaf in graph_leaves(got) if id(leaf) in given}
-    leaves = list(theirs.values())
-    try:
-        right = _derivatives(wanted, leaves)
-    except RuntimeError:
-        return None  # no second derivative in plain autograd: backward() will say so itself
-    try:
-        grads = _derivatives(got, leaves)
-    except RuntimeError as error:
-        return f"it cannot be differentiated: {brief(error)}"
-    errors = _errors(found, right, grads)
-    if all(bool((error <= limit).all()) for error, limit in errors):
+def extras_mismatch(found: Probe, result: Jacobian) -> str | None:
+    """Whether value or aux of rows, put together, are not what ``func`` returns for the batch."""
+    options, values = found.call.options, zip(found.output.leaves, result.output.leaves)
+    if options.return_value and not all(alike(one, two) for one, two in values):
+        return "its value is not that of the batch"
+    if not options.has_aux:
         return None
-    if _is_graph_noise(found, tangents, leaves, right, errors, put_back):
-        return None
-    return "its derivatives differ from those of plain double backward"
-
-
-def _errors(found: Probe, right: list[Tensor], grads: list[Tensor]) -> list[tuple[Tensor, float]]:
-    """By each leaf how far off the derivatives are, ``(1, N)``, and what is tolerated there."""
-    sizes = [_size(entry.grad) for entry in found.entries if entry.grad is not None]
-    floor = _rounding(found) / 10 * (max(sizes, default=0.0) + _size(found.floor))
-    errors = []
-    for r, g in zip(map(wide, right), map(wide, grads)):
-        error = (r - g).abs().nan_to_num(torch.inf, torch.inf)
-        error = torch.where(r.isfinite(), error, 0).reshape(1, -1)
-        errors.append((error, 10 * _tolerance(found) * _size(r) + floor))
-    return errors
-
-
-def _size(x: Tensor) -> float:
-    return wide(x.detach()).abs().nan_to_num(0, 0, 0).max().item() if x.numel() else 0.0
-
-
-def _tangents(found: Probe) -> list[Tensor]:
-    generator = torch.Generator("cpu").manual_seed(found.seed)
-    return [random_like(entry.like, generator) for entry in found.entries]
-
-
-def _along(found: Probe, tangents: list[Tensor]) -> Tensor:
-    pairs = [(entry.grad, t) for entry, t in zip(found.entries, tangents)]
-    return total((g * t).sum() for g, t in pairs if g is not None)
-
-
-def _is_graph_noise(
-    found: Probe,
-    tangents: list[Tensor],
-    leaves: list[Tensor],
-    right: list[Tensor],
-    errors: list[tuple[Tensor, float]],
-    put_back: Callable[[], None],
-) -> bool:
-    """Whether rounding the input moves plain second derivatives as much as they are off."""
-    noise = [torch.zeros_like(error) for error, _ in errors]
-    for steps in _ROUNDINGS:
-        put_back()
-        with torch.enable_grad():
-            moved = [x * (1 + steps * torch.finfo(x.dtype).eps) for x in found.call.inputs]
-            again = verifier(found.call.with_inputs(moved), Context(graph=True), seed=found.seed)
-            others = _derivatives(_along(again, tangents), leaves)
-        for i, (r, other) in enumerate(zip(right, others)):
-            moves = (wide(r) - wide(other)).abs().reshape(1, -1)
-            noise[i] = torch.maximum(noise[i], torch.where(moves.isfinite(), moves, 0))
-        if all(_explains(n, error, limit) for n, (error, limit) in zip(noise, errors)):
-            return True
-    return False
-
-
-def _derivatives(scalar: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    """Gradients of ``scalar``, zero where it does not depend on a leaf; its graph stays."""
-    found: Sequence[Tensor | None] = [None] * len(leaves)
-    if scalar.requires_grad and leaves:
-        found = torch.autograd.grad(scalar, leaves, allow_unused=True, retain_graph=True)
-    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves)]
-
-
-def aux_mismatch(found: Probe, result: Jacobian) -> str | None:
-    """Whether the aux of rows, put together, is not what ``func`` returns for the batch."""
     wanted, spec = _tree.flatten(found.output.aux)
     given, other = _tree.flatten(result.output.aux)
     if spec != other:
         return "its aux has another structure than that of the batch"
-    limit = _tolerance(found)
     for one, two in zip(wanted, given):
         if not isinstance(one, Tensor) or not isinstance(two, Tensor):
             plain = isinstance(one, (bool, int, float, str))
@@ -294,6 +213,15 @@ def aux_mismatch(found: Probe, result: Jacobian) -> str | None:
             continue
         if one.shape != two.shape or one.dtype != two.dtype:
             return f"its aux has shape {tuple(two.shape)}, that of the batch {tuple(one.shape)}"
-        if not torch.allclose(wide(one), wide(two), limit, limit, equal_nan=True):
+        if not alike(one, two):
             return "its aux has other values than that of the batch"
     return None
+
+
+def alike(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors have the same values, but for what is rounded."""
+    if one.dtype != two.dtype or one.shape != two.shape:
+        return False
+    limit = tolerance([one.dtype], one.device)
+    size = one.detach().double().nan_to_num(0, 0, 0).abs().max().item() if one.numel() else 0.0
+    return torch.allclose(one.double(), two.double(), limit, limit * size, equal_nan=True)

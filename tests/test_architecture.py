@@ -41,7 +41,7 @@ LAYERS = [
     ["_bind", "_words", "_linear", "_directions", "_jets"],
     ["_passes", "_probe", "_opaque", "_formulas"],
     ["_verify", "_mixing", "_results", "_nested", "_trace", "_elementwise"],
-    ["_rules"],
+    ["_rules", "_graph"],
     ["_taylor", "_references", "_differences"],
     ["_along", "_pairs"],
     ["_operators"],

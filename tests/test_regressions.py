@@ -627,3 +627,113 @@ def test_attention_that_has_made_up_its_mind(seed):
     right = torch.stack([functional.jacobian(row, one) for one in query])
     torch.testing.assert_close(batch_jacobian(stacked(row))(query), right, rtol=1e-7, atol=1e-12)
     assert batch_hessian_diagonal(stacked(row))(query).isfinite().all()
+
+
+def frozen(x):
+    with torch.no_grad():
+        factor = x.cos()
+    return x.sin() * factor
+
+
+WIDE = randn(3, 40)
+
+
+@pytest.mark.parametrize("transform", EVERY)
+@pytest.mark.parametrize("func", [frozen, lambda x: frozen(x) @ WIDE], ids=["narrow", "wide"])
+def test_no_grad_makes_constants_inside_of_transforms_too(func, transform):
+    x = randn(4, 3)
+    found = transform(func)
+    torch.testing.assert_close(torch.vmap(lambda row: found(row[None])[0])(x), found(x))
+    moved = x.clone().requires_grad_()
+    found(moved).square().sum().backward()
+    grad = torch.func.grad(lambda x: found(x).square().sum())(x)
+    torch.testing.assert_close(grad, moved.grad)
+
+
+# Their forward formulas are missing, or are not differentiated again.
+REVERSE_ONLY = {
+    "norm": lambda x: x.norm(dim=-1),
+    "std": lambda x: x.std(-1),
+    "normalize": lambda x: F.normalize(x),
+    "cosine_similarity": lambda x: F.cosine_similarity(x, x.sin() + 1),
+    "glu": lambda x: F.glu(x),
+    "copysign": lambda x: torch.copysign(x**2, x),
+}
+
+
+@pytest.mark.parametrize("transform", EVERY[1:])
+@pytest.mark.parametrize("name", REVERSE_ONLY)
+def test_no_forward_formula_is_chosen_inside_of_transforms(name, transform):
+    x = randn(3, 4)
+    found = transform(REVERSE_ONLY[name])
+    moved = x.clone().requires_grad_()
+    found(moved).sin().sum().backward()
+    torch.testing.assert_close(torch.func.grad(lambda x: found(x).sin().sum())(x), moved.grad)
+
+
+@pytest.mark.parametrize("transform", EVERY)
+def test_a_residual_that_differentiates_by_itself(transform):
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+    def slope(x):
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        return torch.autograd.grad(net(x).sum(), x, create_graph=True)[0]
+
+    x = randn(3, 2)
+    found = transform(slope)(x)
+    assert found.requires_grad
+    torch.testing.assert_close(found, transform(batch_jacobian(net))(x).reshape(found.shape))
+
+
+POWERS = {
+    "**": lambda x, y: x**y,
+    "pow_": lambda x, y: x.clone().pow_(y),
+    "float_power": torch.float_power,
+}
+
+
+@pytest.mark.parametrize("name", POWERS)
+def test_a_power_with_an_exponent_that_is_zero(name):
+    x = torch.tensor([[2.5, 0.0], [2.2, 0.0], [1.3, 0.7]], dtype=f64)
+    func = lambda x: POWERS[name](x[:, 0], x[:, 1])
+    same = lambda x: (x[:, 1] * x[:, 0].log()).exp()
+    for mode in ("auto", "rev_over_rev", "fwd_over_rev"):
+        torch.testing.assert_close(batch_hessian(func, mode=mode)(x), batch_hessian(same)(x))
+    for mode in ("auto", "rev", "taylor") if name == "**" else ("auto", "rev"):
+        for index in ((0, 1), (1, 0), (1, 1)):
+            found, right = (batch_partials(f, [index], mode=mode)(x)[0] for f in (func, same))
+            torch.testing.assert_close(found, right)
+    moved = x.clone().requires_grad_()
+    batch_jacobian(func)(moved)[:, 0].sum().backward()
+    torch.testing.assert_close(moved.grad, batch_hessian(same)(x)[:, 0])
+
+
+def test_powers_of_less_than_zero():
+    exponents = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=f64)
+    x = torch.tensor([[-1.5, -0.5, 0.0, 2.0], [-0.3, -0.4, -1.0, -2.0]], dtype=f64)
+    right = exponents * (exponents - 1) * torch.tensor([[0, 0, 1, 2.0], [0, 0, 1, -2]], dtype=f64)
+    found = batch_hessian_diagonal(lambda x: x**exponents)
+    torch.testing.assert_close(found(x).diagonal(dim1=1, dim2=2), right)
+    third = torch.func.grad(lambda x: found(x).sum())(x)
+    torch.testing.assert_close(third, torch.tensor([[0, 0, 0, 6.0]] * 2, dtype=f64))
+
+
+@pytest.mark.parametrize("transform", EVERY)
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_determinants_inside_of_transforms(size, transform):
+    x = randn(3, size * size)
+    func = lambda x: torch.linalg.det(x.reshape(-1, size, size)) * x[:, 0]
+    found = transform(func)
+    torch.testing.assert_close(torch.vmap(lambda row: found(row[None])[0])(x), found(x))
+    moved = x.clone().requires_grad_()
+    found(moved).sin().sum().backward()
+    torch.testing.assert_close(torch.func.grad(lambda x: found(x).sin().sum())(x), moved.grad)
+
+
+@pytest.mark.parametrize("size", [2, 4, 5])
+def test_a_determinant_of_a_singular_matrix(size):
+    x = randn(3, size * size)
+    x[0, :size] = x[0, size : 2 * size]
+    func = lambda x: torch.det(x.reshape(-1, size, size))
+    right = hessian_by_rows(lambda row: func(row[None]), x)
+    torch.testing.assert_close(batch_hessian(func)(x), right[:, 0], rtol=1e-6, atol=1e-6)

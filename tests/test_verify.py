@@ -1,15 +1,22 @@
 """Verification: what it sees, what it names, that it can fail, and when it looks again."""
 
+import dataclasses
+import enum
+import functools
+import types
 import warnings
 
+import numpy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from funcjac import (
     BatchMixingError,
     EngineFallbackWarning,
     VerificationError,
+    batch_hessian,
     batch_jacobian,
     check_batched,
     check_derivative,
@@ -589,6 +596,229 @@ def test_a_changed_flag():
         jacobian(x, mix=True)
 
 
+class Kind(enum.Enum):
+    PLAIN = 0
+    MIXING = 1
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    net: nn.Module
+
+
+def norm():
+    return nn.BatchNorm1d(3).double().eval()
+
+
+def named(**names):
+    """A module of Python, as ``import`` gives it."""
+    module = types.ModuleType("some_models")
+    vars(module).update(names)
+    return module
+
+
+models, switch, function = named(net=norm()), False, torch.tanh
+
+
+def through_class():
+    holder = type("Models", (), {"net": norm()})
+    return lambda x: holder.net(x), holder.net.train
+
+
+def through_slots():
+    holder = Slotted(norm())
+    return lambda x: holder.net(x), holder.net.train
+
+
+def through_objects():
+    holder = types.SimpleNamespace(a=types.SimpleNamespace(b=types.SimpleNamespace(net=norm())))
+    return lambda x: holder.a.b.net(x), holder.a.b.net.train
+
+
+def through_a_module_of_python():
+    models.net.eval()
+    return lambda x: models.net(x), models.net.train
+
+
+def through_a_part_of_a_script():
+    script = torch.jit.script(nn.Sequential(norm()))
+    return script, getattr(script, "0").train
+
+
+def by_a_dict():
+    words = {"mix": False}
+    return lambda x: mixes(x) if words["mix"] else x, lambda: words.update(mix=True)
+
+
+def by_a_global_flag():
+    def change():
+        globals()["switch"] = True
+
+    globals()["switch"] = False
+    return lambda x: mixes(x) if switch else x, change
+
+
+def by_a_global_builtin():
+    def change():
+        globals()["function"] = torch.softmax
+
+    globals()["function"] = torch.tanh
+    return lambda x: function(x, 0) if function is torch.softmax else function(x), change
+
+
+def by_a_function_of_torch():
+    used = F.relu
+
+    def change():
+        nonlocal used
+        used = F.softmax
+
+    return lambda x: used(x, 0), change
+
+
+def by_a_number_or_a_word(before, after):
+    kind = before
+
+    def change():
+        nonlocal kind
+        kind = after
+
+    return lambda x: mixes(x) if kind == after else x, change
+
+
+def by_a_default():
+    def func(x, *, mix=False):
+        return mixes(x) if mix else x
+
+    return func, lambda: func.__kwdefaults__.update(mix=True)
+
+
+def by_words_of_a_partial():
+    func = functools.partial(lambda x, kind: mixes(x) if kind == 1 else x, kind=0)
+    return func, lambda: func.keywords.update(kind=1)
+
+
+SWITCHED = {
+    "class": through_class,
+    "slots": through_slots,
+    "objects": through_objects,
+    "module of Python": through_a_module_of_python,
+    "script": through_a_part_of_a_script,
+    "dict": by_a_dict,
+    "global flag": by_a_global_flag,
+    "builtin": by_a_global_builtin,
+    "function of torch": by_a_function_of_torch,
+    "number": lambda: by_a_number_or_a_word(2, 3),
+    "word": lambda: by_a_number_or_a_word("plain", "mixing"),
+    "enum": lambda: by_a_number_or_a_word(Kind.PLAIN, Kind.MIXING),
+    "default": by_a_default,
+    "partial": by_words_of_a_partial,
+}
+
+
+@quiet
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", SWITCHED)
+def test_a_switch_is_verified_anew(name):
+    func, change = SWITCHED[name]()
+    jacobian, x = batch_jacobian(func), randn(B, 3)
+    for _ in range(30):
+        jacobian(x)
+    change()
+    with pytest.raises(BatchMixingError):
+        jacobian(x)
+
+
+@pytest.mark.parametrize("kind", [Kind.PLAIN, numpy.int64(0)])
+def test_an_argument_of_another_kind_of_number(kind):
+    jacobian, x = batch_jacobian(lambda x, k: mixes(x) if k in (Kind.MIXING, 1) else x), randn(B, 3)
+    for _ in range(30):
+        jacobian(x, kind)
+    with pytest.raises(BatchMixingError):
+        jacobian(x, Kind.MIXING if kind is Kind.PLAIN else numpy.int64(1))
+
+
+@quiet
+@pytest.mark.parametrize("name", ["class", "slots", "objects", "module of Python", "script"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_thawed_weights_are_seen(name):
+    func, change = SWITCHED[name]()
+    net = change.__self__
+    jacobian, x = batch_jacobian(func), randn(B, 3)
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    assert not any(jacobian(x).requires_grad for _ in range(20))
+    for parameter in net.parameters():
+        parameter.requires_grad_(True)
+    assert all(jacobian(x).requires_grad for _ in range(20))
+
+
+@pytest.mark.parametrize(
+    ("func", "bad"),
+    [
+        (lambda x: x.softmax(0), lambda x: x.masked_fill(torch.eye(B, 3).bool(), torch.nan)),
+        (lambda x: x / x.norm(dim=0), torch.zeros_like),
+    ],
+    ids=["nan", "zeros"],
+)
+def test_data_without_derivatives_verify_nothing(func, bad):
+    jacobian, x = batch_jacobian(func), randn(B, 3)
+    for _ in range(20):
+        jacobian(bad(x))
+    with pytest.raises(BatchMixingError):
+        jacobian(x)
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e3, 1e5])
+def test_mixing_beside_a_larger_output(scale):
+    func = lambda x: torch.cat([scale * x.sum(1, keepdim=True), x.softmax(0)], 1)
+    with pytest.raises(BatchMixingError):
+        batch_jacobian(func)(randn(8, 3).float())
+
+
+@quiet
+@pytest.mark.parametrize("check", ["auto", True])
+def test_values_that_rows_alone_do_not_have(check):
+    func = lambda x: x.sin() + torch.arange(len(x)).unsqueeze(1)
+    jacobian, x = batch_jacobian(func, return_value=True, check=check), randn(B, 3)
+    for _ in range(20):
+        equal(jacobian(x)[1], func(x))
+    with pytest.raises(VerificationError, match="value"):
+        batch_jacobian(func, return_value=True, engine="loop", check=check)(x)
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].cos()
+
+
+@quiet
+@pytest.mark.parametrize("engine", ["auto", "sum", "loop"])
+def test_what_is_differentiable_once_says_so_in_backward(engine):
+    w, x = randn(3, 3).requires_grad_(), randn(B, 3)
+    jac = batch_jacobian(lambda x: Once.apply(x @ w) * w.sum(), engine=engine)(x)
+    equal(jac.detach(), (x @ w).cos().unsqueeze(2) * w.T * w.sum())
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        jac.sum().backward()
+
+
+@pytest.mark.parametrize(("factor", "batch"), [(10, 16), (10, 128), (30, 32)])
+def test_a_softmax_that_has_made_up_its_mind_in_float32(factor, batch):
+    for seed in range(5):
+        rng = torch.Generator().manual_seed(seed)
+        x, w = (torch.randn(*shape, generator=rng) for shape in ((batch, 8), (8, 1)))
+        func = lambda x: (factor * x).softmax(-1) @ w.to(x)
+        right = batch_jacobian(func)(x.double())
+        assert (batch_jacobian(func)(x) - right).abs().max() < 1e-5 * right.abs().max()
+
+
 def test_a_hook_added_later():
     net = network()
     jacobian, x = batch_jacobian(net), randn(B, 3)
@@ -677,3 +907,41 @@ def test_a_slow_fallback_inside_torch_is_a_failure_of_vmap():
     x = randn(B, 3)
     expected = torch.autograd.functional.jacobian(func, x)
     equal(batch_jacobian(func)(x), torch.stack([expected[b, :, b] for b in range(B)]))
+
+
+# --- what the checks can see ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", [batch_jacobian, batch_hessian])
+def test_checks_of_a_function_that_differentiates_by_itself(transform):
+    base = randn(3, 3)
+
+    def force(x):
+        return torch.autograd.grad((x @ base).sin().sum(), x, create_graph=True)[0]
+
+    check_batched(force, randn(B, 3))
+    assert check_derivative(transform(force), randn(B, 3)).ok
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_row_without_numbers_does_not_hide_a_wrong_backward(poison):
+    x = randn(B, 3)
+    x[0] = poison
+    assert check_derivative(batch_jacobian(torch.sin, mode="rev"), x).ok
+    assert not check_derivative(batch_jacobian(WrongBackward.apply, engine="sum"), x).ok
+
+
+def test_poles_are_no_differences():
+    x = randn(B, 3).abs()
+    x[0, 0] = 0
+    report = check_derivative(batch_jacobian(torch.sqrt), x)
+    assert all(c.difference == 0 for c in report.comparisons if c.mode == "rev")
+
+
+def test_a_report_where_another_device_is_the_default():
+    with torch.device("meta"):
+        assert check_derivative(batch_jacobian(torch.sin), randn_on_cpu()).ok
+
+
+def randn_on_cpu():
+    return torch.ones(B, 3, dtype=torch.float64, device="cpu")

@@ -31,7 +31,7 @@ from funcjac._mixing import check_rows
 from funcjac._modes import Route, sizes_of
 from funcjac._native import CONTROL_FLOW, PROCESS
 from funcjac._passes import Jacobian
-from funcjac._probe import Probe, has_hidden_leaves, verifier
+from funcjac._probe import Probe, has_hidden_leaves, is_blind, verifier
 from funcjac._reach import Reach, reach
 from funcjac._state import (
     Guard,
@@ -42,7 +42,7 @@ from funcjac._state import (
     same_rng_state,
     set_rng_state,
 )
-from funcjac._verify import aux_mismatch, check_attached, graph_mismatch
+from funcjac._verify import check_attached
 from funcjac.errors import BatchMixingError, UnsuitableError, VerificationError
 
 
@@ -59,11 +59,11 @@ def solve(call: Call, memory: Memory) -> Jacobian:
         call = call._replace(clone=record.clone, composed=record.composed)
     choice = None if record.needs_guard or call.options.check is True else record.choice
     try:
-        if choice is not None and numbers(call) in record.numbers:
+        if choice is not None and numbers(call, reached) in record.numbers:
             with PROCESS if record.random else nullcontext():  # which may set random state back
                 return run(call, choice, record.context)
         with PROCESS, _Attempt(call, memory, reached) as attempt:
-            return attempt.again(record)
+            return attempt.again(key, record)
     except (BatchMixingError, *CONTROL_FLOW):
         raise
     except Exception:
@@ -123,10 +123,17 @@ class _Attempt:
         self.memory.latest = self.record
         self.record.routes = self._routes()
         result = self._run_first_that_works()
-        self.record.numbers.add(numbers(self.call))
-        self.record.settle(checked=self.checked)
-        remember(self.memory.records, key, self.record)
+        self._remember(key)
         return result
+
+    def _remember(self, key: Any) -> None:
+        self.record.numbers.add(numbers(self.call, self.reached))
+        if self.record.choice is None:
+            self.record.settle(checked=self.checked)
+        if self.checked and self.found and is_blind(self.found):
+            self.memory.records.pop(key, None)
+        elif key not in self.memory.records:
+            remember(self.memory.records, key, self.record)
 
     def _compose(self) -> None:
         """Higher derivatives of fragile operations are taken of simpler ones."""
@@ -211,10 +218,10 @@ class _Attempt:
 
     # --- later calls, until the cheapest route is known
 
-    def again(self, record: Record) -> Jacobian:
+    def again(self, key: Any, record: Record) -> Jacobian:
         self.record = record
         route = record.choice or record.next()
-        new = route not in record.times or numbers(self.call) not in record.numbers
+        new = route not in record.times or numbers(self.call, self.reached) not in record.numbers
         if record.needs_guard or new:
             self._take_guard(values=record.moves or new)  # copies every parameter
         if self.options.check is True or (self.checked and new):
@@ -225,9 +232,7 @@ class _Attempt:
         result = self._try(route) if self.found else self._timed(route)
         if result is None:
             result = self._run_first_that_works()
-        record.numbers.add(numbers(self.call))
-        if record.choice is None:
-            record.settle(checked=self.checked)
+        self._remember(key)
         return result
 
     # --- running and verifying one route
@@ -292,9 +297,4 @@ class _Attempt:
     def _problem(self, found: Probe | None, result: Jacobian) -> str | None:
         if found is None or not self.checked:
             return None
-        problem, surer = confirm(self.call, self.reached, found, result, self._put_back)
-        if problem is None and self.options.has_aux and found is self.found:
-            problem = aux_mismatch(found, result)
-        if problem is None and self.record.context.graph:
-            problem = graph_mismatch(surer, result, self._put_back)
-        return problem
+        return confirm(self.call, self.record, self.reached, found, result, self._put_back)

@@ -4,6 +4,8 @@ import statistics
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from enum import Enum
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -173,16 +175,18 @@ def signature(call: Call, reached: Reach, *, graph: bool) -> tuple[Any, ...]:
     return id(call.layout), metas, kwargs, modes, tuple(reached.token)  # layouts are kept
 
 
-def numbers(call: Call) -> tuple[Any, ...]:
-    """Arguments that are integers: a new one is verified, but no reason to measure again."""
+def numbers(call: Call, reached: Reach) -> tuple[Any, ...]:
+    """Integers that ``func`` computes with: a new one is verified, but not measured again."""
     leaves = [*call.leaves, *_tree.flatten(call.kwargs)[0]] if call.kwargs else call.leaves
-    return tuple([leaf for leaf in leaves if type(leaf) is int])
+    rest = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+    given = [leaf for leaf in rest if isinstance(leaf, Integral) and type(leaf) is not bool]
+    return (*given, *reached.numbers)
 
 
 def _meta(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad
-    return leaf if isinstance(leaf, (bool, str, type(None))) else type(leaf)
+    return leaf if isinstance(leaf, (bool, str, Enum, type(None))) else type(leaf)
 
 
 def requires_grad(call: Call) -> bool:

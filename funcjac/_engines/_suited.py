@@ -7,15 +7,16 @@ import torch
 
 from funcjac._batched import Call, transform_behind
 from funcjac._engines._record import Record
+from funcjac._graph import graph_mismatch
 from funcjac._linear import Context, plain_inputs
 from funcjac._mixing import check_rows
-from funcjac._modes import Recorder, Route, is_forward_safe
+from funcjac._modes import Recorder, Route
 from funcjac._passes import Jacobian
-from funcjac._probe import Probe, tolerance
+from funcjac._probe import Probe
 from funcjac._reach import Reach
 from funcjac._state import RngState, rng_state, same_rng_state, set_rng_state
 from funcjac._structure import FRAGILE
-from funcjac._verify import is_noise, mismatch
+from funcjac._verify import alike, extras_mismatch, is_noise, mismatch
 from funcjac.errors import UnsuitableError, UntraceableError
 
 
@@ -50,22 +51,14 @@ def composes(call: Call, start: RngState) -> bool:
                 runs.append([out.detach() for out in one(plain_inputs(one, Context())).leaves])
         except Exception:
             return False  # what func itself raises comes again
-    return all(_alike(one, other) for one, other in zip(*runs))
-
-
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    limit = tolerance([one.dtype], one.device)
-    size = one.double().nan_to_num(0, 0, 0).abs().max().item() if one.numel() else 0.0
-    return torch.allclose(one.double(), other.double(), limit, limit * size, equal_nan=True)
+    return all(alike(one, other) for one, other in zip(*runs))
 
 
 def forward_safe(call: Call) -> bool:
-    """Whether the forward formulas of all that ``func`` runs may be differentiated again."""
-    with Recorder() as recorder, torch.no_grad():
-        call._replace(clone=True)(call.inputs)
-    return is_forward_safe(recorder.names)
+    """Whether forward formulas are right for all that ``func`` runs, also differentiated again."""
+    with Recorder() as recorder, torch.enable_grad():
+        call._replace(clone=True)(plain_inputs(call, Context()))
+    return recorder.is_forward_safe
 
 
 def dtypes_within(call: Call) -> tuple[torch.dtype, ...]:
@@ -90,21 +83,27 @@ def unsuitable(call: Call, reached: Reach, record: Record, route: Route) -> Exce
 
 
 def confirm(
-    call: Call, reached: Reach, found: Probe, result: Jacobian, put_back: Callable[[], None]
-) -> tuple[str | None, Probe]:
-    """What is wrong with a result, beyond rounding; ``None`` if nothing is. And what to go on with.
+    call: Call,
+    record: Record,
+    reached: Reach,
+    found: Probe,
+    result: Jacobian,
+    put_back: Callable[[], None],
+) -> str | None:
+    """What is wrong with a result, beyond rounding; ``None`` if nothing is.
 
     Raises:
         BatchMixingError: rows depend on one another.
     """
-    problem = mismatch(found, result)
-    if problem is None:
-        return None, found
-    put_back()  # func may compute in another dtype than it is given
-    found = replace(found, within=dtypes_within(call))
-    problem = mismatch(found, result)
-    put_back()
-    if problem is None:
-        return None, found
-    check_rows(call, reached)
-    return None if is_noise(found, result, put_back) else problem, found
+    problem = extras_mismatch(found, result) if found.call.func is call.func else None
+    if problem is None and mismatch(found, result) is not None:
+        put_back()  # func may compute in another dtype than it is given
+        found = replace(found, within=dtypes_within(call))
+        problem = mismatch(found, result)
+        put_back()
+        if problem is not None:
+            check_rows(call, reached)
+            problem = None if is_noise(found, result, put_back) else problem
+    if problem is None and record.context.graph:
+        problem = graph_mismatch(found, result, put_back)
+    return problem

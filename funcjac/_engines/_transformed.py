@@ -11,7 +11,7 @@ from funcjac._batched import Call
 from funcjac._engines._record import Memory, remember, signature
 from funcjac._engines._rows import BY_ENGINE, by_sum
 from funcjac._linear import Context
-from funcjac._modes import Recorder, Route, is_forward_safe, sizes_of
+from funcjac._modes import Recorder, Route, sizes_of
 from funcjac._native import CONTROL_FLOW, is_transformed, outside_transforms
 from funcjac._passes import Jacobian
 from funcjac._reach import Reach, reach
@@ -145,11 +145,11 @@ def _sizes(call: Call, memory: Memory, reached: Reach) -> tuple[int, bool]:
     found = memory.sizes.get(key)
     if found is None:
         rng = rng_state()
-        with Recorder() as recorder:
+        with torch.enable_grad(), Recorder() as recorder:
             leaves = call._replace(clone=True)(call.inputs).leaves
         set_rng_state(rng)
         size = sum(out.numel() for out in leaves) // max(call.batch, 1)
-        found = size, is_forward_safe(recorder.names)
+        found = size, recorder.is_forward_safe
         remember(memory.sizes, key, found)
     return found
 
