@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812  its usual name
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from funcjac import _native, _norms
+from funcjac import _algebra, _native, _norms
 
 
 class Composed(TorchFunctionMode):
@@ -23,12 +23,15 @@ class Composed(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        run: Any = _COMPOSED.get(func, func)
+        # The compiler cannot look up what belongs to classes, such as x ** y.
+        known = _COMPOSED if torch.compiler.is_compiling() else _EVERY
+        run: Any = known.get(func, func)
         if run is func or "out" in kwargs:
             return func(*args, **kwargs)
-        if "input" in kwargs:
+        name = next((name for name in ("input", "self", "A") if name in kwargs), None)
+        if name is not None:
             kwargs = dict(kwargs)
-            args = (kwargs.pop("input"), *args)
+            args = (kwargs.pop(name), *args)
         return run(*args, **kwargs)
 
 
@@ -195,58 +198,7 @@ def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
     return found.movedim(-1, dim)
 
 
-def _pow(x: Any, exponent: Any) -> Tensor:
-    """Its second derivatives lack what moves with an exponent that is zero."""
-    moves = isinstance(exponent, Tensor) and exponent.is_floating_point()
-    if not moves or not isinstance(x, Tensor) or x.is_complex():
-        return torch.pow(x, exponent)
-    x = x.to(torch.result_type(x, exponent))
-    zero = (exponent == 0) & (x > 0)
-    found = torch.pow(x, torch.where(zero, 1, exponent))
-    return torch.where(zero, (exponent * torch.where(zero, x, 1).log()).exp(), found)
-
-
-def _float_power(x: Any, exponent: Any) -> Tensor:
-    given = x, exponent
-    if all(isinstance(one, Tensor) and not one.is_complex() for one in given):
-        return _pow(x.double(), exponent.double())
-    return torch.float_power(x, exponent)
-
-
-def _pow_in_place(x: Tensor, exponent: Any) -> Tensor:
-    return x.copy_(_pow(x.clone(), exponent))
-
-
-def _det(x: Tensor) -> Tensor:
-    """Inside of torch.func its higher derivatives are wrong: minors, or the LU factors there."""
-    size = x.shape[-1] if x.ndim > 1 and x.shape[-1] == x.shape[-2] else 0
-    if size == 0 or (size > _MOST_MINORS and not _native.is_functional()):
-        return torch.linalg.det(x)
-    if size > _MOST_MINORS:
-        factors, pivots, _ = torch.linalg.lu_factor_ex(x)
-        swaps = (pivots != torch.arange(1, size + 1, device=x.device)).sum(-1)
-        return factors.diagonal(0, -2, -1).prod(-1) * (1 - 2 * (swaps % 2))
-    if size == 1:
-        return x[..., 0, 0]
-    columns = set(range(size))
-    minors = [_det(x[..., 1:, sorted(columns - {i})]) for i in range(size)]
-    terms = [(-1) ** i * x[..., 0, i] * minor for i, minor in enumerate(minors)]
-    return torch.stack(terms, -1).sum(-1)
-
-
-# Sums of products are right for singular matrices too, but their number grows fast.
-_MOST_MINORS = 4
 _COMPOSED: dict[Any, Any] = {
-    torch.pow: _pow,
-    Tensor.pow: _pow,
-    Tensor.__pow__: _pow,
-    Tensor.pow_: _pow_in_place,
-    Tensor.__ipow__: _pow_in_place,
-    torch.float_power: _float_power,
-    Tensor.float_power: _float_power,
-    torch.det: _det,
-    Tensor.det: _det,
-    torch.linalg.det: _det,
     F.layer_norm: _norms.layer_norm,
     torch.layer_norm: _norms.layer_norm,
     torch.native_layer_norm: _norms.native_layer_norm,
@@ -276,6 +228,19 @@ _COMPOSED: dict[Any, Any] = {
     torch.logcumsumexp: _logcumsumexp,
     Tensor.logcumsumexp: _logcumsumexp,
 }
+_EVERY: dict[Any, Any] = {
+    **_COMPOSED,
+    torch.pow: _algebra.power,
+    Tensor.pow: _algebra.power,
+    Tensor.__pow__: _algebra.power,
+    Tensor.pow_: _algebra.pow_in_place,
+    Tensor.__ipow__: _algebra.pow_in_place,
+    torch.float_power: _algebra.float_power,
+    Tensor.float_power: _algebra.float_power,
+    torch.det: _algebra.det,
+    Tensor.det: _algebra.det,
+    torch.linalg.det: _algebra.det,
+}
 # Of these, even first derivatives may be wrong: gradients of statistics and of parameters of a
 # draw are zero, batching rules and a backward are mistaken.
 _SUSPECT: frozenset[Any] = frozenset(
@@ -283,6 +248,9 @@ _SUSPECT: frozenset[Any] = frozenset(
         torch.native_layer_norm,
         torch.native_group_norm,
         torch.native_batch_norm,
+        torch.det,
+        Tensor.det,
+        torch.linalg.det,
         torch.select_scatter,
         Tensor.select_scatter,
         torch.as_strided_scatter,

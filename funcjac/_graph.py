@@ -104,14 +104,15 @@ def _is_graph_noise(
 ) -> bool:
     """Whether rounding the input moves plain second derivatives as much as they are off."""
     noise = [torch.zeros_like(error) for error, _ in errors]
-    for steps in ROUNDINGS:
+    for steps, scale in ROUNDINGS:
         put_back()
         with torch.enable_grad():
             moved = [x * (1 + steps * torch.finfo(x.dtype).eps) for x in found.call.inputs]
-            again = verifier(found.call.with_inputs(moved), Context(graph=True), seed=found.seed)
+            call, context = found.call.with_inputs(moved), Context(graph=True)
+            again = verifier(call, context, seed=found.seed, scale=scale)
             others = _derivatives(_along(again, tangents), leaves)
         for i, (r, other) in enumerate(zip(right, others)):
-            moves = (wide(r) - wide(other)).abs().reshape(1, -1)
+            moves = (wide(r) - wide(other) / scale).abs().reshape(1, -1)
             noise[i] = torch.maximum(noise[i], torch.where(moves.isfinite(), moves, 0))
         if all(explains(n, error, limit) for n, (error, limit) in zip(noise, errors)):
             return True

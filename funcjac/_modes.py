@@ -133,9 +133,14 @@ class Recorder(TorchDispatchMode):
         self._switches = _Switches()
 
     @property
+    def has_right_formulas(self) -> bool:
+        """Whether forward formulas of all that ran may be differentiated again."""
+        return UNSAFE_FORWARD.isdisjoint(self.names)
+
+    @property
     def is_forward_safe(self) -> bool:
-        """Whether a forward-mode Jacobian of what ran is right, and may be differentiated again."""
-        return UNSAFE_FORWARD.isdisjoint(self.names) and not self._switches.seen
+        """The same, and whether no ``no_grad`` block was left, which they do not see."""
+        return self.has_right_formulas and not self._switches.seen
 
     def __enter__(self) -> "Recorder":
         self._switches.__enter__()

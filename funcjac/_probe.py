@@ -61,12 +61,15 @@ class Probe:
     within: tuple[torch.dtype, ...] = ()
 
 
-def verifier(call: Call, context: Context, seed: int = 0) -> Probe:
-    """Run ``func`` once, and get by plain autograd what the operator's blocks must come to."""
+def verifier(call: Call, context: Context, seed: int = 0, scale: float = 1.0) -> Probe:
+    """Run ``func`` once, and get by plain autograd what the operator's blocks must come to.
+
+    With ``scale``, all of that is ``scale`` times as large, and rounded in another way.
+    """
     reference = call.options.operator.reference
     if reference is None:
-        return probe(call, context, seed=seed)
-    found = probe(call, Context(graph=True), seed=seed)
+        return probe(call, context, seed=seed, scale=scale)
+    found = probe(call, Context(graph=True), seed=seed, scale=scale)
     if call.batch == 0 or not any(x.numel() for x in call.inputs):
         return found
     try:
@@ -108,9 +111,15 @@ def _resolution(call: Call, products: list[Tensor]) -> Tensor:
     return room * _FLAT * found / max([1.0, *shares])
 
 
-def probe(call: Call, context: Context, rows: Tensor | None = None, seed: int = 0) -> Probe:
+def probe(
+    call: Call,
+    context: Context,
+    rows: Tensor | None = None,
+    seed: int = 0,
+    scale: float = 1.0,
+) -> Probe:
     """Run ``func`` once and pull a random cotangent back; ``rows`` masks rows of it with 0."""
-    draw = _Draw(torch.Generator("cpu").manual_seed(_SEED + seed), rows)
+    draw = _Draw(torch.Generator("cpu").manual_seed(_SEED + seed), rows, scale)
     inputs = plain_inputs(call, context)
     with torch.enable_grad():
         scalar, seeds, output, floor = _contract(call, inputs, draw)
@@ -122,10 +131,11 @@ def probe(call: Call, context: Context, rows: Tensor | None = None, seed: int = 
 
 @dataclass(frozen=True)
 class _Draw:
-    """Where random numbers come from, and the rows that get any."""
+    """Where random numbers come from, the rows that get any, and by what they are multiplied."""
 
     generator: torch.Generator
     rows: Tensor | None
+    scale: float
 
 
 def _contract(
@@ -140,7 +150,8 @@ def _contract(
     inner = nested(call, inputs)
     if inner is None:
         output = call(inputs)
-        seeds = [random_like(out, draw.generator) / _sizes(out) for out in output.leaves]
+        drawn = [draw.scale * random_like(out, draw.generator) for out in output.leaves]
+        seeds = [seed / _sizes(out) for seed, out in zip(drawn, output.leaves)]
         if draw.rows is not None:
             seeds = [seed * _rowwise(draw.rows, seed) for seed in seeds]
         pairs = zip(seeds, output.leaves)

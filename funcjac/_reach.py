@@ -40,8 +40,6 @@ _DULL = (
     torch.dtype,
     torch.device,
 )
-# Of what a function names or closes over, these decide what it does.
-_NAMED = (str, types.BuiltinFunctionType)
 # What functions find in these modules is no part of a model.
 _LIBRARIES = frozenset({"torch", "funcjac", "numpy", "scipy", "builtins", *sys.stdlib_module_names})
 
@@ -80,8 +78,11 @@ def reach(start: list[Any], known: Known) -> Reach:
     stack: list[tuple[Any, int]] = [(item, 0) for item in start]
     while stack and len(seen) < _MOST:
         item, depth = stack.pop()
-        if type(item) is bool or isinstance(item, enum.Enum):
+        if type(item) is bool:
             found.token.append(item)
+            continue
+        if isinstance(item, enum.Enum):  # which may have no hash
+            found.token.append(item.name)
             continue
         if type(item) in _DULL or id(item) in seen:
             continue
@@ -187,20 +188,31 @@ def _visit_function(
     if not scope.get("__name__", "").startswith("torch."):
         # In a wrapper such as torch.vmap's, what it wraps is in its closure.
         outer += _named(scope, names, set())
-    found.token += [item for item in outer if type(item) in _NAMED]
+    found.token += [item for item in outer if _is_word(item)]
     found.numbers += [item for item in outer if type(item) is int]
     stack += [(item, 0) for item in outer if type(item) not in _DULL]
 
 
-def _named(scope: dict[str, Any], names: tuple[str, ...], seen: set[str]) -> Iterable[Any]:
+def _named(scope: dict[str, Any], names: tuple[str, ...], seen: set[int]) -> Iterable[Any]:
     """What names stand for, in a scope and in the modules that they stand for there."""
     for name in names:
         item = scope.get(name)
         if type(item) is not types.ModuleType:
             yield item
-        elif item.__name__.partition(".")[0] not in _LIBRARIES and item.__name__ not in seen:
-            seen.add(item.__name__)
+        elif id(item) not in seen and not _is_library(item):
+            seen.add(id(item))
             yield from _named(vars(item), names, seen)
+
+
+def _is_library(module: types.ModuleType) -> bool:
+    return str(vars(module).get("__name__")).partition(".")[0] in _LIBRARIES
+
+
+def _is_word(item: Any) -> bool:
+    """Whether it is one of a few, which decide what a function does; no method of a tensor."""
+    if type(item) is types.BuiltinFunctionType:
+        return isinstance(item.__self__, (types.ModuleType, type, type(None)))
+    return type(item) is str
 
 
 def _content(cell: types.CellType) -> Any:
@@ -221,7 +233,7 @@ def _names(code: types.CodeType) -> Iterable[str]:
 def _visit_object(item: Any, depth: int, found: Reach, stack: list[tuple[Any, int]]) -> None:
     if isinstance(item, torch.jit.ScriptFunction):
         found.scripted = True
-    elif depth < _DEPTH:
+    elif depth < _DEPTH and type(item).__module__ != "torch._ops":  # all of its operations
         values = list(_slots(item))
         if hasattr(item, "__dict__"):
             found.token.append(type(item))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from funcjac import _tree
-from funcjac._linear import Context
+from funcjac._linear import Context, plain_values
 from funcjac._passes import Jacobian
 from funcjac._probe import (
     Entry,
@@ -33,8 +33,12 @@ from funcjac.errors import VerificationError
 _PIECE = 2**20
 # A mismatch this many times smaller than what rounding the input does is conditioning.
 _NOISE = 32
-# Units of rounding by which the input is moved to see that.
-ROUNDINGS = (1, -1, 2, 5, -8)
+# What is left of slopes in a saturated row is as large as the noise of other rows, where that is
+# no more than so many times what rounding its output comes to.
+_FLOORS = 100
+# Units of rounding by which the input is moved to see that, and what the cotangent is multiplied
+# by: where a row is saturated, only the way back rounds in another way.
+ROUNDINGS = ((1, 1.1), (-1, 0.9), (2, 1.3), (5, 0.7), (-8, 1.7), (3, 0.6), (-4, 1.9))
 
 
 # --- the comparison ----------------------------------------------------------------------
@@ -136,12 +140,13 @@ def is_noise(found: Probe, result: Jacobian, put_back: Callable[[], None]) -> bo
     """
     rows = [_grad_rows(entry) for entry in found.entries]
     noise = [torch.zeros_like(row) for row in rows]
-    for steps in ROUNDINGS:  # one alone may happen to round to the same
+    for steps, scale in ROUNDINGS:  # one alone may happen to round to the same
         put_back()
         moved = [x.detach() * (1 + steps * torch.finfo(x.dtype).eps) for x in found.inputs]
-        again = verifier(found.call.with_inputs(moved), Context(), seed=found.seed)
+        call = found.call.with_inputs(moved)
+        again = verifier(call, Context(), seed=found.seed, scale=scale)
         for e, (row, entry) in enumerate(zip(rows, again.entries)):
-            moves = (row - _grad_rows(entry)).abs()
+            moves = (row - _grad_rows(entry) / scale).abs()
             noise[e] = torch.maximum(noise[e], torch.where(moves.isfinite(), moves, 0))
         if all(_is_within(found, result, e, noise[e]) for e in range(len(rows))):
             return True
@@ -151,16 +156,24 @@ def is_noise(found: Probe, result: Jacobian, put_back: Callable[[], None]) -> bo
 def _is_within(found: Probe, result: Jacobian, e: int, noise: Tensor) -> bool:
     """Whether no difference in entry ``e`` is larger than noise explains."""
     grad, difference, size, floor = _compared(found, result, e)
-    return explains(noise, difference, tolerance_of(found) * (grad.abs() + size + floor))
+    limit = tolerance_of(found) * (grad.abs() + size + floor)
+    return explains(noise, difference, limit, _FLOORS * rounding_of(found) / 10 * floor)
 
 
-def explains(noise: Tensor, difference: Tensor, limit: Tensor | float) -> bool:
-    """Whether no difference, ``(B, N)``, is larger than noise makes it."""
+def explains(
+    noise: Tensor, difference: Tensor, limit: Tensor | float, floor: Tensor | float = 0.0
+) -> bool:
+    """Whether no difference, ``(B, N)``, is larger than noise makes it.
+
+    ``limit`` is up to where noise is small, ``floor`` up to where that of other rows counts.
+    """
     if not difference.numel():
         return True
     # What is small is rounding, and as large anywhere in a row; at a kink it is not.
-    small = torch.where(noise <= limit, noise, 0).amax()
-    return bool((difference <= _NOISE * torch.maximum(noise, small)).all())
+    small = torch.where(noise <= limit, noise, 0)
+    here = _NOISE * torch.maximum(noise, small.amax(1, keepdim=True))
+    elsewhere = torch.clamp(torch.as_tensor(floor), max=_NOISE * small.amax().item())
+    return bool((difference <= torch.maximum(here, elsewhere.to(here))).all())
 
 
 # --- what autograd cannot see ------------------------------------------------------------
@@ -194,10 +207,12 @@ def check_attached(found: Probe) -> None:
 # --- what is returned besides --------------------------------------------------------------
 
 
-def extras_mismatch(found: Probe, result: Jacobian) -> str | None:
+def extras_mismatch(
+    found: Probe, result: Jacobian, put_back: Callable[[], None] = lambda: None
+) -> str | None:
     """Whether value or aux of rows, put together, are not what ``func`` returns for the batch."""
-    options, values = found.call.options, zip(found.output.leaves, result.output.leaves)
-    if options.return_value and not all(alike(one, two) for one, two in values):
+    options = found.call.options
+    if options.return_value and not _is_value(found, result.output.leaves, put_back):
         return "its value is not that of the batch"
     if not options.has_aux:
         return None
@@ -225,3 +240,29 @@ def alike(one: Tensor, two: Tensor) -> bool:
     limit = tolerance([one.dtype], one.device)
     size = one.detach().double().nan_to_num(0, 0, 0).abs().max().item() if one.numel() else 0.0
     return torch.allclose(one.double(), two.double(), limit, limit * size, equal_nan=True)
+
+
+def _is_value(found: Probe, leaves: list[Tensor], put_back: Callable[[], None]) -> bool:
+    """Whether ``leaves`` are what ``func`` returned, but for what rounding or its draws change."""
+    wanted = [out.detach() for out in found.output.leaves]
+    if all(alike(one, two) for one, two in zip(wanted, leaves)):
+        return True
+    if any(one.shape != two.shape for one, two in zip(wanted, leaves)):
+        return False
+    noise = [0.0] * len(wanted)
+    for steps in (0, *[steps for steps, _ in ROUNDINGS]):  # 0 for draws that are not torch's
+        put_back()
+        moved = [x.detach() * (1 + steps * torch.finfo(x.dtype).eps) for x in found.inputs]
+        again = plain_values(found.call.with_inputs(moved))
+        noise = [max(n, _largest(w, a, 0)) for n, w, a in zip(noise, wanted, again)]
+        off = [_largest(w, leaf, torch.inf) for w, leaf in zip(wanted, leaves)]
+        if all(o <= _NOISE * n for o, n in zip(off, noise)):
+            return True
+    return False
+
+
+def _largest(one: Tensor, two: Tensor, unknown: float) -> float:
+    """The largest difference where ``one`` is a number; ``unknown`` where ``two`` is none."""
+    known = one.isfinite()
+    found = (wide(one) - wide(two))[known].abs().nan_to_num(unknown, unknown)
+    return found.max().item() if found.numel() else 0.0

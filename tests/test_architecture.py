@@ -35,8 +35,8 @@ PUBLIC = {
 # What a later module may use, from the ground up. A module may import from lines above its own.
 LAYERS = [
     ["errors", "_tree", "_native", "_block", "_digits", "_reach", "_norms"],
-    ["_composed", "_modes", "_kinds"],
-    ["_structure"],
+    ["_algebra", "_modes", "_kinds"],
+    ["_composed", "_structure"],
     ["_batched", "_basis", "_state", "_tape"],
     ["_bind", "_words", "_linear", "_directions", "_jets"],
     ["_passes", "_probe", "_opaque", "_formulas"],

@@ -737,3 +737,73 @@ def test_a_determinant_of_a_singular_matrix(size):
     func = lambda x: torch.det(x.reshape(-1, size, size))
     right = hessian_by_rows(lambda row: func(row[None]), x)
     torch.testing.assert_close(batch_hessian(func)(x), right[:, 0], rtol=1e-6, atol=1e-6)
+
+
+def test_powers_keep_their_dtype():
+    x = torch.rand(5, 3) + 0.1
+    for base, exponent in ((x.bfloat16(), torch.tensor(3.0)), (x, torch.tensor(2.0, dtype=f64))):
+        func = lambda x, exponent=exponent: x**exponent
+        assert batch_hessian(func)(base).dtype == base.dtype
+        value = batch_jacobian(func, return_value=True)
+        assert torch.func.jvp(value, (base,), (base,))[0][1].dtype == base.dtype
+    exponent = torch.zeros((), dtype=f64, requires_grad=True)
+    jac = batch_jacobian(lambda x: x**exponent)(x)
+    (found,) = torch.autograd.grad(jac.sum(), exponent)
+    torch.testing.assert_close(found, (1 / x).sum().double(), rtol=1e-5, atol=1e-5)
+
+
+def test_infinity_to_the_power_of_zero():
+    x, zero = torch.tensor([[torch.inf, 2.0]], dtype=f64), torch.zeros(1, dtype=f64)
+    value = batch_jacobian(lambda x: x**zero, return_value=True)
+    jac, out = torch.func.jvp(value, (x,), (x,))[0]
+    assert (out == 1).all()
+    assert (jac == 0).all()
+
+
+@pytest.mark.parametrize("name", ["**", "pow", "det"])
+@pytest.mark.parametrize("transform", [batch_jacobian, batch_hessian])
+def test_powers_and_determinants_compile(name, transform):
+    func = {
+        "**": lambda x: x**2,
+        "pow": lambda x: x.clamp(min=1e-6).pow(torch.tensor(3.0)).mean(1, keepdim=True).pow(0.3),
+        "det": lambda x: torch.linalg.det(x.unsqueeze(2) * x.unsqueeze(1) + torch.eye(3)),
+    }[name]
+    torch._dynamo.reset()
+    x = torch.rand(4, 3)
+    found = torch.compile(transform(func), backend="eager")(x)
+    torch.testing.assert_close(found, transform(func)(x), rtol=1e-4, atol=1e-5)
+
+
+def test_keywords_of_replaced_operations():
+    x = randn(3, 2, 2)
+    by_name = batch_jacobian(lambda x: torch.linalg.det(A=x))
+    by_place = batch_jacobian(lambda x: torch.linalg.det(x))
+    torch.testing.assert_close(*(torch.vmap(lambda r: t(r[None]))(x) for t in (by_name, by_place)))
+    power = batch_jacobian(lambda x: torch.pow(self=2.0, exponent=x))
+    torch.testing.assert_close(torch.vmap(lambda r: power(r[None])[0])(x[:, 0]), power(x[:, 0]))
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, 7])
+def test_determinants_of_singular_matrices_inside_of_transforms(size):
+    x = torch.diag(torch.arange(size, dtype=f64)).expand(2, size, size).clone()
+    func = batch_jacobian(torch.linalg.det)
+    right = torch.zeros(size, size, dtype=f64)
+    right[0, 0] = torch.arange(1, size, dtype=f64).prod()
+    found = torch.vmap(lambda row: func(row[None])[0])(x)
+    torch.testing.assert_close(found, right.expand(2, size, size))
+    if size <= 4:
+        torch.testing.assert_close(func(x), right.expand(2, size, size))
+
+
+def test_a_harmless_block_without_grad_where_forward_mode_is_asked_for():
+    layer = nn.Linear(3, 3).double()
+
+    def func(x):
+        with torch.no_grad():
+            size = int(x.shape[0])
+        return layer(x) * size
+
+    x = randn(4, 3)
+    jac = batch_jacobian(func, mode="fwd")
+    right = layer.weight.detach().expand(4, 3, 3)
+    torch.testing.assert_close(torch.vmap(lambda row: jac(row[None])[0])(x).detach(), right)

@@ -3,8 +3,10 @@
 import dataclasses
 import enum
 import functools
+import gc
 import types
 import warnings
+import weakref
 
 import numpy
 import pytest
@@ -945,3 +947,99 @@ def test_a_report_where_another_device_is_the_default():
 
 def randn_on_cpu():
     return torch.ones(B, 3, dtype=torch.float64, device="cpu")
+
+
+# --- what rounding explains -----------------------------------------------------------------
+
+
+def partly_constant(x):
+    with torch.no_grad():
+        constant = x.sin()
+    return (x**3 + constant) * torch.ones(64, dtype=x.dtype)
+
+
+@pytest.mark.parametrize("large", [1e3, 1e5])
+def test_a_large_row_excuses_no_other(large):
+    x = torch.tensor([[large], [1.0]])
+    jacobian = batch_jacobian(partly_constant)
+    for _ in range(16):
+        torch.testing.assert_close(jacobian(x)[1], torch.full((64, 1), 3.0))
+
+
+@quiet
+@pytest.mark.parametrize("engine", ["auto", "vmap", "loop"])
+def test_a_value_that_is_zero_but_for_rounding(engine):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16))
+    x = torch.randn(8, 16)
+    reached = net(x).detach()
+    func = lambda x, y: net(x) - y
+    jac, value = batch_jacobian(func, engine=engine, return_value=True)(x, reached)
+    assert value.abs().max() < 1e-5
+    torch.testing.assert_close(jac, batch_jacobian(net)(x))
+
+
+@quiet
+def test_values_with_draws_of_ones_own():
+    generator = torch.Generator()
+    func = lambda x: 2 * x + torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    jacobian = batch_jacobian(func, return_value=True, randomness="different")
+    equal(jacobian(randn(B, 3))[0], 2 * torch.eye(3).double().expand(B, 3, 3))
+
+
+# --- signatures -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Payload:
+    factor: int
+
+
+class Unhashable(Payload, enum.Enum):
+    ONE = 1
+    TWO = 2
+
+
+def test_members_of_an_enum_without_a_hash():
+    func = lambda x, kind=Unhashable.ONE: x * kind.factor
+    jacobian, x = batch_jacobian(func), randn(B, 3)
+    equal(jacobian(x), torch.eye(3).double().expand(B, 3, 3))
+    equal(jacobian(x, Unhashable.TWO), 2 * torch.eye(3).double().expand(B, 3, 3))
+
+
+count = 0
+
+
+def test_a_counter_is_verified_so_many_times(monkeypatch):
+    calls = []
+
+    def func(x):
+        calls.append(count)
+        return x.sin() if count < 10**6 else x
+
+    jacobian, x = batch_jacobian(func), randn(B, 3)
+    for _ in range(120):
+        jacobian(x)
+        globals()["count"] += 1
+    calls.clear()
+    jacobian(x)
+    assert len(calls) == 1
+    (record,) = vars(jacobian)["__funcjac__"].memory.records.values()
+    assert len(record.numbers) <= 64
+
+
+def test_methods_of_tensors_are_not_kept():
+    kept, multiply = [], torch.matmul
+
+    def func(x):
+        return multiply(x.mT).mT
+
+    jacobian, x = batch_jacobian(func), randn(B, 3)
+    for _ in range(5):
+        weights = randn(3, 3)
+        multiply = weights.matmul
+        jacobian(x)
+        kept.append(weakref.ref(weights))
+    multiply = weights = None
+    gc.collect()
+    assert sum(one() is not None for one in kept) <= 1

@@ -59,7 +59,7 @@ def solve(call: Call, memory: Memory) -> Jacobian:
         call = call._replace(clone=record.clone, composed=record.composed)
     choice = None if record.needs_guard or call.options.check is True else record.choice
     try:
-        if choice is not None and numbers(call, reached) in record.numbers:
+        if choice is not None and record.knows(numbers(call, reached)):
             with PROCESS if record.random else nullcontext():  # which may set random state back
                 return run(call, choice, record.context)
         with PROCESS, _Attempt(call, memory, reached) as attempt:
@@ -221,7 +221,7 @@ class _Attempt:
     def again(self, key: Any, record: Record) -> Jacobian:
         self.record = record
         route = record.choice or record.next()
-        new = route not in record.times or numbers(self.call, self.reached) not in record.numbers
+        new = route not in record.times or not record.knows(numbers(self.call, self.reached))
         if record.needs_guard or new:
             self._take_guard(values=record.moves or new)  # copies every parameter
         if self.options.check is True or (self.checked and new):

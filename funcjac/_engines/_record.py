@@ -19,7 +19,7 @@ from funcjac._reach import Known, Reach
 from funcjac._state import Restored
 from funcjac.errors import is_out_of_memory
 
-_MOST_RECORDS = 256
+_MOST_RECORDS, _MOST_NUMBERS = 256, 64
 _CAST = ("cpu", "cuda")
 # Turns of a route before its best time counts: more where a run is short and easily
 # disturbed. Half of them, for a first run may hold some set-up of torch's, end the turns of
@@ -61,6 +61,10 @@ class Record:
     random: bool = False
     probes: int = 0
     numbers: set[tuple[Any, ...]] = field(default_factory=set)
+
+    def knows(self, given: tuple[Any, ...]) -> bool:
+        """Whether integers were verified, or are so many that they count something."""
+        return given in self.numbers or len(self.numbers) >= _MOST_NUMBERS
 
     @property
     def needs_guard(self) -> bool:
@@ -140,7 +144,7 @@ class Memory:
 
     layouts: dict[Any, Layout] = field(default_factory=dict)
     records: dict[Any, Record] = field(default_factory=dict)
-    sizes: dict[Any, tuple[int, bool]] = field(default_factory=dict)
+    sizes: dict[Any, tuple[int, bool, bool]] = field(default_factory=dict)
     known: Known = field(default_factory=dict)
     warned: bool = False
     local: threading.local = field(default_factory=threading.local)
@@ -186,7 +190,9 @@ def numbers(call: Call, reached: Reach) -> tuple[Any, ...]:
 def _meta(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad
-    return leaf if isinstance(leaf, (bool, str, Enum, type(None))) else type(leaf)
+    if isinstance(leaf, Enum):  # which may have no hash
+        return type(leaf), leaf.name
+    return leaf if isinstance(leaf, (bool, str, type(None))) else type(leaf)
 
 
 def requires_grad(call: Call) -> bool:

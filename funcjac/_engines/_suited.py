@@ -95,7 +95,9 @@ def confirm(
     Raises:
         BatchMixingError: rows depend on one another.
     """
-    problem = extras_mismatch(found, result) if found.call.func is call.func else None
+    problem = None
+    if found.call.func is call.func:
+        problem = extras_mismatch(found, result, put_back)
     if problem is None and mismatch(found, result) is not None:
         put_back()  # func may compute in another dtype than it is given
         found = replace(found, within=dtypes_within(call))

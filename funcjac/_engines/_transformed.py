@@ -123,12 +123,12 @@ def _route(call: Call, memory: Memory, reached: Reach, *, functional: bool = Tru
     if mode == "taylor":
         mode = "auto"  # operations cannot be recorded inside of torch.func
     if mode == "auto" or "fwd" in mode:
-        outputs, safe = _sizes(call, memory, reached)
-        safe = safe and not reached.custom and not reached.scripted
+        outputs, right, safe = _sizes(call, memory, reached)
+        known = not reached.custom and not reached.scripted
         inputs = sizes_of(call.inputs, call.layout.diff_dims)
         if mode == "auto":
-            mode = options.operator.within((outputs, inputs), safe)
-        elif not safe and functional:
+            mode = options.operator.within((outputs, inputs), safe and known)
+        elif not (right and known) and functional:
             raise RuntimeError(
                 f"{options.name}: expected func to have forward formulas that may be "
                 f"differentiated again with mode={mode!r} inside of a torch.func transform, got an "
@@ -139,8 +139,8 @@ def _route(call: Call, memory: Memory, reached: Reach, *, functional: bool = Tru
     return Route(options.engine, mode, options.chunk_size, transposed=transposed)
 
 
-def _sizes(call: Call, memory: Memory, reached: Reach) -> tuple[int, bool]:
-    """Elements of an output row, and whether forward formulas may be differentiated again."""
+def _sizes(call: Call, memory: Memory, reached: Reach) -> tuple[int, bool, bool]:
+    """Elements of an output row, and whether forward formulas are right, asked for or not."""
     key = signature(call, reached, graph=True)
     found = memory.sizes.get(key)
     if found is None:
@@ -149,7 +149,7 @@ def _sizes(call: Call, memory: Memory, reached: Reach) -> tuple[int, bool]:
             leaves = call._replace(clone=True)(call.inputs).leaves
         set_rng_state(rng)
         size = sum(out.numel() for out in leaves) // max(call.batch, 1)
-        found = size, recorder.is_forward_safe
+        found = size, recorder.has_right_formulas, recorder.is_forward_safe
         remember(memory.sizes, key, found)
     return found
 
