@@ -34,7 +34,9 @@ def float_power(x: Any, exponent: Any) -> Tensor:
 
 def pow_in_place(x: Tensor, exponent: Any) -> Tensor:
     found = power(x.clone(), exponent)
-    return x.copy_(found) if found.dtype == x.dtype else x.pow_(exponent)  # or its error
+    if found.dtype != x.dtype or found.shape != x.shape:
+        return x.pow_(exponent)  # which may raise
+    return x.zero_().add_(found)
 
 
 def det(x: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ def _visit_function(
     if names is None:
         names = known[code] = tuple(_names(code))
     scope = func.__globals__
-    if not scope.get("__name__", "").startswith("torch."):
+    if not scope.get("__name__", "").startswith(("torch.", "funcjac.")):
         # In a wrapper such as torch.vmap's, what it wraps is in its closure.
         outer += _named(scope, names, set())
     found.token += [item for item in outer if _is_word(item)]
@@ -233,6 +233,8 @@ def _names(code: types.CodeType) -> Iterable[str]:
 def _visit_object(item: Any, depth: int, found: Reach, stack: list[tuple[Any, int]]) -> None:
     if isinstance(item, torch.jit.ScriptFunction):
         found.scripted = True
+    elif type(item).__module__.startswith("funcjac."):  # a transform, which remembers a lot
+        stack.append((getattr(item, "func", None), depth))
     elif depth < _DEPTH and type(item).__module__ != "torch._ops":  # all of its operations
         values = list(_slots(item))
         if hasattr(item, "__dict__"):

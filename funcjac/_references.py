@@ -111,7 +111,7 @@ def divergence_entries(found: Probe, *, graph: bool, spec: Spec) -> list[Entry]:
     check_square(call, output)
     batch = call.batch
     factors, _ = _row_factors(found)
-    factors = factors.to(output.leaves[0].dtype)
+    factors = found.draw.scale * factors.to(output.leaves[0].dtype)  # they are its seeds
     shared = None in call.layout.diff_dims  # then only the sum over rows is known
     total = output.leaves[0].new_zeros(() if shared else batch)
     size = total.detach()

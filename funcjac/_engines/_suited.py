@@ -25,7 +25,7 @@ def is_fragile(call: Call, start: RngState, context: Context) -> bool:
     inner = transform_behind(call.func)
     if not (context.graph or inner or call.options.operator.reference):
         return False
-    with Recorder() as recorder, torch.enable_grad():
+    with torch.enable_grad(), Recorder() as recorder:
         call._replace(clone=True)(plain_inputs(call, Context()))
     if inner and any(record.composed for record in inner.memory.records.values()):
         return True  # the inner transform runs nothing fragile any more
@@ -56,14 +56,14 @@ def composes(call: Call, start: RngState) -> bool:
 
 def forward_safe(call: Call) -> bool:
     """Whether forward formulas are right for all that ``func`` runs, also differentiated again."""
-    with Recorder() as recorder, torch.enable_grad():
+    with torch.enable_grad(), Recorder() as recorder:
         call._replace(clone=True)(plain_inputs(call, Context()))
     return recorder.is_forward_safe
 
 
 def dtypes_within(call: Call) -> tuple[torch.dtype, ...]:
     """The floating dtypes that ``func`` computes in."""
-    with Recorder() as recorder, torch.enable_grad():
+    with torch.enable_grad(), Recorder() as recorder:
         call._replace(clone=True)(plain_inputs(call, Context()))
     return tuple(recorder.dtypes)
 
