@@ -18,12 +18,18 @@ from funcjac import (
     BatchMixingError,
     EngineFallbackWarning,
     VerificationError,
+    batch_divergence,
     batch_hessian,
+    batch_hessian_diagonal,
     batch_jacobian,
+    batch_laplacian,
+    batch_partials,
     check_batched,
     check_derivative,
 )
 from funcjac._engines import _rows
+from funcjac._linear import Context
+from funcjac._probe import verifier
 
 B = 4
 ENGINES = ("vmap", "sum", "loop")
@@ -1043,3 +1049,31 @@ def test_methods_of_tensors_are_not_kept():
     multiply = weights = None
     gc.collect()
     assert sum(one() is not None for one in kept) <= 1
+
+
+OPERATORS = {
+    "jacobian": lambda func, **words: batch_jacobian(func, **words),
+    "nested": lambda func, **words: batch_jacobian(batch_jacobian(func, **words), **words),
+    "hessian": lambda func, **words: batch_hessian(func, **words),
+    "diagonal": lambda func, **words: batch_hessian_diagonal(func, **words),
+    "laplacian": lambda func, **words: batch_laplacian(func, **words),
+    "divergence": lambda func, **words: batch_divergence(func, **words),
+    "samples": lambda func, **words: batch_divergence(func, samples=2, **words),
+    "partials": lambda func, **words: batch_partials(func, [(), (0,), (0, 1)], **words),
+}
+
+
+DIMS = [(name, dim) for name in OPERATORS for dim in (0, None) if (name, dim) != ("samples", None)]
+
+
+@pytest.mark.parametrize(("name", "in_dims"), DIMS)
+def test_what_is_expected_is_as_large_as_the_cotangent(name, in_dims):
+    """Or noise would be found where there is none."""
+    dims = (in_dims, 0)
+    transform = OPERATORS[name](lambda x, y: (x * y).sin(), in_dims=dims)
+    x, y = randn(*(B, 3)[in_dims is None :]), randn(B, 3)
+    call = vars(transform)["__funcjac__"].bind((x, y), {})
+    once, twice = (verifier(call, Context(), scale=scale) for scale in (1.0, 2.0))
+    for one, two in zip(once.entries, twice.entries):
+        torch.testing.assert_close(2 * one.grad, two.grad)
+        torch.testing.assert_close([2 * seed for seed in one.seeds], two.seeds)
