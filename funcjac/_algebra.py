@@ -40,7 +40,11 @@ def pow_in_place(x: Tensor, exponent: Any) -> Tensor:
 
 
 def det(x: Tensor) -> Tensor:
-    """Inside of torch.func its higher derivatives are wrong: minors, or the LU factors there."""
+    """By minors, or in torch.func by LU factors.
+
+    PyTorch's own gradient is wrong for singular matrices, and in torch.func, differentiated
+    once more, for all.
+    """
     allowed = x.dtype.is_floating_point and x.element_size() > 2 and x.ndim > 1
     size = x.shape[-1] if allowed and x.shape[-1] == x.shape[-2] else 0
     if size == 0 or (size > _MOST_MINORS and not is_functional()):

@@ -207,9 +207,7 @@ def check_attached(found: Probe) -> None:
 # --- what is returned besides --------------------------------------------------------------
 
 
-def extras_mismatch(
-    found: Probe, result: Jacobian, put_back: Callable[[], None] = lambda: None
-) -> str | None:
+def extras_mismatch(found: Probe, result: Jacobian, put_back: Callable[[], None]) -> str | None:
     """Whether value or aux of rows, put together, are not what ``func`` returns for the batch."""
     options = found.call.options
     if options.return_value and not _is_value(found, result.output.leaves, put_back):
@@ -220,6 +218,7 @@ def extras_mismatch(
     given, other = _tree.flatten(result.output.aux)
     if spec != other:
         return "its aux has another structure than that of the batch"
+    limit = tolerance_of(found)
     for one, two in zip(wanted, given):
         if not isinstance(one, Tensor) or not isinstance(two, Tensor):
             plain = isinstance(one, (bool, int, float, str))
@@ -228,7 +227,7 @@ def extras_mismatch(
             continue
         if one.shape != two.shape or one.dtype != two.dtype:
             return f"its aux has shape {tuple(two.shape)}, that of the batch {tuple(one.shape)}"
-        if not alike(one, two):
+        if not torch.allclose(wide(one), wide(two), limit, limit, equal_nan=True):
             return "its aux has other values than that of the batch"
     return None
 

@@ -1077,3 +1077,12 @@ def test_what_is_expected_is_as_large_as_the_cotangent(name, in_dims):
     for one, two in zip(once.entries, twice.entries):
         torch.testing.assert_close(2 * one.grad, two.grad)
         torch.testing.assert_close([2 * seed for seed in one.seeds], two.seeds)
+
+
+@pytest.mark.parametrize("engine", ["vmap", "loop"])
+def test_an_aux_that_is_zero_but_for_rounding(engine):
+    weights = randn(8, 8)
+    inverse = torch.linalg.inv(weights)
+    func = lambda x: (x.sin(), x @ weights @ inverse - x)
+    aux = batch_jacobian(func, engine=engine, has_aux=True)(randn(B, 8))[1]
+    assert 0 < aux.abs().max() < 1e-12
