@@ -6,9 +6,12 @@ Each takes a function and its arguments as a batched function has them, and retu
 
 import optree
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NAMESPACE = "funcjac"
+# It added derivatives: of aminmax, the second of grid_sample.
+SINCE_2_13 = hasattr(F, "linear_cross_entropy")
 
 
 def by_rows(

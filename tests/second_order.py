@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import functional
 
 from tests import second_functions as fn
+from tests.oracles import SINCE_2_13
 
 NAMESPACE = "funcjac"
 f32, f64 = torch.float32, torch.float64
@@ -381,7 +382,7 @@ SHAPES = [
     Case("padded", on(fn.padded)),
     Case("scatter_prod", on(fn.scatter_prod)),
     Case("sparse", fn.sparse, "taylor"),
-    Case("grid_sample", const(fn.grid_sample, (4, 1, 1, 2), (1, 1, 3, 3))),
+    *[Case("grid_sample", const(fn.grid_sample, (4, 1, 1, 2), (1, 1, 3, 3)))] * SINCE_2_13,
     Case("triangles", on(fn.triangles)),
     Case("matrix_rows", const(lambda x, w: w @ x.sin() * x[:, :1], (4, 3, 2), (4, 3))),
     Case("outer", on(lambda x: (x[:, :, None] * x.exp()[:, None, :])[:, :2])),

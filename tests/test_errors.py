@@ -343,7 +343,7 @@ ARGUMENTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:Sparse invariant")
 @pytest.mark.parametrize("engine", ["auto", "sum"])
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_bad_arguments(name, engine):

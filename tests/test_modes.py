@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, jacfwd, jacrev
 from torch.nn import functional as F
 
 from funcjac._modes import UNSAFE_FORWARD, Recorder, Route, prefers_forward, routes
+from tests.oracles import SINCE_2_13
 
 # These run on other devices only, or stand in for one that runs here.
 ELSEWHERE = {
@@ -314,6 +315,8 @@ NETWORKS = {
 OPERATIONS = {
     **ACTIVATIONS, **POINTWISE, **REDUCTIONS, **NORMS, **LINALG, **SHAPES, **NETWORKS
 }  # fmt: skip
+if not SINCE_2_13:
+    del OPERATIONS["aminmax"]
 
 
 def recurrent(cell, x):

@@ -7,6 +7,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from funcjac import batch_hessian, batch_hessian_diagonal, batch_jacobian, batch_laplacian
+from tests.oracles import SINCE_2_13
 
 f64 = torch.float64
 STEP = 1e-5
@@ -94,7 +95,7 @@ def test_second_derivatives_by_the_weights_of_weight_norm():
     torch.testing.assert_close((hess * direction).sum((-1, -2)), wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="new in PyTorch 2.13")
+@pytest.mark.skipif(not SINCE_2_13, reason="new in PyTorch 2.13")
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_cross_entropy_in_chunks(reduction):
     torch.manual_seed(0)
