@@ -51,6 +51,13 @@ def seeded(seed, make):
     return make().eval()
 """
 
+# Operations that plain autograd differentiates wrongly the second time, and others in their place.
+TWINS = {
+    r"(\w+)\.logcumsumexp\((-?\d+)\)": (
+        r"torch.stack([\1.narrow(\2, 0, i + 1).logsumexp(\2) for i in range(\1.shape[\2])], \2)"
+    )
+}
+
 
 @dataclass(frozen=True)
 class Step:
@@ -134,14 +141,17 @@ class Program:
         return "(" + ", ".join(each) + ",)"
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[dict[str, Any]]:
-        """The names that the source defines, as long as float64 is the default."""
+    def running(self, *, twin: bool = False) -> Iterator[dict[str, Any]]:
+        """The names that the source, or its twin, defines, as long as float64 is the default."""
+        source = self.source()
+        for operation, other in TWINS.items() if twin else ():
+            source = re.sub(operation, other, source)
         before = torch.get_default_dtype()
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 scope: dict[str, Any] = {}
-                exec(HEADER + self.source(), scope)
+                exec(HEADER + source, scope)
                 yield scope
             finally:
                 torch.set_default_dtype(before)
@@ -943,7 +953,7 @@ class Failure:
 @functools.lru_cache(maxsize=256)
 def expected(program: Program, check: Check, point: int) -> Any:
     """What plain autograd makes of one row after the other."""
-    with program.running() as scope:
+    with program.running(twin=True) as scope:
         return _expected(program, check, scope, eval(program.arguments(point), scope))
 
 
@@ -1027,7 +1037,8 @@ def _compare(program, check, scope, transform, point, right) -> Failure | None:
             return Failure(program, check, "state", "a gradient or a wrapper was left")
     text = difference(found, right)
     if text is not None and any(len(index) > 2 for index in check.indices):
-        text = difference(found, third(program, check, scope, args), 1e-5)
+        with program.running(twin=True) as other:
+            text = difference(found, third(program, check, other, args), 1e-5)
     return None if text is None else Failure(program, check, "wrong", text)
 
 

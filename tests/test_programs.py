@@ -78,6 +78,13 @@ def test_a_wrong_factor_is_found(transform, words, monkeypatch) -> None:
     assert failure.kind == "wrong"
 
 
+def test_what_plain_autograd_has_wrong_is_not_the_yardstick() -> None:
+    summed = program("x.logcumsumexp(1)", "torch.stack([v0 * 2, v0.cos()], -1)")
+    for words in ({"engine": "vmap", "mode": "fwd"}, {}):
+        check = Check("batch_jacobian", tuple(words.items()), backward=True)
+        assert programs.run(summed, check) is None
+
+
 def test_rows_that_mix_must_be_refused(monkeypatch) -> None:
     mixed = program("x - x.mean(0)", mixing=True)
     check = Check("batch_jacobian")
