@@ -8,6 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from funcjac import _tree
 from funcjac._native import SET_GRAD_ENABLED, with_memory
 
 ENGINES = ("vmap", "sum", "loop")
@@ -16,8 +17,7 @@ NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd")
 
 # Basis elements that one pass may carry when chunk_size is None: 2**26 floats are 256 MiB.
 _PASS_ELEMENTS = 2**26
-# 2**19 floats are 2 MiB.
-_CACHED_ELEMENTS = 2**19
+_CACHED_ELEMENTS = 2**19  # 2 MiB
 # A mode with this many times the passes of the other is not worth a measurement.
 _HOPELESS = 4
 # One pass forward costs about as much as the function, one backward about twice that.
@@ -90,12 +90,12 @@ class Route:
 
 
 # NOTE [Forward formulas that are wrong once differentiated again]
-# PyTorch's forward-mode formulas of these operations are right (of some not even
-# that), but their derivatives are not: forward-over-forward and reverse-over-forward give
-# wrong numbers without an error. Where a Jacobian will be differentiated again and one of
-# them runs, "auto" goes backwards. Where forward mode is asked for, columns are computed as
-# the transpose of a VJP (Route.transposed), which uses reverse formulas only, and verified
-# together with their derivatives, for those of layer norm are wrong a third time around.
+# PyTorch's forward-mode formulas of these operations are right (of some not even that), but
+# their derivatives are not: forward-over-forward and reverse-over-forward give wrong numbers.
+# Where a Jacobian will be differentiated again and one of them runs, "auto" goes backwards.
+# Where forward mode is asked for, columns are computed as the transpose of a VJP
+# (Route.transposed), which uses reverse formulas only, and verified together with their
+# derivatives, for those of layer norm are wrong a third time around.
 # tests/test_forward_safety.py derives the list from PyTorch's own database of operators: a
 # release that mends or adds one fails that test with its name.
 UNSAFE_FORWARD = frozenset(
@@ -130,44 +130,48 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.names: set[str] = set()
         self.dtypes: set[torch.dtype] = set()
-        self._switches = _Switches()
-
-    @property
-    def has_right_formulas(self) -> bool:
-        """Whether forward formulas of all that ran may be differentiated again."""
-        return UNSAFE_FORWARD.isdisjoint(self.names)
+        self._blocks = Blocks()
 
     @property
     def is_forward_safe(self) -> bool:
-        """The same, and whether no ``no_grad`` block was left, which they do not see."""
-        return self.has_right_formulas and not self._switches.seen
+        """Whether forward formulas of all that ran may be differentiated again.
+
+        They see through a ``no_grad`` block.
+        """
+        return UNSAFE_FORWARD.isdisjoint(self.names) and not self._blocks.seen
 
     def __enter__(self) -> "Recorder":
-        self._switches.__enter__()
+        self._blocks.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._switches.__exit__(*error)
+        self._blocks.__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         name = func.overloadpacket.__name__
         self.names |= {name, f"{name}.{func._overloadname}"}
-        for arg in args:
-            for item in arg if isinstance(arg, (list, tuple)) else (arg,):
-                if isinstance(item, torch.Tensor) and item.requires_grad:
-                    self.dtypes.add(item.dtype.to_real())
+        self.dtypes |= {x.dtype.to_real() for x in _tree.tensors(args) if x.requires_grad}
         return func(*with_memory(args), **with_memory(kwargs or {}))
 
 
-class _Switches(TorchFunctionMode):
-    """Notes a ``no_grad`` block, which forward formulas differentiate through."""
+class Blocks(TorchFunctionMode):
+    """Notes numbers made of others in a ``no_grad`` block: forward formulas see through it."""
 
-    seen = False
+    seen = inside = False
 
     def __torch_function__(self, func: Any, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.seen = self.seen or (func is SET_GRAD_ENABLED and args == (False,))
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        if func is SET_GRAD_ENABLED:
+            self.inside = args == (False,)
+        elif self.inside and not self.seen:
+            made = found is None or _has_numbers(found)  # None: written into another
+            self.seen = made and _has_numbers((args, kwargs))
+        return found
+
+
+def _has_numbers(tree: Any) -> bool:
+    return any(x.is_floating_point() or x.is_complex() for x in _tree.tensors(tree))
 
 
 def prefers_forward(outputs: int, inputs: int) -> bool:
@@ -222,8 +226,8 @@ def second_routes(
     for e in order:
         for m in modes if engine in ("auto", e) else ():
             # What func runs may change later on: no forward formula is chosen unasked.
-            every = list(_variants(e, m, chunk))
-            nested += [r for r in every if mode != "auto" or not r.is_forward_formula]
+            nested += _variants(e, m, chunk)
+    nested = [r for r in nested if mode != "auto" or not r.is_forward_formula]
     nested.sort(key=lambda route: route.transposed)
     return found + nested if first == "taylor" else nested + found
 

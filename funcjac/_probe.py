@@ -257,6 +257,11 @@ def is_blind(found: Probe) -> bool:
     return any(grad.numel() > 0 and not grad.isfinite().any() for grad in given)
 
 
+def is_zero(found: Probe) -> bool:
+    """Whether all derivatives vanish, so that little was verified."""
+    return not any(entry.grad is not None and entry.grad.any() for entry in found.entries)
+
+
 def is_final(root: Tensor) -> bool:
     """Whether ``backward()`` from ``root`` raises, by a node that says that it has none."""
     return any(node.name().endswith("::Error") for node in _graph_nodes(root))

@@ -807,3 +807,32 @@ def test_a_harmless_block_without_grad_where_forward_mode_is_asked_for():
     jac = batch_jacobian(func, mode="fwd")
     right = layer.weight.detach().expand(4, 3, 3)
     torch.testing.assert_close(torch.vmap(lambda row: jac(row[None])[0])(x).detach(), right)
+
+
+@pytest.mark.parametrize("mode", ["fwd", "rev"])
+def test_a_block_without_grad_inside_of_torch_func(mode):
+    def func(x):
+        with torch.no_grad():
+            factor = x.cos()
+        return x * factor
+
+    x, jacobian = randn(4, 3), batch_jacobian(func, mode=mode)
+    inside = torch.vmap(lambda row: jacobian(row[None])[0])
+    if mode == "fwd":
+        with pytest.raises(RuntimeError, match="a no_grad block"):
+            inside(x)
+    else:
+        torch.testing.assert_close(inside(x), torch.diag_embed(x.cos()))
+
+
+def test_numbers_written_into_others_without_grad():
+    def func(x):
+        out = torch.ones_like(x)
+        with torch.no_grad():
+            out[:] = x
+        return (out * x).repeat(1, 20)
+
+    x = randn(4, 3)
+    for words in ({}, {"mode": "fwd"}, {"engine": "loop", "mode": "fwd", "check": False}):
+        found = batch_jacobian(func, **words)(x)
+        torch.testing.assert_close(found, torch.diag_embed(x).repeat(1, 20, 1))

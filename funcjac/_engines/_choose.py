@@ -15,23 +15,16 @@ import torch
 from funcjac import _tree
 from funcjac._batched import Call
 from funcjac._composed import Suspects
-from funcjac._engines._record import (
-    Memory,
-    Record,
-    numbers,
-    remember,
-    requires_grad,
-    signature,
-)
+from funcjac._engines._record import Memory, Record, numbers, remember, requires_grad, signature
 from funcjac._engines._rows import by_sum, executed, run, synchronize
 from funcjac._engines._suited import composes, confirm, draws, forward_safe, is_fragile, unsuitable
 from funcjac._engines._tell import drew, failure, warn_of_fallback
 from funcjac._linear import Context
 from funcjac._mixing import check_rows
-from funcjac._modes import Route, sizes_of
+from funcjac._modes import Blocks, Route, sizes_of
 from funcjac._native import CONTROL_FLOW, PROCESS
 from funcjac._passes import Jacobian
-from funcjac._probe import Probe, has_hidden_leaves, is_blind, verifier
+from funcjac._probe import Probe, has_hidden_leaves, is_blind, is_zero, verifier
 from funcjac._reach import Reach, reach
 from funcjac._state import (
     Guard,
@@ -59,7 +52,7 @@ def solve(call: Call, memory: Memory) -> Jacobian:
         call = call._replace(clone=record.clone, composed=record.composed)
     choice = None if record.needs_guard or call.options.check is True else record.choice
     try:
-        if choice is not None and record.knows(numbers(call, reached)):
+        if choice is not None and record.knows(choice, numbers(call, reached)):
             with PROCESS if record.random else nullcontext():  # which may set random state back
                 return run(call, choice, record.context)
         with PROCESS, _Attempt(call, memory, reached) as attempt:
@@ -78,6 +71,7 @@ class _Attempt:
     """One call on its way through routes, with what must be put back after each."""
 
     record: Record
+    ran: Route
     found: Probe | None
 
     def __init__(self, call: Call, memory: Memory, reached: Reach) -> None:
@@ -127,7 +121,8 @@ class _Attempt:
         return result
 
     def _remember(self, key: Any) -> None:
-        self.record.numbers.add(numbers(self.call, self.reached))
+        if not (self.checked and self.found and is_zero(self.found)):
+            self.record.verified.add((self.ran, numbers(self.call, self.reached)))
         if self.record.choice is None:
             self.record.settle(checked=self.checked)
         if self.checked and self.found and is_blind(self.found):
@@ -144,8 +139,9 @@ class _Attempt:
     def _look(self) -> None:
         """Run ``func`` on the batch as plain autograd would, and probe it."""
         record = self.record
-        with Suspects() as suspects:
+        with torch.enable_grad(), Suspects() as suspects, Blocks() as blocks:
             self.found = self._probe()
+        record.blocks = blocks.seen
         record.note(self.guard.restore())
         if suspects.seen and not record.composed and composes(self.call, self.rng):
             self._put_back()
@@ -221,7 +217,7 @@ class _Attempt:
     def again(self, key: Any, record: Record) -> Jacobian:
         self.record = record
         route = record.choice or record.next()
-        new = route not in record.times or not record.knows(numbers(self.call, self.reached))
+        new = route not in record.times or not record.knows(route, numbers(self.call, self.reached))
         if record.needs_guard or new:
             self._take_guard(values=record.moves or new)  # copies every parameter
         if self.options.check is True or (self.checked and new):
@@ -291,6 +287,7 @@ class _Attempt:
             self.guard.lend()
         result = run(call, route, self.record.context, strict=True)
         synchronize(self.call)
+        self.ran = route
         self.record.times.setdefault(route, []).append(time.perf_counter() - start)
         return result
 

@@ -19,7 +19,7 @@ from funcjac._reach import Known, Reach
 from funcjac._state import Restored
 from funcjac.errors import is_out_of_memory
 
-_MOST_RECORDS, _MOST_NUMBERS = 256, 64
+_MOST_RECORDS, _MOST_PROBES = 256, 64
 _CAST = ("cpu", "cuda")
 # Turns of a route before its best time counts: more where a run is short and easily
 # disturbed. Half of them, for a first run may hold some set-up of torch's, end the turns of
@@ -43,7 +43,8 @@ class Record:
         moves: whether tensors are among what it changes.
         leaks: whether it leaves tensors of torch.func in lists and dicts.
         random: whether ``func`` draws random numbers.
-        numbers: integer arguments, which may decide what runs, that were verified.
+        blocks: whether it computes in a ``no_grad`` block, which forward formulas see through.
+        verified: routes, with integer arguments, which may decide what runs.
         probes: how many there were after the first: each draws another cotangent.
     """
 
@@ -59,12 +60,13 @@ class Record:
     moves: bool = False
     leaks: bool = False
     random: bool = False
+    blocks: bool = False
     probes: int = 0
-    numbers: set[tuple[Any, ...]] = field(default_factory=set)
+    verified: set[tuple[Route, Any]] = field(default_factory=set)
 
-    def knows(self, given: tuple[Any, ...]) -> bool:
+    def knows(self, route: Route, given: tuple[Any, ...]) -> bool:
         """Whether integers were verified, or are so many that they count something."""
-        return given in self.numbers or len(self.numbers) >= _MOST_NUMBERS
+        return (route, given) in self.verified or self.probes >= _MOST_PROBES
 
     @property
     def needs_guard(self) -> bool:
@@ -144,7 +146,7 @@ class Memory:
 
     layouts: dict[Any, Layout] = field(default_factory=dict)
     records: dict[Any, Record] = field(default_factory=dict)
-    sizes: dict[Any, tuple[int, bool, bool]] = field(default_factory=dict)
+    sizes: dict[Any, tuple[int, bool]] = field(default_factory=dict)
     known: Known = field(default_factory=dict)
     warned: bool = False
     local: threading.local = field(default_factory=threading.local)

@@ -75,6 +75,8 @@ def unsuitable(call: Call, reached: Reach, record: Record, route: Route) -> Exce
         words = "the sum trick has no per-sample derivative of an argument that rows share"
     elif route.engine == "sum" and record.random and call.options.randomness == "same":
         words = "the sum trick cannot give all rows the same draw"
+    elif record.blocks and route.is_forward_formula:
+        words = "forward formulas would differentiate through a no_grad block"
     elif reached.scripted and route.mode == "taylor":
         return UntraceableError("what TorchScript runs cannot be recorded")
     elif reached.scripted and route.is_functional:

@@ -123,24 +123,25 @@ def _route(call: Call, memory: Memory, reached: Reach, *, functional: bool = Tru
     if mode == "taylor":
         mode = "auto"  # operations cannot be recorded inside of torch.func
     if mode == "auto" or "fwd" in mode:
-        outputs, right, safe = _sizes(call, memory, reached)
+        outputs, safe = _sizes(call, memory, reached)
         known = not reached.custom and not reached.scripted
         inputs = sizes_of(call.inputs, call.layout.diff_dims)
         if mode == "auto":
             mode = options.operator.within((outputs, inputs), safe and known)
-        elif not (right and known) and functional:
+        elif not (safe and known) and functional:
             raise RuntimeError(
                 f"{options.name}: expected func to have forward formulas that may be "
                 f"differentiated again with mode={mode!r} inside of a torch.func transform, got an "
                 "operation of which torch's are wrong or unknown (layer norm, batch norm, det, "
-                'slogdet, solve, a custom autograd.Function). Use a reverse mode, or "auto".'
+                "slogdet, solve, a custom autograd.Function, a no_grad block). Use a reverse mode, "
+                'or "auto".'
             )
         transposed = "fwd" in mode and not functional
     return Route(options.engine, mode, options.chunk_size, transposed=transposed)
 
 
-def _sizes(call: Call, memory: Memory, reached: Reach) -> tuple[int, bool, bool]:
-    """Elements of an output row, and whether forward formulas are right, asked for or not."""
+def _sizes(call: Call, memory: Memory, reached: Reach) -> tuple[int, bool]:
+    """Elements of an output row, and whether forward formulas are right."""
     key = signature(call, reached, graph=True)
     found = memory.sizes.get(key)
     if found is None:
@@ -149,7 +150,7 @@ def _sizes(call: Call, memory: Memory, reached: Reach) -> tuple[int, bool, bool]
             leaves = call._replace(clone=True)(call.inputs).leaves
         set_rng_state(rng)
         size = sum(out.numel() for out in leaves) // max(call.batch, 1)
-        found = size, recorder.has_right_formulas, recorder.is_forward_safe
+        found = size, recorder.is_forward_safe
         remember(memory.sizes, key, found)
     return found
 
