@@ -631,7 +631,9 @@ def in_place(d: Draft) -> Made:
         f"{t}.zero_()", f"{t}.addcmul_({w}, {w})", f"{t} *= {w}",
         f"{t}.select(-1, {i}).add_(1.5).mul_({w}[..., 0])",
         f"{t}.index_add_(-1, torch.tensor([{i}]), {w}[..., :1].sin())", f"{t}.fill_(0.5)",
-        f"{t}.lerp_({w}, 0.3)", f"{t}.flatten(1)[:, 0].mul_(3)", f"{t}[{w} > 0] *= 2",
+        f"{t}.lerp_({w}, 0.3)",
+        f"{t} = {t}.contiguous(); {t}.flatten(1)[:, 0].mul_(3)",  # a view for batches of any size
+        f"{t}[{w} > 0] *= 2",
         f"{t}.transpose(0, 1)[0].add_({w}[:, 0])", f"{t}.exp_().add_({w})",
         f"{t}.unsqueeze_(1).squeeze_(1)", f"{t}[..., {i}] = 0.3", f"torch.sin({w}, out=None)",
         f"F.relu_({t})", f"{t}.pow_(2)",
