@@ -6,40 +6,16 @@ row, as a batch of one.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from funcjac import _tree
-from funcjac._composed import Composed
+from funcjac._torch_faults import UseReplacements
 from funcjac._kinds import check_output
 from funcjac._tree import Tree, TreeSpec
 from funcjac.errors import refuse
-
-
-class Operator(NamedTuple):
-    """What a transform computes of a call, and how that is verified.
-
-    Attributes:
-        modes: what ``mode`` may be, beside ``"auto"``.
-        kernel: ``(call, route, context)`` to ``blocks[i][e]``, for output ``i`` and entry ``e``.
-        routes: ``(options, sizes, on_cpu)`` to what is worth trying, in order.
-        within: ``(sizes, safe)`` to the mode inside of other transforms.
-        reference: the same by plain autograd, contracted with a cotangent; ``None`` where one
-            vector-Jacobian product is enough.
-        spec: the operator's own words.
-        assemble: ``(call, result)`` to what the user gets.
-    """
-
-    modes: tuple[str, ...]
-    kernel: Callable[..., Any]
-    routes: Callable[..., Any]
-    within: Callable[..., Any]
-    assemble: Callable[..., Any]
-    reference: Callable[..., Any] | None = None
-    spec: Any = None
 
 
 @dataclass(frozen=True)
@@ -98,10 +74,7 @@ class Call(NamedTuple):
     Attributes:
         clone: whether ``func`` works in place on its arguments and must be given copies.
         extra: how many of the last leaves are no arguments of ``func``, but of the operator.
-        composed: whether ``func`` runs with simpler operations for what is fragile.
-        direct: whether a ``func`` that is a transform itself runs as one more level of this
-            one, which verifies them together, rather than by choices of its own.
-        simply: whether basis vectors go through that level one by one, too.
+        replaced: whether ``func`` runs with replacements of what torch differentiates wrongly.
     """
 
     func: Callable[..., Any]
@@ -111,9 +84,7 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
     batch: int
     clone: bool = False
-    direct: bool = False
-    simply: bool = False
-    composed: bool = False
+    replaced: bool = False
     extra: int = 0
 
     @property
@@ -125,12 +96,6 @@ class Call(NamedTuple):
     def inputs(self) -> list[Tensor]:
         """The tensors to differentiate."""
         return [self.leaves[i] for i in self.layout.diff]
-
-    @property
-    def reachable(self) -> list[Any]:
-        """What a walk starts from: the function, and arguments that are no tensors."""
-        found = [self.func, *[leaf for leaf in self.leaves if not isinstance(leaf, Tensor)]]
-        return [*found, self.kwargs] if self.kwargs else found
 
     def with_inputs(self, inputs: list[Tensor] | tuple[Tensor, ...]) -> "Call":
         leaves = list(self.leaves)
@@ -159,23 +124,12 @@ class Call(NamedTuple):
         if self.clone:
             leaves, kwargs = _tree.map_tensors(Tensor.clone, (leaves, kwargs))
         args = leaves if self.layout.plain else _tree.unflatten(self.layout.spec, leaves)
-        inner = transform_behind(self.func) if self.direct else None
-        with Composed() if self.composed else nullcontext():
-            if inner is not None:
-                out = inner.within(tuple(args), kwargs, clone=self.clone, simply=self.simply)
-            else:
+        if self.replaced:
+            with UseReplacements():
                 out = self.func(*args, **kwargs)
+        else:
+            out = self.func(*args, **kwargs)
         return as_output(self.options, out, self.batch)
-
-
-def transform_behind(func: Any) -> Any:
-    """The transform that ``func`` was made by, ``None`` if it was made by none.
-
-    Wrappers copy attributes (``functools.wraps``, as in ``torch.vmap``): only the function
-    itself counts.
-    """
-    found = getattr(func, "__dict__", {}).get("__funcjac__")
-    return found if found is not None and found.memory.function is func else None
 
 
 def as_output(options: Options, out: Any, batch: int) -> Output:

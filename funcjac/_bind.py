@@ -15,14 +15,15 @@ from funcjac._tree import TreeSpec
 from funcjac.errors import refuse
 
 
+# What the structure of arguments settles, for all transforms of the process.
+_LAYOUTS: dict[Any, Layout] = {}
+_MOST_LAYOUTS = 1024
+
+
 def bind(
-    func: Callable[..., Any],
-    options: Options,
-    layouts: dict[Any, Layout],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    func: Callable[..., Any], options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Call:
-    """Take the arguments apart; ``layouts`` remembers what their structure settles.
+    """Take the arguments apart.
 
     Raises:
         TypeError, ValueError: the arguments are not those of a batched function.
@@ -33,54 +34,45 @@ def bind(
     elif all(type(arg) is Tensor for arg in args):
         leaves = list(args)
         check_arguments(options.name, leaves)
-        key = tuple([arg.ndim for arg in args])
-        layout = layouts.get(key) or _remembered(options, layouts, key, args)
+        layout = _remembered(options, tuple([arg.ndim for arg in args]), args, None)
     else:
         leaves, spec = _tree.flatten_args(args)
         check_arguments(options.name, leaves)
-        # True == 1, so what is no tensor must not look like a number of dimensions
-        key = (spec, *[x.ndim if isinstance(x, Tensor) else str(x is None) for x in leaves])
-        layout = layouts.get(key) or _remembered(options, layouts, key, args)
+        key = (spec, *[_kind(leaf) for leaf in leaves])
+        layout = _remembered(options, key, args, (leaves, spec))
     if kwargs and not torch.compiler.is_compiling():
         check_arguments(options.name, _tree.tensors(kwargs))
-    return Call(func, options, layout, leaves, kwargs, _batch_size(options.name, layout, leaves))
+    return Call(func, options, layout, leaves, kwargs, batch_size(options.name, layout, leaves))
 
 
-def _remembered(
-    options: Options, layouts: dict[Any, Layout], key: Any, args: tuple[Any, ...]
-) -> Layout:
-    leaves, spec = _tree.flatten_args(args)
-    return layouts.setdefault(key, make_layout(options, args, leaves, spec))
+def _kind(leaf: Any) -> Any:
+    # True == 1, so what is no tensor must not look like a number of dimensions
+    return (leaf.ndim, _is_constant(leaf)) if isinstance(leaf, Tensor) else str(leaf is None)
 
 
-def with_extras(
-    call: Call, layouts: dict[Any, Layout], extras: list[Any], dims: tuple[int | None, ...]
-) -> Call:
+def _is_constant(leaf: Tensor) -> bool:
+    """Whether it is a tensor of integers or booleans, which has no derivative."""
+    return not (leaf.is_floating_point() or leaf.is_complex())
+
+
+def _remembered(options: Options, kinds: Any, args: tuple[Any, ...], flat: Any) -> Layout:
+    key = (options.argnums, repr(options.in_dims), kinds, options.name)
+    layout = _LAYOUTS.get(key)
+    if layout is None:
+        leaves, spec = _tree.flatten_args(args) if flat is None else flat
+        layout = make_layout(options, args, leaves, spec)
+        if len(_LAYOUTS) >= _MOST_LAYOUTS:
+            _LAYOUTS.clear()
+        _LAYOUTS[key] = layout
+    return layout
+
+
+def with_extras(call: Call, extras: list[Any], dims: tuple[int | None, ...]) -> Call:
     """The call with leaves of the operator's own behind the arguments."""
-    key = (id(call.layout), dims)
-    layout = layouts.get(key)
-    if layout is None:
-        old = call.layout
-        batched = [i for i, dim in enumerate(dims, len(old.dims)) if dim is not None]
-        layout = replace(old, dims=old.dims + dims, batched=(*old.batched, *batched))
-        layout = layouts.setdefault(key, layout)
+    old = call.layout
+    batched = [i for i, dim in enumerate(dims, len(old.dims)) if dim is not None]
+    layout = replace(old, dims=old.dims + dims, batched=(*old.batched, *batched))
     return call._replace(leaves=[*call.leaves, *extras], layout=layout, extra=len(extras))
-
-
-def narrowed(
-    call: Call, layouts: dict[Any, Layout], diff: tuple[int, ...], dropped: tuple[int, ...]
-) -> Call:
-    """The call with only some of its leaves to differentiate, without extras that are dropped."""
-    key = (id(call.layout), diff, dropped)
-    kept = [i for i in range(len(call.leaves)) if i not in dropped]
-    layout = layouts.get(key)
-    if layout is None:
-        old = call.layout
-        batched = tuple([kept.index(i) for i in old.batched if i not in dropped])
-        dims = tuple([old.dims[i] for i in kept])
-        layout = layouts.setdefault(key, replace(old, diff=diff, dims=dims, batched=batched))
-    leaves = [call.leaves[i] for i in kept]
-    return call._replace(leaves=leaves, layout=layout, extra=call.extra - len(dropped))
 
 
 def check_inputs(call: Call) -> None:
@@ -101,13 +93,20 @@ def make_layout(
     sizes = [len(_tree.flatten_args(arg)[0]) for arg in args]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     diff = tuple(
-        i for a in argnums for i in range(starts[a], starts[a] + sizes[a]) if leaves[i] is not None
+        i
+        for a in argnums
+        for i in range(starts[a], starts[a] + sizes[a])
+        if leaves[i] is not None and not (args[a] is not leaves[i] and _is_left_out(leaves[i]))
     )
-    inputs = args[argnums[0]] if isinstance(options.argnums, int) else [args[a] for a in argnums]
-    in_spec = _tree.flatten(inputs if isinstance(options.argnums, int) else tuple(inputs))[1]
+    trees = [_differentiated(args[a]) for a in argnums]
+    in_spec = _tree.flatten(trees[0] if isinstance(options.argnums, int) else tuple(trees))[1]
     batched = tuple(i for i, dim in enumerate(dims) if dim is not None)
     if not batched:
         raise _nothing_batched(options, leaves)
+    if not diff and any(isinstance(leaf, Tensor) and _is_left_out(leaf) for leaf in leaves):
+        expected = "a differentiated argument of real floating-point dtype"
+        remedy = "Pass integers as another argument and leave them out of argnums."
+        raise refuse(options.name, TypeError, expected, "integers and booleans only", remedy)
     if not diff:
         raise refuse(
             options.name,
@@ -118,6 +117,18 @@ def make_layout(
         )
     plain = len(leaves) == len(args) and all(map(operator.is_, args, leaves))
     return Layout(spec, tuple(dims), batched, diff, in_spec, plain)
+
+
+def _is_left_out(leaf: Any) -> bool:
+    """Whether a leaf inside of a tree is a constant; an argument of its own is refused."""
+    return isinstance(leaf, Tensor) and _is_constant(leaf)
+
+
+def _differentiated(arg: Any) -> Any:
+    """An argument with ``None`` for its constants."""
+    if isinstance(arg, Tensor):
+        return arg
+    return _tree.map_leaves(lambda leaf: None if _is_left_out(leaf) else leaf, arg)
 
 
 def _nothing_batched(options: Options, leaves: list[Any]) -> Exception:
@@ -191,17 +202,19 @@ def _as_argnums(options: Options, count: int) -> tuple[int, ...]:
     return argnums
 
 
-def _batch_size(name: str, layout: Layout, leaves: list[Any]) -> int:
+def batch_size(name: str, layout: Layout, leaves: list[Any]) -> int:
     first = layout.batched[0]
     batch = leaves[first].shape[layout.dims[first]]
     for i in layout.batched[1:]:
         if leaves[i].shape[layout.dims[i]] != batch:
             sizes = [leaves[i].shape[layout.dims[i]] for i in layout.batched]
+            shapes = [tuple(leaves[i].shape) for i in layout.batched]
             raise refuse(
                 name,
                 ValueError,
                 "all batched arguments to have the same batch size",
-                sizes,
-                "Set in_dims to None for arguments that all rows share.",
+                f"{sizes} of shapes {shapes}",
+                "If they are of one sample, give each a batch dimension, as in x.unsqueeze(0). Set "
+                "in_dims to None for arguments that all rows share.",
             )
     return batch

@@ -5,18 +5,16 @@ fallback are needed; what else is used only saves time, and says what runs witho
 """
 
 import functools
-import math
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
 from torch._functorch import pyfunctorch
+from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map_only
 
 Tensors = Sequence[Tensor | None]
@@ -25,8 +23,6 @@ _FUNCTORCH: Any = getattr(torch._C, "_functorch", None)
 _ENGINE: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
 
 
-# What a no_grad block comes down to.
-SET_GRAD_ENABLED: Any = getattr(torch._C, "_set_grad_enabled", None)
 # Raised by torch inside of a function to leave it: no failure of the function.
 _STOP = getattr(torch.utils.checkpoint, "_StopRecomputationError", None)
 CONTROL_FLOW: tuple[type[Exception], ...] = () if _STOP is None else (_STOP,)
@@ -34,31 +30,26 @@ CONTROL_FLOW: tuple[type[Exception], ...] = () if _STOP is None else (_STOP,)
 
 def is_transformed() -> bool:
     """Whether a torch.func transform, a dual level or a compiler is at work."""
-    return is_functional() or torch.autograd.forward_ad._current_level > _LEVELS.others
+    return is_functional() or torch.autograd.forward_ad._current_level >= 0
+
+
+def sees_values() -> bool:
+    """Whether values can be looked at: no level of ``torch.vmap``, no compiler.
+
+    Without this private API they cannot, and rows are kept apart by torch.func.
+    """
+    stack = getattr(pyfunctorch, "retrieve_all_functorch_interpreters", None)
+    if stack is None or torch.compiler.is_compiling():
+        return False
+    return all(level.key() != _VMAP for level in stack())
+
+
+_VMAP: Any = getattr(getattr(_FUNCTORCH, "TransformType", None), "Vmap", None)
 
 
 def is_functional() -> bool:
     """The same, but for dual levels, which belong to the process."""
     return torch.compiler.is_compiling() or _FUNCTORCH.peek_interpreter_stack() is not None
-
-
-class _Levels(threading.local):
-    """The innermost dual level that is another thread's, as far as this one knows."""
-
-    others = -1
-
-
-_LEVELS = _Levels()
-
-
-@contextmanager
-def beside_levels() -> Iterator[None]:
-    """Where the dual levels of now are those of other threads."""
-    before, _LEVELS.others = _LEVELS.others, torch.autograd.forward_ad._current_level
-    try:
-        yield
-    finally:
-        _LEVELS.others = before
 
 
 def is_wrapped(value: object) -> bool:
@@ -69,11 +60,6 @@ def is_wrapped(value: object) -> bool:
     """
     probe = getattr(_FUNCTORCH, "is_functorch_wrapped_tensor", None)
     return probe is not None and isinstance(value, Tensor) and probe(value)
-
-
-# Dual levels are the process's, not the thread's, and so are the switches of vmap_fallback and
-# the random state. One lock for all, and for all first calls: two would be taken both ways.
-PROCESS = threading.RLock()
 
 
 def with_memory(args: Any) -> Any:
@@ -90,16 +76,8 @@ def with_memory(args: Any) -> Any:
 _is_zero: Any = getattr(Tensor, "_is_zerotensor", lambda _: False)
 
 
-@contextmanager
-def forward_levels() -> Iterator[None]:
-    """Where forward mode may enter its levels: one thread at a time."""
-    with PROCESS:
-        _load_decompositions()
-        yield
-
-
 @functools.cache
-def _load_decompositions() -> None:
+def load_forward_formulas() -> None:
     """Load what torch loads at its first dual number, without its warning about TorchScript.
 
     Without this private API the first pass loads it, and warns.
@@ -111,30 +89,35 @@ def _load_decompositions() -> None:
             load()
 
 
-def outside_transforms() -> AbstractContextManager[Any]:
-    """Leaves all torch.func transforms for a while, to put tensors back that they captured.
-
-    Without it nothing is left, and torch.func refuses the write with an error.
-    """
-    leave = getattr(pyfunctorch, "temporarily_clear_interpreter_stack", nullcontext)
-    return leave()
-
-
 def backward(
-    out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, *, retain: bool, graph: bool
+    out: Any, inputs: Sequence[Tensor], cotangent: Tensor, *, retain: bool, graph: bool
 ) -> Tensors:
-    """``torch.autograd.grad`` of one tensor, with ``None`` for inputs it does not depend on.
+    """``torch.autograd.grad`` of a tensor, or a place in a graph; ``None`` for no dependence.
 
     The autograd engine itself, without the checks of ``torch.autograd.grad``, which take
     as long as the backward pass of a small layer. Without it, ``torch.autograd.grad``.
     """
-    if not out.requires_grad:
+    if isinstance(out, Tensor) and not out.requires_grad:
         return (None,) * len(inputs)
-    if _ENGINE is None or type(out) is not Tensor:
+    if _ENGINE is None or type(out) not in (Tensor, GradientEdge):
         return torch.autograd.grad(out, inputs, cotangent, retain, graph, allow_unused=True)
     return _ENGINE.run_backward(
         (out,), (cotangent,), retain, graph, tuple(inputs), True, accumulate_grad=False
     )
+
+
+@contextmanager
+def quiet_fallback() -> Iterator[None]:
+    """Where an operation without a batching rule runs as a loop inside torch, without a warning.
+
+    Torch cannot tell whether its warning was on; it is on afterwards.
+    """
+    warn = getattr(_FUNCTORCH, "_set_vmap_fallback_warning_enabled", lambda _: None)
+    warn(False)
+    try:
+        yield
+    finally:
+        warn(True)
 
 
 def over_basis(function: Callable[..., Tensors], *vectors: Tensor) -> Tensors:
@@ -148,12 +131,15 @@ def over_basis(function: Callable[..., Tensors], *vectors: Tensor) -> Tensors:
         return _by_vmap(function, vectors)
     count = len(vectors[0])
     level = _FUNCTORCH._vmap_increment_nesting(count, "same")
+    # An operation without a batching rule runs as a loop inside torch, which needs no warning.
+    _FUNCTORCH._set_vmap_fallback_warning_enabled(False)
     try:
         found = function(*[_FUNCTORCH._add_batch_dim(vector, 0, level) for vector in vectors])
         return [
             None if t is None else _FUNCTORCH._remove_batch_dim(t, level, count, 0) for t in found
         ]
     finally:
+        _FUNCTORCH._set_vmap_fallback_warning_enabled(True)
         _FUNCTORCH._vmap_decrement_nesting()
 
 
@@ -164,6 +150,7 @@ _HAS_LEVELS = all(
         "_vmap_decrement_nesting",
         "_add_batch_dim",
         "_remove_batch_dim",
+        "_set_vmap_fallback_warning_enabled",
     )
 )
 
@@ -183,78 +170,7 @@ def _by_vmap(function: Callable[..., Tensors], vectors: tuple[Tensor, ...]) -> T
     return result
 
 
-@contextmanager
-def vmap_fallback(*, allowed: bool) -> Iterator[None]:
-    """Whether an operation without a batching rule may run as a loop inside torch, or raises.
-
-    Where it may, torch's warning is off meanwhile; torch cannot tell whether it was on, and
-    it is on afterwards.
-    """
-    with PROCESS:
-        before = _FUNCTORCH._is_vmap_fallback_enabled()
-        _FUNCTORCH._set_vmap_fallback_enabled(allowed)
-        if allowed:
-            _FUNCTORCH._set_vmap_fallback_warning_enabled(False)
-        try:
-            yield
-        finally:
-            _FUNCTORCH._set_vmap_fallback_enabled(before)
-            if allowed:
-                _FUNCTORCH._set_vmap_fallback_warning_enabled(True)
-
-
 # Wrong once differentiated twice, or three times. Without them, nothing is replaced.
 fused_weight_norm: Any = getattr(torch, "_weight_norm", None)
 legit_batch_norm: Any = getattr(torch, "_native_batch_norm_legit", None)
 updating_batch_norm: Any = getattr(torch.ops.aten, "_batch_norm_with_update", None)
-
-
-@functools.cache
-def keep_memory() -> None:
-    """Let the allocator keep memory between calls rather than hand it back page by page.
-
-    PyTorch has no cache for the memory of processors. The C library gives large blocks back to
-    the system, and every page of the next ones costs a fault, more than the arithmetic on it,
-    unless it has once seen a block of 32 MiB go: from then on it keeps up to twice that much.
-    This block is never written to. (``mallopt(3)``, "dynamic mmap threshold", of glibc; other
-    libraries do not mind.)
-    """
-    with suppress(RuntimeError, MemoryError):  # it only saves time
-        torch.empty(2**25 - 2**13, dtype=torch.uint8, device="cpu")
-
-
-_FEWEST = 2**18  # multiplications from which a look at oneDNN pays
-
-
-def matmul(x: Tensor, y: Tensor) -> Tensor:
-    """``x (..., K) @ y (K, N)``, by oneDNN where that is faster and nothing is differentiated.
-
-    PyTorch sends ``mm`` of float32 to MKL, which on processors of other makers runs at half
-    the speed. Without the private operation, ``torch.matmul`` runs.
-    """
-    plain = torch.is_grad_enabled() or x.dtype != torch.float32 or y.dtype != torch.float32
-    if plain or x.device.type != "cpu" or x.numel() * y.shape[1] < _FEWEST or not _onednn_wins():
-        return torch.matmul(x, y)
-    return _onednn(x.reshape(-1, x.shape[-1]), y).view(*x.shape[:-1], y.shape[1])
-
-
-def _onednn(x: Tensor, y: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, y.t(), None, "none", [], "")
-
-
-@functools.cache
-def _onednn_wins() -> bool:
-    """Whether oneDNN multiplies float32 matrices at least a quarter faster, measured once."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    x, y = torch.ones(2048, 64, device="cpu"), torch.ones(64, 64, device="cpu")
-    try:
-        _onednn(x, y)
-    except (AttributeError, RuntimeError, NotImplementedError):
-        return False
-    times: dict[Callable[..., Any], float] = {}
-    for run in (torch.mm, _onednn) * 7:
-        start = time.perf_counter()
-        run(x, y)
-        times[run] = min(times.get(run, math.inf), time.perf_counter() - start)
-    return times[_onednn] < 0.8 * times[torch.mm]

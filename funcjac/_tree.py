@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import optree
+import torch
 from torch import Tensor
+from torch.utils import _pytree as torch_pytree
 
 NAMESPACE = "funcjac"
 
@@ -18,12 +20,54 @@ TreeSpec = optree.PyTreeSpec
 
 def flatten(tree: Tree) -> tuple[list[Any], TreeSpec]:
     """Leaves and structure of an output or an input; ``None`` is structure."""
-    return optree.tree_flatten(tree, namespace=NAMESPACE)
+    return _flatten(tree, none_is_leaf=False)
 
 
 def flatten_args(tree: Tree) -> tuple[list[Any], TreeSpec]:
     """Leaves and structure of arguments; ``None`` is a leaf, as it is in ``in_dims``."""
-    return optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+    return _flatten(tree, none_is_leaf=True)
+
+
+def _flatten(tree: Tree, *, none_is_leaf: bool) -> tuple[list[Any], TreeSpec]:
+    leaves, spec = optree.tree_flatten(tree, none_is_leaf=none_is_leaf, namespace=NAMESPACE)
+    if torch.compiler.is_compiling():
+        return leaves, spec
+    unknown = {type(leaf) for leaf in leaves if type(leaf) is not Tensor}
+    adopted = [kind for kind in unknown if _adopt(kind)]
+    return _flatten(tree, none_is_leaf=none_is_leaf) if adopted else (leaves, spec)
+
+
+def _adopt(kind: type) -> bool:
+    """Register with optree, in funcjac's namespace, what is registered with torch's pytree."""
+    node = getattr(torch_pytree, "SUPPORTED_NODES", {}).get(kind)
+    if node is None:
+        return False
+
+    def take_apart(tree: Tree) -> tuple[list[Any], Any, None]:
+        children, context = node.flatten_fn(tree)
+        return list(children), _Context(context), None
+
+    def put_together(context: Any, children: Any) -> Tree:
+        return node.unflatten_fn(list(children), context.value)
+
+    optree.register_pytree_node(kind, take_apart, put_together, namespace=NAMESPACE)
+    return True
+
+
+class _Context:
+    """What torch's pytree keeps of a node; equal if it says so, or is printed alike."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Context) and repr(self.value) == repr(other.value)
+
+    def __hash__(self) -> int:
+        return hash(repr(self.value))
+
+    def __repr__(self) -> str:
+        return repr(self.value)
 
 
 def unflatten(spec: TreeSpec | None, leaves: list[Any]) -> Tree:
@@ -50,6 +94,12 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
         none_is_leaf=True,
         namespace=NAMESPACE,
     )
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Tree) -> Tree:
+    """The same tree with ``function`` of its leaves."""
+    leaves, spec = flatten_args(tree)
+    return optree.tree_unflatten(spec, [function(leaf) for leaf in leaves])
 
 
 class _Bare(str):

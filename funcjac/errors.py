@@ -37,8 +37,8 @@ for _public in (BatchMixingError, EngineFallbackWarning, VerificationError):
     _public.__module__ = "funcjac"
 
 
-class UnsuitableError(ValueError):
-    """A route that is not even tried; part of a message, never raised by itself."""
+class RefusedError(ValueError):
+    """An engine that is not even tried; part of a message, never raised by itself."""
 
 
 class UntraceableError(RuntimeError):
@@ -58,21 +58,5 @@ def brief(error: Exception) -> str:
     """An exception in one line."""
     lines = str(error).strip().splitlines() or [""]
     text = lines[0] if len(lines[0]) <= 200 else lines[0][:200] + "..."
-    name = "" if isinstance(error, UnsuitableError) else f"{type(error).__name__}: "
+    name = "" if isinstance(error, RefusedError) else f"{type(error).__name__}: "
     return f"{name}{text}".rstrip(": .")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    words = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
-
-
-def out_of_memory(name: str, sizes: tuple[int, int, int], error: Exception) -> RuntimeError:
-    """What to raise where not even the smallest pieces fit."""
-    batch, outputs, inputs = sizes
-    raised = RuntimeError(
-        f"{name}: expected derivatives of {batch} rows, {outputs} outputs by {inputs} inputs, to "
-        f"fit in memory, got {brief(error)}. Pass fewer rows at once, or a smaller chunk_size."
-    )
-    raised.__cause__ = error
-    return raised

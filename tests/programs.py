@@ -1047,7 +1047,7 @@ def _compare(program, check, scope, transform, point, right) -> Failure | None:
 def third(program: Program, check: Check, scope: dict[str, Any], args: Any) -> Any:
     """Partials, the third by differences of second ones.
 
-    Plain third derivatives of some norms are wrong: see tests/test_modes.py.
+    Plain third derivatives of some norms are wrong: see tests/test_plain_wrong.py.
     """
     h, at = 1e-5, program.argnums
     x = args[at].detach()

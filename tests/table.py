@@ -8,7 +8,7 @@ import torch
 
 from funcjac import EngineFallbackWarning, batch_jacobian, explain
 from tests.cases import CASES, Case
-from tests.test_cases import PAGE, ROUTES, SEED, assert_right, is_documented, transformed
+from tests.test_cases import PAGE, ROUTES, SEED, assert_right, calls_of, is_documented
 
 CALLS = 3
 REASONS = {
@@ -73,9 +73,8 @@ def main() -> None:
 
 def outcome(case: Case, route: str) -> str:
     """``right`` if all calls are, ``WRONG`` if any is not, else class and reason of the error."""
-    call = transformed(case, case.build(), route)
     errors = []
-    for _ in range(CALLS):
+    for _, call, _ in calls_of(case, route, CALLS):
         try:
             found = call()
         except Exception as error:
@@ -105,7 +104,7 @@ def reason(case: Case, error: Exception) -> str:
 
 
 def chosen(case: Case) -> str:
-    """Engine and mode that ``auto`` settled on."""
+    """Engine and mode that the rule gives ``auto``."""
     setup = case.build()
     jac = batch_jacobian(setup.func, **case.words)
     torch.manual_seed(SEED)
@@ -131,8 +130,7 @@ def page(rows: list[tuple[Case, list[str], str]]) -> str:
         "`right`: value, shape, structure, dtype, memory layout and the random state left behind "
         "agree in every call. "
         "`WRONG`: they do not. Anything else is the exception that `batch_jacobian` raises and "
-        'why; with `engine="auto"` another engine takes over. The last column is what `auto` runs '
-        "once it has measured, on the machine that made the page: in close races another may win.",
+        'why; with `engine="auto"` another engine takes over. The last column is what `auto` runs.',
         "",
         *[f"* **{key}**: {text}" for key, text in REASONS.items() if key in used],
         "",

@@ -18,7 +18,8 @@ from funcjac import BatchMixingError, EngineFallbackWarning, VerificationError, 
 from tests import oracles
 from tests.cases import CASES, Case, Setup
 
-ROUTES = ["auto", "vmap/rev", "vmap/fwd", "sum/rev", "sum/fwd", "loop/rev", "loop/fwd"]
+# ``fwd`` of the engines ``sum`` and ``loop`` is one way, the transposed VJP.
+ROUTES = ["auto", "vmap/rev", "vmap/fwd", "sum/rev", "sum/fwd", "loop/rev"]
 SEED = 7
 PAGE = Path(__file__).parent.parent / "docs" / "functions.md"
 
@@ -61,8 +62,7 @@ def is_documented(error: Exception) -> bool:
 # NOTE [Draws]
 # A random function has a Jacobian for each draw, and engines draw differently: the sum trick
 # and vmap for the whole batch, the loop for one row after the other, and randomness="same" once
-# for all rows. Each result is right if it is the Jacobian of its engine's draw; auto may
-# take either.
+# for all rows. Each result is right if it is the Jacobian of its engine's draw.
 
 
 def draws(case: Case, route: str) -> list[str]:
@@ -72,7 +72,7 @@ def draws(case: Case, route: str) -> list[str]:
         return [case.oracle]
     if randomness == "same":
         return ["replay"]
-    return ["batch", "rows"] if route == "auto" else ["rows" if "loop" in route else "batch"]
+    return ["rows" if "loop" in route else "batch"]
 
 
 def oracle(case: Case, setup: Setup, draw: str, *, graph: bool = False):
@@ -87,7 +87,7 @@ def oracle(case: Case, setup: Setup, draw: str, *, graph: bool = False):
 def expected(case_name: str, draw: str):
     """The right Jacobian, and the random state that its draw leaves behind."""
     case = next(case for case in CASES if case.name == case_name)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         jac = optree.tree_map(Tensor.detach, oracle(case, case.build(), draw), namespace="funcjac")
         return jac, torch.get_rng_state()
 
@@ -137,17 +137,22 @@ def modules_of(setup: Setup) -> list[nn.Module]:
 
 
 class Snapshot:
-    """Everything of the caller's that a transform must leave alone."""
+    """Everything of the caller's that a transform must leave alone.
 
-    def __init__(self, setup: Setup) -> None:
-        self.modules = modules_of(setup)
+    A function that moves changes its modules as a plain run does: tests/test_state.py.
+    """
+
+    def __init__(self, setup: Setup, *, moves: bool = False, wrapped: bool = False) -> None:
+        self.modules = [] if moves else modules_of(setup)
+        if moves:
+            setup = Setup(setup.func, (), {})
         tensors = [t for t in optree.tree_leaves(setup.args, namespace="funcjac") if t is not None]
         tensors += [v for v in setup.kwargs.values() if isinstance(v, Tensor)]
         for module in self.modules:
             tensors += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         self.tensors = [(t, t.detach().clone(), t.requires_grad, self._grad(t)) for t in tensors]
         self.attributes = [self._attributes(module) for module in self.modules]
-        self.kept = setup.kept
+        self.kept = [] if wrapped else setup.kept
 
     @staticmethod
     def _grad(tensor: Tensor) -> Tensor | None:
@@ -185,6 +190,16 @@ class Snapshot:
 # --- tests -------------------------------------------------------------------------------
 
 
+def calls_of(case: Case, route: str, number: int, *, grad: bool = False):
+    """For each call what it must leave alone, the call, and tensors that require grad."""
+    for turn in range(number):
+        if turn == 0 or case.moves:
+            setup = case.build()
+            wrt = require_grad(setup) if grad else []
+            call = transformed(case, setup, route)
+        yield Snapshot(setup, moves=case.moves, wrapped=route.startswith("vmap")), call, wrt
+
+
 def must_be_right(case: Case, route: str, *, twice: bool = False) -> bool:
     return route == "auto" or case.can(route, twice=twice)
 
@@ -192,9 +207,7 @@ def must_be_right(case: Case, route: str, *, twice: bool = False) -> bool:
 @by_route
 @by_name(RIGHT)
 def test_jacobian_is_right_in_three_calls_and_leaves_no_trace(case: Case, route: str) -> None:
-    setup = case.build()
-    before, call = Snapshot(setup), transformed(case, setup, route)
-    for _ in range(3):
+    for before, call, _ in calls_of(case, route, 3):
         try:
             found = call()
         except Exception as error:
@@ -207,11 +220,9 @@ def test_jacobian_is_right_in_three_calls_and_leaves_no_trace(case: Case, route:
 
 
 @by_name(RIGHT)
-def test_auto_stays_right_once_it_has_chosen(case: Case) -> None:
-    setup = case.build()
-    before, call = Snapshot(setup), transformed(case, setup, "auto")
+def test_auto_stays_right_under_no_grad(case: Case) -> None:
     with torch.no_grad():
-        for _ in range(12):
+        for before, call, _ in calls_of(case, "auto", 5):
             found = call()
             assert_right(found, case, "auto")
             before.assert_unchanged()
@@ -222,7 +233,8 @@ def test_auto_stays_right_once_it_has_chosen(case: Case) -> None:
 @by_name(REFUSED)
 def test_what_has_no_jacobian_is_refused(case: Case, route: str) -> None:
     setup = case.build()
-    before, call = Snapshot(setup), transformed(case, setup, route)
+    before = Snapshot(setup, moves=case.moves, wrapped=route.startswith("vmap"))
+    call = transformed(case, setup, route)
     for _ in range(2):
         with pytest.raises(Exception) as caught:  # noqa: PT011  compared below
             call()
@@ -264,7 +276,7 @@ def gradients(jac, wrt: list[Tensor]) -> list[Tensor]:
 @functools.cache
 def expected_gradients(case_name: str, draw: str) -> list[Tensor]:
     case = next(case for case in CASES if case.name == case_name)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         setup = case.build()
         wrt = require_grad(setup)
         return gradients(oracle(case, setup, draw, graph=True), wrt)
@@ -273,10 +285,7 @@ def expected_gradients(case_name: str, draw: str) -> list[Tensor]:
 @by_route
 @by_name([case for case in RIGHT if case.twice])
 def test_jacobian_can_be_differentiated(case: Case, route: str) -> None:
-    setup = case.build()
-    wrt = require_grad(setup)
-    before, call = Snapshot(setup), transformed(case, setup, route)
-    for _ in range(2):
+    for before, call, wrt in calls_of(case, route, 2, grad=True):
         try:
             found = call()
         except Exception as error:
@@ -294,10 +303,7 @@ def test_jacobian_can_be_differentiated(case: Case, route: str) -> None:
 
 @by_name([case for case in RIGHT if not case.twice])
 def test_jacobian_is_right_where_it_cannot_be_differentiated(case: Case) -> None:
-    setup = case.build()
-    require_grad(setup)
-    before, call = Snapshot(setup), transformed(case, setup, "auto")
-    for _ in range(2):
+    for before, call, _ in calls_of(case, "auto", 2, grad=True):
         assert_right(call(), case, "auto")
         before.assert_unchanged()
 

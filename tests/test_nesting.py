@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from funcjac import VerificationError, batch_hessian_diagonal, batch_jacobian, explain
+from funcjac import VerificationError, batch_hessian_diagonal, batch_jacobian
 
 B = 4
 ENGINES = ("vmap", "sum", "loop")
@@ -89,6 +89,7 @@ def test_three_levels(engine, modes):
     equal(third(x), expected)
 
 
+@pytest.mark.quick
 def test_four_levels():
     x = randn(2, 3)
     fourth = torch.sin
@@ -287,7 +288,7 @@ def test_delicate_operations_by_auto(name):
     func, x = DELICATE[name], randn(3, 3)
     expected = hessian_by_rows(func, x)
     hessian = batch_jacobian(batch_jacobian(func))
-    for _ in range(25):
+    for _ in range(6):
         equal(hessian(x), expected, 1e-8)
 
 
@@ -348,6 +349,7 @@ def test_delicate_operations_with_many_outputs(where, name):
 # --- inside torch.func -------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @every_route
 def test_inside_grad(engine, mode):
     net, x = network(), randn(B, 3)
@@ -445,6 +447,7 @@ def test_inside_a_dual_level():
 # --- backward ----------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @every_route
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_backward_equals_double_backward(chunk_size, engine, mode):
@@ -549,56 +552,6 @@ def test_no_graph_where_nothing_requires_grad(engine, mode):
 # --- what nesting costs ------------------------------------------------------------------
 
 
-class Batchings:
-    """Counts the levels of ``torch.vmap`` over the batch of ``rows`` that are open at once."""
-
-    def __init__(self, monkeypatch):
-        self.calls = 0
-        original = torch.vmap
-
-        def counted(func, *args, **kwargs):
-            mapped = original(func, *args, **kwargs)
-
-            def call(*inputs, **words):
-                self.calls += 1
-                return mapped(*inputs, **words)
-
-            return call
-
-        monkeypatch.setattr(torch, "vmap", counted)
-
-
-@pytest.mark.parametrize("modes", list(itertools.product(MODES, MODES)), ids=str)
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_nested_levels_cost_one_vmap(depth, modes, monkeypatch):
-    func = torch.sin
-    for level in range(depth):
-        func = batch_jacobian(func, engine="vmap", mode=modes[level % 2])
-    x = randn(B, 3)
-    func(x)
-    counter = Batchings(monkeypatch)
-    func(x)
-    assert counter.calls == 1
-
-
-def test_nested_levels_run_the_function_once(monkeypatch):
-    calls = []
-
-    def func(x):
-        calls.append(tuple(x.shape))
-        return x.sin()
-
-    hessian = batch_jacobian(
-        batch_jacobian(func, engine="vmap", mode="rev"), engine="vmap", mode="rev"
-    )
-    x = randn(B, 3)
-    for _ in range(3):
-        hessian(x)
-    calls.clear()
-    hessian(x)
-    assert calls == [(1, 3)]
-
-
 def test_zeros_without_memory_in_forward_mode():
     # Forward mode makes some; addr read them where the sizes of its results were looked up.
     def rows(a, u, v):
@@ -613,7 +566,6 @@ def test_zeros_without_memory_in_forward_mode():
     wanted = torch.einsum("ip,jq->ijpq", unit, unit).expand(3, 2, 2, 2, 2)
     for _ in range(3):
         torch.testing.assert_close(transformed(*args)[1][2], wanted)
-    assert "fwd" in str(explain(transformed, *args))
 
 
 def test_zeros_without_memory_in_a_jvp_of_the_function():

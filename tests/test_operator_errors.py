@@ -78,7 +78,7 @@ WORDS = {
     "check None": ({"check": None}, ValueError, "check to be 'auto', True or False"),
 }
 OF_ANOTHER_FAMILY = {
-    "batch_hessian": ("fwd", "rev", "taylor", "fwd_over_nothing"),
+    "batch_hessian": ("fwd", "rev", "jet", "fwd_over_nothing"),
     "batch_hessian_diagonal": ("fwd", "rev", "jet"),
     "batch_laplacian": ("fwd", "rev", "hutchinson"),
     "batch_partials": ("fwd", "fwd_over_rev", "rev_over_rev"),
@@ -91,8 +91,6 @@ OF_ANOTHER_FAMILY = {
 def test_bad_words(word, name):
     words, kind, expected = WORDS[word]
     func = Counted(torch.sin)
-    if name == "batch_partials" and word.startswith("argnums"):  # of one input
-        kind, expected = TypeError, "argnums to be an int"
     with pytest.raises(kind, match=rf"^{name}: expected {expected}.*, got "):
         OPERATORS[name][0](func, **words)
     assert func.count == 0
@@ -257,6 +255,7 @@ def test_bad_words_of_estimates(word, name):
 INDICES = {
     "empty": ([], ValueError),
     "too large": ([(3,)], ValueError),
+    "too large in a list": ([[3]], ValueError),
     "too small": ([(0, -4)], ValueError),
     "an int": (0, TypeError),
     "ints": ([0, 1], TypeError),
@@ -278,15 +277,12 @@ def test_bad_indices(name, mode):
 
 
 @pytest.mark.parametrize("mode", ["taylor", "rev", "auto"])
-@pytest.mark.parametrize("shape", [(B,), (B, 3, 2)])
-def test_partials_of_rows_that_are_no_vectors(shape, mode):
+def test_partials_of_rows_that_are_matrices(mode):
     with pytest.raises(ValueError, match=r"^batch_partials: expected "):
-        call(batch_partials, [(0,)], x=randn(*shape), mode=mode)
+        call(batch_partials, [(0,)], x=randn(B, 3, 2), mode=mode)
 
 
-def test_partials_of_several_inputs():
-    with pytest.raises(TypeError, match=r"^batch_partials: expected argnums to be an int"):
-        batch_partials(torch.mul, [(0,)], (0, 1))(randn(B, 3), randn(B, 3))
+def test_partials_of_a_tree():
     with pytest.raises(ValueError, match=r"^batch_partials: expected "):
         batch_partials(lambda d: d["x"] * d["y"], [(0,)])({"x": randn(B, 3), "y": randn(B, 3)})
 
@@ -323,10 +319,8 @@ def test_rows_that_mix(name, mode):
 @by_name
 def test_batch_norm_in_training_mode_is_named(name):
     net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh()).double()
-    before = {key: value.clone() for key, value in net.state_dict().items()}
     with pytest.raises(BatchMixingError, match=f"^{name}: .*1: BatchNorm1d in training mode"):
         OPERATORS[name][0](net)(randn(B, 3))
-    equal(net.state_dict(), before)
     net.eval()
     OPERATORS[name][0](net)(randn(B, 3))
 
@@ -412,29 +406,3 @@ def test_explain_and_check_derivative(name):
     assert found.mode in {*OPERATORS[name][1], "taylor"}
     report = check_derivative(transformed, x)
     assert report.ok, str(report)
-
-
-@pytest.mark.parametrize("name", ["batch_hessian_diagonal", "batch_laplacian", "batch_partials"])
-def test_taylor_runs_func_once(name):
-    """Verification and choice behind it, a call is one forward pass."""
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
-    func, x = Counted(net), randn(B, 3)
-    transformed = OPERATORS[name][0](func, mode="taylor")
-    for _ in range(20):
-        transformed(x)
-    before = func.count
-    transformed(x)
-    assert func.count == before + 1
-
-
-@by_name
-def test_auto_settles(name):
-    """What is chosen in the end runs func a few times at most."""
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
-    func, x = Counted(net), randn(B, 3)
-    transformed = OPERATORS[name][0](func)
-    for _ in range(40):
-        transformed(x)
-    before = func.count
-    transformed(x)
-    assert func.count - before <= 3

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from funcjac import (
-    VerificationError,
     batch_divergence,
     batch_hessian,
     batch_hessian_diagonal,
@@ -52,6 +51,7 @@ def rows_of(func, *args, **words):
 # --- closed forms ------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @by_mode
 def test_laplacian_of_a_quadratic_form(mode):
     a, x = randn(2, 3, 3), randn(B, 3)
@@ -62,7 +62,8 @@ def test_laplacian_of_a_quadratic_form(mode):
     equal(batch_hessian_diagonal(func, mode=mode)(x), diagonal)
 
 
-@by_nested
+@pytest.mark.quick
+@by_mode
 def test_hessian_of_a_quadratic_form(mode):
     a, x = randn(2, 3, 3), randn(B, 3)
     func = lambda x: torch.einsum("bi,oij,bj->bo", x, a, x)
@@ -117,15 +118,13 @@ CONSTANT = {
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", CONSTANT)
 def test_constants_by_cancellation(name, grad, mode):
-    """All that is left of the derivatives is rounding, which may be returned or refused."""
+    """All that is left of the derivatives is rounding."""
     x = randn(B, 3).requires_grad_(grad)
-    try:
-        found = batch_laplacian(CONSTANT[name], mode=mode)(x)
-    except VerificationError:
-        return
+    found = batch_laplacian(CONSTANT[name], mode=mode)(x)
     equal(found.detach(), torch.zeros_like(found))
 
 
+@pytest.mark.quick
 @by_first
 def test_divergence_of_a_linear_map_is_the_trace(mode):
     a, x = randn(3, 3), randn(B, 3)
@@ -143,6 +142,7 @@ def test_fields_without_divergence(mode):
     equal(batch_divergence(swirl, mode=mode)(x), zero)
 
 
+@pytest.mark.quick
 @by_partial
 def test_partials_of_a_product_of_powers(mode):
     x = randn(B, 3)
@@ -181,6 +181,7 @@ def test_order_and_sign_within_an_index_do_not_matter(mode):
         equal(other, found[0])
 
 
+@pytest.mark.quick
 def test_the_operators_agree_with_one_another():
     """Trace, diagonal, Hessian, partials, and two levels of ``batch_jacobian``."""
     x = randn(B, 3)
@@ -464,18 +465,14 @@ def test_without_a_generator_the_global_one_is_drawn_from(name, probes):
     assert not torch.allclose(draws[0][0], draws[0][1])
 
 
-@by_mode
+@by_nested
 @by_probes
 def test_estimates_by_a_shared_argument(probes, mode):
     """Rows that share the weights also share the probes."""
     x, w = randn(1, 3).expand(2, 3), randn(2, 3)
     words = {"in_dims": (0, None), "samples": 4, "probes": probes, "mode": mode}
     operator = batch_laplacian(lambda x, w: (x @ w.T).pow(2), 1, **words)
-    try:
-        estimate = torch.stack([operator(x, w)[0] for _ in range(200)])
-    except ValueError:  # func runs on the whole batch, where a shared argument is one
-        assert mode == "taylor"
-        return
+    estimate = torch.stack([operator(x, w)[0] for _ in range(200)])
     exact = 2 * x[0].pow(2).sum()
     mean, spread = estimate.mean(0), estimate.std(0)
     assert ((mean - exact).abs() <= 5 * spread / 200**0.5).all()

@@ -9,7 +9,7 @@ import torch
 from tests import programs
 from tests.programs import Check, Input, Program, Step
 
-SEED, SECONDS, SHARE = 0, 50, 0.2
+SEED, SECONDS, SHARE = 0, 20, 0.2
 
 
 def test_random_programs_are_differentiated_right() -> None:

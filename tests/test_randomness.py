@@ -100,13 +100,29 @@ def test_sum_has_no_draw_for_all_rows(mode):
         jacobian(randn(B, N))
 
 
-@every_route
+@pytest.mark.quick
+@pytest.mark.parametrize(("engine", "mode"), [r for r in ROUTES if r[0] in ("vmap", "loop")])
 @every_draw
-def test_error_is_the_default(draw, engine, mode):
+def test_error_refuses_where_rows_run_one_by_one(draw, engine, mode):
     jacobian = batch_jacobian(linear(draw), engine=engine, mode=mode)
     remedy = r'^batch_jacobian: expected .* random .*randomness="different"'
     with pytest.raises(RuntimeError, match=remedy):
         jacobian(randn(B, N))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("engine", "mode"), [r for r in ROUTES if r[0] in ("sum", "auto")])
+@every_draw
+def test_one_run_draws_what_a_plain_call_draws(draw, engine, mode):
+    """Without leave: there is one run, and each row has a draw of its own."""
+    jacobian, x = batch_jacobian(linear(draw), engine=engine, mode=mode), randn(B, N)
+    for _ in range(4):
+        state = torch.get_rng_state()
+        drawn = noise(draw, x)
+        after = torch.get_rng_state()
+        torch.set_rng_state(state)
+        equal(masks(jacobian(x)), drawn)
+        assert torch.equal(torch.get_rng_state(), after)
 
 
 @every_route
@@ -124,7 +140,7 @@ def test_a_seed_settles_the_result(engine, mode, randomness):
     words = {"engine": engine, "mode": mode, "randomness": randomness}
     x = randn(B, N)
     jacobian = batch_jacobian(linear("rand_like"), **words)
-    for _ in range(25):
+    for _ in range(5):
         jacobian(x)
     found = []
     for _ in range(2):

@@ -1,5 +1,7 @@
 """What a sweep over PyTorch's operators and random programs once found, one test for each."""
 
+import itertools
+
 import optree
 import pytest
 import torch
@@ -66,18 +68,20 @@ def test_an_output_without_elements_beside_others(transform):
 
 @pytest.mark.parametrize("mode", ["auto", "rev", "fwd"])
 def test_gradients_through_batch_norm_within_rows(mode):
-    # Buffers were put back under the graph that was returned.
+    # Its buffers move with each row of each call, and the graph that is returned stays whole.
     norm = nn.BatchNorm1d(4).double()
     jac = batch_jacobian(stacked(lambda x: norm(x)[:2]), mode=mode)
     own = lambda x: F.batch_norm(x, None, None, norm.weight, norm.bias, training=True)[:2]
-    for turn in range(8):
+    moved = []
+    for turn in range(4):
         x = (randn(3, 5, 4) + turn).requires_grad_()
         (found,) = torch.autograd.grad(jac(x).pow(3).sum(), x)
         plain = jacobian_by_rows(own, x, create_graph=True)
         (wanted,) = torch.autograd.grad(plain.pow(3).sum(), x)
         torch.testing.assert_close(found, wanted)
-    assert norm.num_batches_tracked == 0
-    assert norm.running_mean.eq(0).all()
+        moved.append(int(norm.num_batches_tracked))
+    # Three rows in each run; the first call may run twice, for torch has this norm wrong.
+    assert [b - a for a, b in itertools.pairwise(moved)] == [3, 3, 3]
 
 
 # --- operations ----------------------------------------------------------------------------
@@ -290,8 +294,10 @@ def test_an_error_that_comes_later_is_the_users():
             raise Mine
         return x.sin()
 
+    jacobian = batch_jacobian(func)
+    jacobian(randn(3, 2))
     with pytest.raises(Mine):
-        batch_jacobian(func)(randn(3, 2))
+        jacobian(randn(3, 2))
 
 
 # --- simpler operations give what the others give ------------------------------------------
@@ -345,12 +351,12 @@ def test_a_buffer_that_modules_share():
     count = torch.ones(5, dtype=f64)
     x = randn(4, 5)
     jac = batch_jacobian(nn.Sequential(Counts(count, True), Counts(count, False)))
-    for _ in range(3):
-        torch.testing.assert_close(jac(x), torch.diag_embed(4 * x))
-    assert count.eq(1).all()
+    for calls in range(1, 4):
+        torch.testing.assert_close(jac(x), torch.diag_embed(2 * x * (1 + calls)))
+        assert count.eq(1 + calls).all()
 
 
-def test_a_draw_that_is_kept_or_made_with_a_graph_only():
+def test_a_draw_that_is_kept():
     class Kept(nn.Module):
         mask = None
 
@@ -359,10 +365,11 @@ def test_a_draw_that_is_kept_or_made_with_a_graph_only():
                 self.mask = torch.rand(x.shape[1], dtype=x.dtype)
             return x**2 * self.mask
 
-    draws = lambda x: x**2 + (torch.rand_like(x) * x if torch.is_grad_enabled() else x)
-    for func in (draws, Kept()):
-        with pytest.raises(RuntimeError, match="expected func not to draw random numbers"):
-            batch_jacobian(func)(randn(3, 4))
+    func, x = Kept(), randn(3, 4)
+    jac = batch_jacobian(func)
+    first = jac(x)
+    torch.testing.assert_close(first, torch.diag_embed(2 * x * func.mask))
+    torch.testing.assert_close(jac(x), first)
 
 
 def test_operations_called_by_keyword():
@@ -410,10 +417,10 @@ def test_a_tensor_of_another_kind_in_the_closure_or_a_buffer(kind):
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors")
-def test_a_nested_tensor_that_func_writes_to_is_put_back():
+def test_a_nested_tensor_that_func_writes_to():
     held = STRANGE["nested"]()
     batch_jacobian(lambda x: x.sin() * held.mul_(2.0).numel())(randn(4, 3))
-    assert all(one.eq(1).all() for one in held.unbind())
+    assert all(one.eq(2).all() for one in held.unbind())
 
 
 def row(*size):
@@ -818,11 +825,7 @@ def test_a_block_without_grad_inside_of_torch_func(mode):
 
     x, jacobian = randn(4, 3), batch_jacobian(func, mode=mode)
     inside = torch.vmap(lambda row: jacobian(row[None])[0])
-    if mode == "fwd":
-        with pytest.raises(RuntimeError, match="a no_grad block"):
-            inside(x)
-    else:
-        torch.testing.assert_close(inside(x), torch.diag_embed(x.cos()))
+    torch.testing.assert_close(inside(x), torch.diag_embed(x.cos()))
 
 
 def test_numbers_written_into_others_without_grad():

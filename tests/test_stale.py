@@ -1,7 +1,7 @@
 """Functions that change between calls: each call gives the derivatives of today's function.
 
-A transform remembers what it chose, never what it computed. Each is called often enough for
-its choice to have settled, then the function changes, back and forth.
+What is remembered is that a function was verified, never what it computed. Each is called until
+the next verification is far away, then it changes, back and forth.
 """
 
 import functools
@@ -27,12 +27,12 @@ from tests import second_order
 from tests.second_functions import Legacy
 
 B = 4
-WARM = 15
+WARM = 9  # calls 1, 2, 4 and 8 are verified, then the 16th
 INDICES = [(0,), (1, 2), (0, 0, 1)]
 OPERATORS = {
     "jacobian": (batch_jacobian, ("auto",)),
     "hessian": (batch_hessian, ("auto",)),
-    "diagonal": (batch_hessian_diagonal, ("taylor", "auto")),
+    "diagonal": (batch_hessian_diagonal, ("auto",)),
     "laplacian": (batch_laplacian, ("taylor", "auto")),
     "partials": (functools.partial(batch_partials, indices=INDICES), ("taylor", "auto")),
     "divergence": (batch_divergence, ("auto",)),
@@ -325,14 +325,14 @@ def test_changes(what, name, mode):
     transformed = OPERATORS[name][0](func, mode=mode)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EngineFallbackWarning)
+        right = detached(oracle(name, func, x))
         for _ in range(WARM):
-            equal(detached(transformed(x)), oracle(name, func, x))
-        for _ in range(2):
-            for change in changes:
-                change()
-                right = detached(oracle(name, func, x))
-                for _ in range(2):
-                    equal(detached(transformed(x)), right)
+            equal(detached(transformed(x)), right)
+        for change in [*changes, changes[0]]:
+            change()
+            right = detached(oracle(name, func, x))
+            for _ in range(2):
+                equal(detached(transformed(x)), right)
 
 
 def detached(found):
@@ -360,17 +360,26 @@ def test_the_functions_have_the_same_value(what):
 
 @by_route
 def test_dropout_that_wakes_up(name, mode):
-    """In training mode it draws without leave; back in eval mode all is as before."""
+    """In training mode each call is that of its draw; back in eval mode all is as before."""
     net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
     net.eval()
     transformed, x = OPERATORS[name][0](net, mode=mode), randn(B, 3)
     for _ in range(WARM):
         transformed(x)
     right = detached(oracle(name, net, x))
-    for _ in range(2):
+    for seed in range(2):
         net.train()
-        with pytest.raises(RuntimeError, match="expected func not to draw random numbers"):
-            transformed(x)
+        torch.manual_seed(seed)
+        mask = nn.functional.dropout(torch.ones(B, 8).double(), 0.5)
+        torch.manual_seed(seed)
+        drawn = detached(transformed(x))
+        masked = lambda x, mask: net[3](net[1](net[0](x)) * mask)
+        rows = [
+            oracle(name, functools.partial(masked, mask=mask[b : b + 1]), x[b : b + 1])
+            for b in range(B)
+        ]
+        expected = tuple(map(torch.cat, zip(*rows))) if name == "partials" else torch.cat(rows)
+        equal(drawn, detached(expected))
         net.eval()
         equal(detached(transformed(x)), right)
 
@@ -484,7 +493,7 @@ UNFOLLOWED = {
 )
 @pytest.mark.parametrize("what", UNFOLLOWED)
 def test_an_operation_that_cannot_be_followed_any_more(what, name, mode):
-    """A choice has settled when an operation appears that it may not be able to differentiate."""
+    """After many calls an operation appears that Taylor propagation cannot follow."""
     now = SimpleNamespace(strange=False)
     func = lambda x: UNFOLLOWED[what](x) if now.strange else x.sin().exp() * x.sum(1, True)
     transformed, x = OPERATORS[name][0](func, mode=mode), randn(B, 3)

@@ -3,10 +3,7 @@
 import dataclasses
 import enum
 import functools
-import gc
-import types
 import warnings
-import weakref
 
 import numpy
 import pytest
@@ -18,21 +15,14 @@ from funcjac import (
     BatchMixingError,
     EngineFallbackWarning,
     VerificationError,
-    batch_divergence,
     batch_hessian,
-    batch_hessian_diagonal,
     batch_jacobian,
-    batch_laplacian,
-    batch_partials,
     check_batched,
     check_derivative,
 )
-from funcjac._engines import _rows
-from funcjac._linear import Context
-from funcjac._probe import verifier
+from tests.fresh import fresh
 
 B = 4
-ENGINES = ("vmap", "sum", "loop")
 quiet = pytest.mark.filterwarnings("ignore::funcjac.EngineFallbackWarning")
 
 
@@ -105,20 +95,19 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("mode", ["fwd", "rev"])
 @pytest.mark.parametrize("engine", ["sum", "auto"])
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_that_mix_rows_are_named(name, engine, mode):
     make, row, message = MODULES[name]
     module = make().double()
-    before = {key: value.clone() for key, value in module.state_dict().items()}
     jacobian = batch_jacobian(module, engine=engine, mode=mode)
     for _ in range(2):
         with pytest.raises(BatchMixingError, match=f"^batch_jacobian: .*{message}"):
             jacobian(randn(B, *row))
     with pytest.raises(BatchMixingError, match=f"^check_batched: .*{message}"):
         check_batched(module, randn(B, *row))
-    equal(module.state_dict(), before)
 
 
 @pytest.mark.parametrize("draw", [torch.randn, torch.rand])
@@ -248,6 +237,7 @@ DETACHED = {
 }
 
 
+@pytest.mark.quick
 @quiet
 @pytest.mark.parametrize("engine", ["sum", "auto"])
 @pytest.mark.parametrize("mode", ["fwd", "rev"])
@@ -329,142 +319,128 @@ def test_a_wrong_derivative_by_one_weight_among_others(name, mode):
 # --- verification can fail ---------------------------------------------------------------
 
 
-def break_everywhere(block):
-    block *= 1.01
-
-
-def break_one_row(block):
-    block[2] *= 1.01
-
-
-def break_one_entry(block):
-    block[3, 0, 1] += 1e-2
-
-
-def transpose_rows(block):
-    block[:2] = block[:2].flip(0)
-
-
-def poison(block):
-    block[1, 0, 0] = torch.nan
-
-
-def drop_a_column(block):
-    block[:, :, 2] = 0
-
-
-BREAKS = [
-    break_everywhere, break_one_row, break_one_entry, transpose_rows, poison, drop_a_column
-]  # fmt: skip
-every_break = pytest.mark.parametrize("harm", BREAKS, ids=lambda harm: harm.__name__)
-
-
-def break_engine(monkeypatch, engine, harm):
-    """Let an engine return a result that ``harm`` has changed."""
-    original = _rows.BY_ENGINE[engine]
-
-    def broken(*args, **kwargs):
-        found = original(*args, **kwargs)
-        blocks = [[block.detach().clone() for block in row] for row in found.blocks]
-        for row in blocks:
-            harm(row[0])
-        return found._replace(blocks=blocks)
-
-    monkeypatch.setitem(_rows.BY_ENGINE, engine, broken)
-
-
 def network():
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5)).double()
     return net.requires_grad_(False)
 
 
-@every_break
-@pytest.mark.parametrize("mode", ["fwd", "rev"])
-@pytest.mark.parametrize("engine", ENGINES)
+def only(index, value):
+    """A factor for each basis vector: ``value`` for one of them."""
+
+    def factor(out):
+        found = out.new_ones(len(out), *[1] * (out.ndim - 1))
+        found[min(index, len(out) - 1)] = value
+        return out * found
+
+    return factor
+
+
+# What a batching rule may make of the pullback of a basis ``(M, ...)``
+HARMS = {
+    "everything": lambda out: 1.01 * out,
+    "one basis vector": only(1, 1.01),
+    "a zero": only(2, 0.0),
+    "not a number": only(1, torch.nan),
+    "another order": lambda out: out.roll(1, 0),
+}
+by_harm = pytest.mark.parametrize("harm", HARMS)
+
+
+class Pull(torch.autograd.Function):
+    """``grad * slope``, with a batching rule that does harm."""
+
+    @staticmethod
+    def forward(grad, slope, harm):
+        return grad * slope
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx, outer):
+        grad, slope = ctx.saved_tensors
+        return outer * slope, outer * grad, None
+
+    @staticmethod
+    def vmap(info, in_dims, grad, slope, harm):
+        grad, slope = (
+            x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip((grad, slope), in_dims)
+        )
+        return HARMS[harm](grad * slope), 0
+
+
+class Sine(torch.autograd.Function):
+    """The sine; its pullback is right where it runs for one cotangent."""
+
+    @staticmethod
+    def forward(x, harm):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+        ctx.harm = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return Pull.apply(grad, x.cos(), ctx.harm), None
+
+    @staticmethod
+    def vmap(info, in_dims, x, harm):
+        return Sine.apply(x, harm), in_dims[0]
+
+
+def harmed(harm):
+    weight = torch.arange(1.0, 16.0).double().reshape(3, 5) / 9
+    return lambda x: Sine.apply(x, harm) @ weight.to(x)
+
+
+@pytest.mark.quick
+@by_harm
 @pytest.mark.parametrize("check", ["auto", True])
-def test_a_broken_engine_is_caught(check, engine, mode, harm, monkeypatch):
-    break_engine(monkeypatch, engine, harm)
-    jacobian = batch_jacobian(network(), engine=engine, mode=mode, check=check)
-    with pytest.raises(VerificationError, match=f"^batch_jacobian: {engine}/{mode}.*cotangent"):
-        jacobian(randn(B, 3))
+def test_a_wrong_batching_rule_is_caught(check, harm):
+    jacobian = batch_jacobian(harmed(harm), engine="vmap", mode="rev", check=check)
+    for _ in range(2):
+        with pytest.raises(VerificationError, match=r"^batch_jacobian: .*vmap"):
+            jacobian(randn(B, 3))
 
 
-@every_break
-def test_a_broken_engine_in_float32(harm, monkeypatch):
-    break_engine(monkeypatch, "sum", harm)
-    jacobian = batch_jacobian(network().float(), engine="sum", mode="rev")
-    with pytest.raises(VerificationError):
-        jacobian(torch.randn(B, 3))
+@by_harm
+def test_a_wrong_batching_rule_in_float32(harm):
+    with pytest.raises(VerificationError, match=r"^batch_jacobian: "):
+        batch_jacobian(harmed(harm), engine="vmap", mode="rev")(torch.randn(B, 3))
 
 
-@every_break
-def test_check_false_sees_nothing(harm, monkeypatch):
+@by_harm
+def test_check_false_sees_nothing(harm):
     """The counterpart of the tests above: it is the verification that catches."""
-    net, x = network(), randn(B, 3)
-    right = batch_jacobian(net)(x)
-    break_engine(monkeypatch, "sum", harm)
-    wrong = batch_jacobian(net, engine="sum", mode="rev", check=False)(x)
+    x = randn(B, 3)
+    right = batch_jacobian(harmed(harm), engine="loop")(x)
+    wrong = batch_jacobian(harmed(harm), engine="vmap", mode="rev", check=False)(x)
     assert not torch.equal(wrong, right)
 
 
-@every_break
-def test_auto_goes_on_to_the_next_engine(harm, monkeypatch):
-    net, x = network(), randn(B, 3)
-    right = batch_jacobian(net)(x)
-    break_engine(monkeypatch, "vmap", harm)
-    jacobian = batch_jacobian(net)
-    with pytest.warns(EngineFallbackWarning, match="VerificationError"):
-        equal(jacobian(x), right)
-    for _ in range(25):
-        equal(jacobian(x), right)
-
-
 @quiet
-def test_auto_raises_where_every_engine_is_broken(monkeypatch):
-    for engine in ENGINES:
-        break_engine(monkeypatch, engine, break_everywhere)
-    with pytest.raises(VerificationError):
-        batch_jacobian(network())(randn(B, 3))
-
-
-def test_check_true_looks_on_every_call(monkeypatch):
-    net, x = network(), randn(B, 3)
-    words = {"engine": "sum", "mode": "rev"}
-    always, once = batch_jacobian(net, check=True, **words), batch_jacobian(net, **words)
-    for _ in range(25):
-        always(x), once(x)
-    break_engine(monkeypatch, "sum", break_one_entry)
-    with pytest.raises(VerificationError):
-        always(x)
-    assert not torch.equal(once(x), batch_jacobian(net, engine="loop")(x))
-
-
-def test_no_route_is_used_before_it_is_verified(monkeypatch):
-    """Auto tries cheaper routes on later calls: a broken one must not slip through there."""
-    net, x = network(), randn(B, 3)
-    right = batch_jacobian(net)(x)
-    break_engine(monkeypatch, "sum", break_one_entry)
-    jacobian = batch_jacobian(net)
-    for _ in range(40):
-        equal(jacobian(x), right)
-
-
-@pytest.mark.parametrize("what", ["shape", "dtype", "requires_grad", "grad mode"])
-def test_a_new_signature_is_verified(what, monkeypatch):
-    net, x = network(), randn(B, 3)
-    jacobian = batch_jacobian(net, engine="sum", mode="rev")
+@by_harm
+def test_auto_does_not_return_it(harm):
+    jacobian = batch_jacobian(harmed(harm))
+    weight = torch.arange(1.0, 16.0).double().reshape(3, 5) / 9
     for _ in range(10):
+        x = randn(B, 3)
+        equal(jacobian(x), x.cos().unsqueeze(1) * weight.T)
+
+
+def test_check_true_looks_on_every_call():
+    now = {"harm": False}
+    scale = lambda x: Sine.apply(x, "everything") if now["harm"] else x.sin()
+    jacobian, x = batch_jacobian(scale, engine="vmap", mode="rev", check=True), randn(B, 3)
+    for _ in range(20):
         jacobian(x)
-    break_engine(monkeypatch, "sum", break_everywhere)
-    jacobian(x)  # as before: verified once
-    if what == "shape":
-        x = randn(B + 1, 3)
-    elif what == "dtype":
-        net.float()
-        x = x.float()
-    elif what == "requires_grad":
-        x.requires_grad_()
-    with torch.set_grad_enabled(what != "grad mode"), pytest.raises(VerificationError):
+    now["harm"] = True
+    with pytest.raises(VerificationError, match=r"^batch_jacobian: "):
         jacobian(x)
 
 
@@ -475,7 +451,7 @@ def test_a_changed_training_flag():
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double().eval()
     jacobian = batch_jacobian(net)
     x = randn(B, 3)
-    for _ in range(30):
+    for _ in range(20):
         right = jacobian(x)
     net.train()
     with pytest.raises(BatchMixingError, match="BatchNorm1d in training mode"):
@@ -520,7 +496,7 @@ def calls_a_caller(x):
 @pytest.mark.parametrize("func", [uses_a_global_function, calls_a_caller])
 def test_a_redefined_global_helper(func, monkeypatch):
     jacobian, x = batch_jacobian(func), randn(B, 3)
-    for _ in range(30):
+    for _ in range(20):
         jacobian(x)
     monkeypatch.setitem(globals(), "helper", mixes)
     with pytest.raises(BatchMixingError):
@@ -529,7 +505,7 @@ def test_a_redefined_global_helper(func, monkeypatch):
 
 def test_a_replaced_global_module(monkeypatch):
     jacobian, x = batch_jacobian(uses_a_global_module), randn(B, 3)
-    for _ in range(30):
+    for _ in range(20):
         jacobian(x)
     monkeypatch.setitem(globals(), "HELPER", nn.BatchNorm1d(3).double())
     with pytest.raises(BatchMixingError, match="BatchNorm1d"):
@@ -539,26 +515,9 @@ def test_a_replaced_global_module(monkeypatch):
 def test_a_replaced_submodule():
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh()).double()
     jacobian, x = batch_jacobian(net), randn(B, 3)
-    for _ in range(30):
+    for _ in range(20):
         jacobian(x)
     net[1] = nn.BatchNorm1d(4).double()
-    with pytest.raises(BatchMixingError, match="1: BatchNorm1d"):
-        jacobian(x)
-
-
-def test_a_replaced_submodule_at_the_same_address():
-    """The old module is freed first, so that the new one may get its id."""
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh()).double()
-    jacobian, x = batch_jacobian(net), randn(B, 3)
-    for _ in range(30):
-        jacobian(x)
-    address, kept = id(net[1]), []
-    del net[1]
-    for _ in range(1000):
-        kept.append(nn.BatchNorm1d(4).double())
-        if id(kept[-1]) == address:
-            break
-    net.append(kept[-1])
     with pytest.raises(BatchMixingError, match="1: BatchNorm1d"):
         jacobian(x)
 
@@ -570,7 +529,7 @@ def test_a_changed_closure():
         return inner(x)
 
     jacobian, x = batch_jacobian(func), randn(B, 3)
-    for _ in range(30):
+    for _ in range(20):
         jacobian(x)
     inner = mixes
     with pytest.raises(BatchMixingError):
@@ -587,7 +546,7 @@ def test_a_changed_attribute(where):
         "attribute function": lambda x: holder.function(x),
     }[where]
     jacobian, x = batch_jacobian(func), randn(B, 3)
-    for _ in range(30):
+    for _ in range(20):
         jacobian(x)
     holder.module, holder.function = nn.BatchNorm1d(3).double(), mixes
     with pytest.raises(BatchMixingError):
@@ -598,7 +557,7 @@ def test_a_changed_flag():
     """A flag given as an argument is part of the signature."""
     func = lambda x, mix: mixes(x) if mix else x
     jacobian, x = batch_jacobian(func), randn(B, 3)
-    for _ in range(30):
+    for _ in range(20):
         jacobian(x, mix=False)
     with pytest.raises(BatchMixingError):
         jacobian(x, mix=True)
@@ -609,48 +568,7 @@ class Kind(enum.Enum):
     MIXING = 1
 
 
-@dataclasses.dataclass(slots=True)
-class Slotted:
-    net: nn.Module
-
-
-def norm():
-    return nn.BatchNorm1d(3).double().eval()
-
-
-def named(**names):
-    """A module of Python, as ``import`` gives it."""
-    module = types.ModuleType("some_models")
-    vars(module).update(names)
-    return module
-
-
-models, switch, function = named(net=norm()), False, torch.tanh
-
-
-def through_class():
-    holder = type("Models", (), {"net": norm()})
-    return lambda x: holder.net(x), holder.net.train
-
-
-def through_slots():
-    holder = Slotted(norm())
-    return lambda x: holder.net(x), holder.net.train
-
-
-def through_objects():
-    holder = types.SimpleNamespace(a=types.SimpleNamespace(b=types.SimpleNamespace(net=norm())))
-    return lambda x: holder.a.b.net(x), holder.a.b.net.train
-
-
-def through_a_module_of_python():
-    models.net.eval()
-    return lambda x: models.net(x), models.net.train
-
-
-def through_a_part_of_a_script():
-    script = torch.jit.script(nn.Sequential(norm()))
-    return script, getattr(script, "0").train
+switch, function = False, torch.tanh
 
 
 def by_a_dict():
@@ -707,11 +625,6 @@ def by_words_of_a_partial():
 
 
 SWITCHED = {
-    "class": through_class,
-    "slots": through_slots,
-    "objects": through_objects,
-    "module of Python": through_a_module_of_python,
-    "script": through_a_part_of_a_script,
     "dict": by_a_dict,
     "global flag": by_a_global_flag,
     "builtin": by_a_global_builtin,
@@ -724,13 +637,12 @@ SWITCHED = {
 }
 
 
-@quiet
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("name", SWITCHED)
 def test_a_switch_is_verified_anew(name):
+    """Other operations run than before, and so the graph has other nodes."""
     func, change = SWITCHED[name]()
     jacobian, x = batch_jacobian(func), randn(B, 3)
-    for _ in range(30):
+    for _ in range(20):
         jacobian(x)
     change()
     with pytest.raises(BatchMixingError):
@@ -740,25 +652,10 @@ def test_a_switch_is_verified_anew(name):
 @pytest.mark.parametrize("kind", [Kind.PLAIN, numpy.int64(0)])
 def test_an_argument_of_another_kind_of_number(kind):
     jacobian, x = batch_jacobian(lambda x, k: mixes(x) if k in (Kind.MIXING, 1) else x), randn(B, 3)
-    for _ in range(30):
+    for _ in range(20):
         jacobian(x, kind)
     with pytest.raises(BatchMixingError):
         jacobian(x, Kind.MIXING if kind is Kind.PLAIN else numpy.int64(1))
-
-
-@quiet
-@pytest.mark.parametrize("name", ["class", "slots", "objects", "module of Python", "script"])
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_thawed_weights_are_seen(name):
-    func, change = SWITCHED[name]()
-    net = change.__self__
-    jacobian, x = batch_jacobian(func), randn(B, 3)
-    for parameter in net.parameters():
-        parameter.requires_grad_(False)
-    assert not any(jacobian(x).requires_grad for _ in range(20))
-    for parameter in net.parameters():
-        parameter.requires_grad_(True)
-    assert all(jacobian(x).requires_grad for _ in range(20))
 
 
 @pytest.mark.parametrize(
@@ -782,17 +679,6 @@ def test_mixing_beside_a_larger_output(scale):
     func = lambda x: torch.cat([scale * x.sum(1, keepdim=True), x.softmax(0)], 1)
     with pytest.raises(BatchMixingError):
         batch_jacobian(func)(randn(8, 3).float())
-
-
-@quiet
-@pytest.mark.parametrize("check", ["auto", True])
-def test_values_that_rows_alone_do_not_have(check):
-    func = lambda x: x.sin() + torch.arange(len(x)).unsqueeze(1)
-    jacobian, x = batch_jacobian(func, return_value=True, check=check), randn(B, 3)
-    for _ in range(20):
-        equal(jacobian(x)[1], func(x))
-    with pytest.raises(VerificationError, match="value"):
-        batch_jacobian(func, return_value=True, engine="loop", check=check)(x)
 
 
 class Once(torch.autograd.Function):
@@ -830,7 +716,7 @@ def test_a_softmax_that_has_made_up_its_mind_in_float32(factor, batch):
 def test_a_hook_added_later():
     net = network()
     jacobian, x = batch_jacobian(net), randn(B, 3)
-    for _ in range(30):
+    for _ in range(20):
         jacobian(x)
     net[1].register_forward_hook(lambda module, args, out: mixes(out))
     with pytest.raises(BatchMixingError):
@@ -841,7 +727,7 @@ def test_weights_changed_in_place_are_seen():
     """The values of parameters are no part of the signature, and results follow them."""
     net, x = network(), randn(B, 3)
     jacobian = batch_jacobian(net)
-    for _ in range(30):
+    for _ in range(20):
         before = jacobian(x)
     with torch.no_grad():
         net[2].weight.mul_(3)
@@ -851,67 +737,108 @@ def test_weights_changed_in_place_are_seen():
 # --- the warning -------------------------------------------------------------------------
 
 
-def branches(x):
-    return x.sin() if bool((x > -100).all()) else x
+def branches(w, x):
+    """Nothing that vmap can do, and shared weights, which have no sum trick."""
+    return (w * x).sin() if bool((x > -100).all()) else x
+
+
+def shared(func, **words):
+    return batch_jacobian(func, in_dims=(None, 0), **words)
+
+
+def said_of(run):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run()
+    return said
 
 
 def test_the_warning_says_it_all_once():
-    jacobian, x = batch_jacobian(branches), randn(B, 3)
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        for batch in (B, B, 3, 2):  # new signatures do not warn again
-            jacobian(x[:batch])
-            jacobian(x[:batch].float())
-    assert [warning.category for warning in found] == [EngineFallbackWarning]
-    text = str(found[0].message)
-    assert text.startswith("batch_jacobian: left engine 'vmap' for 'sum', because RuntimeError: ")
-    assert "vmap" in text
-    assert "engine='sum'" in text
+    jacobian, w, x = shared(fresh(branches)), randn(3), randn(B, 3)
+
+    def run():
+        for batch in (B, B, 3, 2):  # other sizes and dtypes do not warn again
+            jacobian(w, x[:batch])
+            jacobian(w.float(), x[:batch].float())
+
+    (warning,) = said_of(run)
+    assert warning.category is EngineFallbackWarning
+    text = str(warning.message)
+    assert text.startswith("batch_jacobian: left engine 'vmap' for engine 'loop', because ")
     assert 'warnings.filterwarnings("ignore", category=funcjac.EngineFallbackWarning)' in text
-    assert found[0].filename == __file__
+    assert warning.filename == __file__
 
 
-def test_the_warning_comes_once_for_each_transform():
-    x = randn(B, 3)
-    for _ in range(2):
-        with pytest.warns(EngineFallbackWarning):
-            batch_jacobian(branches)(x)
+@pytest.mark.quick
+def test_the_warning_comes_once_for_each_function():
+    """However many transforms are made of it: inline ones are made at each call."""
+    w, x = randn(3), randn(B, 3)
+    for func in (fresh(branches), fresh(branches)):
+        said = said_of(lambda func=func: [shared(func)(w, x) for _ in range(5)])
+        assert [warning.category for warning in said] == [EngineFallbackWarning]
 
 
 @pytest.mark.parametrize("how", ["engine", "filter"])
 def test_the_warning_can_be_silenced_as_it_says(how):
-    words = {"engine": "sum"} if how == "engine" else {}
+    words = {"engine": "loop"} if how == "engine" else {}
+    w, x = randn(3), randn(B, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         if how == "filter":
             warnings.filterwarnings("ignore", category=EngineFallbackWarning)
-        jac = batch_jacobian(branches, **words)(x := randn(B, 3))
-    equal(jac, torch.diag_embed(x.cos()))
-
-
-def test_no_warning_where_vmap_works():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        jacobian = batch_jacobian(network())
-        for _ in range(30):
-            jacobian(randn(B, 3))
+        jac = shared(fresh(branches), **words)(w, x)
+    equal(jac, torch.diag_embed(x * (w * x).cos()))
 
 
 def test_the_warning_as_an_error_leaves_a_transform_that_works():
-    jacobian, x = batch_jacobian(branches), randn(B, 3)
+    jacobian, w, x = shared(fresh(branches)), randn(3), randn(B, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error", EngineFallbackWarning)
-        with pytest.raises(EngineFallbackWarning):
-            jacobian(x)
-        equal(jacobian(x), torch.diag_embed(x.cos()))
+        with pytest.raises(EngineFallbackWarning, match="left engine 'vmap'"):
+            jacobian(w, x)
+        equal(jacobian(w, x), torch.diag_embed(x * (w * x).cos()))
 
 
-@quiet
-def test_a_slow_fallback_inside_torch_is_a_failure_of_vmap():
+def encoder():
+    return nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).double().eval()
+
+
+class Last(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.core = nn.LSTM(3, 4, batch_first=True).double()
+
+    def forward(self, x):
+        return self.core(x)[0][:, -1]
+
+
+def masked(x):
+    out = x.sin()
+    out[x > 0] = x[x > 0] ** 2
+    return out
+
+
+WITHOUT_A_WORD = {
+    "network": (network, (3,)),
+    "LSTM": (Last, (5, 3)),
+    "encoder layer": (encoder, (5, 4)),
+    "mask": (lambda: masked, (3,)),
+    "item": (lambda: lambda x: x.sin() if x.sum().item() > -1e9 else x, (3,)),
+    "nonzero": (lambda: lambda x: x.sin() * len((x > 0).nonzero()[:0].T), (3,)),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", WITHOUT_A_WORD)
+def test_no_warning_where_the_sum_trick_works(name):
+    make, row = WITHOUT_A_WORD[name]
+    jacobian = batch_jacobian(make())
+    assert not said_of(lambda: [jacobian(randn(B, *row)) for _ in range(5)])
+
+
+def test_an_operation_without_a_batching_rule():
     """Torch runs renorm under vmap one sample at a time, with a warning."""
     func = lambda x: x.renorm(2, 0, 1.0) if x.ndim == 2 else x
-    with pytest.raises(RuntimeError, match="fallback"):
-        batch_jacobian(func, engine="vmap")(randn(B, 3))
     x = randn(B, 3)
     expected = torch.autograd.functional.jacobian(func, x)
     equal(batch_jacobian(func)(x), torch.stack([expected[b, :, b] for b in range(B)]))
@@ -1013,72 +940,6 @@ def test_members_of_an_enum_without_a_hash():
     equal(jacobian(x, Unhashable.TWO), 2 * torch.eye(3).double().expand(B, 3, 3))
 
 
-count = 0
-
-
-def test_a_counter_is_verified_so_many_times(monkeypatch):
-    calls = []
-
-    def func(x):
-        calls.append(count)
-        return x.sin() if count < 10**6 else x
-
-    jacobian, x = batch_jacobian(func), randn(B, 3)
-    for _ in range(120):
-        jacobian(x)
-        globals()["count"] += 1
-    calls.clear()
-    jacobian(x)
-    assert len(calls) == 1
-    (record,) = vars(jacobian)["__funcjac__"].memory.records.values()
-    assert len(record.verified) <= 64 + 8  # turns of routes are verified anyway
-
-
-def test_methods_of_tensors_are_not_kept():
-    kept, multiply = [], torch.matmul
-
-    def func(x):
-        return multiply(x.mT).mT
-
-    jacobian, x = batch_jacobian(func), randn(B, 3)
-    for _ in range(5):
-        weights = randn(3, 3)
-        multiply = weights.matmul
-        jacobian(x)
-        kept.append(weakref.ref(weights))
-    multiply = weights = None
-    gc.collect()
-    assert sum(one() is not None for one in kept) <= 1
-
-
-OPERATORS = {
-    "jacobian": lambda func, **words: batch_jacobian(func, **words),
-    "nested": lambda func, **words: batch_jacobian(batch_jacobian(func, **words), **words),
-    "hessian": lambda func, **words: batch_hessian(func, **words),
-    "diagonal": lambda func, **words: batch_hessian_diagonal(func, **words),
-    "laplacian": lambda func, **words: batch_laplacian(func, **words),
-    "divergence": lambda func, **words: batch_divergence(func, **words),
-    "samples": lambda func, **words: batch_divergence(func, samples=2, **words),
-    "partials": lambda func, **words: batch_partials(func, [(), (0,), (0, 1)], **words),
-}
-
-
-DIMS = [(name, dim) for name in OPERATORS for dim in (0, None) if (name, dim) != ("samples", None)]
-
-
-@pytest.mark.parametrize(("name", "in_dims"), DIMS)
-def test_what_is_expected_is_as_large_as_the_cotangent(name, in_dims):
-    """Or noise would be found where there is none."""
-    dims = (in_dims, 0)
-    transform = OPERATORS[name](lambda x, y: (x * y).sin(), in_dims=dims)
-    x, y = randn(*(B, 3)[in_dims is None :]), randn(B, 3)
-    call = vars(transform)["__funcjac__"].bind((x, y), {})
-    once, twice = (verifier(call, Context(), scale=scale) for scale in (1.0, 2.0))
-    for one, two in zip(once.entries, twice.entries):
-        torch.testing.assert_close(2 * one.grad, two.grad)
-        torch.testing.assert_close([2 * seed for seed in one.seeds], two.seeds)
-
-
 @pytest.mark.parametrize("engine", ["vmap", "loop"])
 def test_an_aux_that_is_zero_but_for_rounding(engine):
     weights = randn(8, 8)
@@ -1134,13 +995,3 @@ def test_what_was_dead_at_first_is_verified_later(words):
         equal(jacobian(-randn(B, 3).abs()), torch.zeros(B, 60, 3).double())
     for _ in range(4):
         equal(jacobian(randn(B, 3).abs()), torch.eye(3).double().repeat(B, 20, 1))
-
-
-def test_what_is_always_dead_is_verified_so_many_times():
-    calls = []
-    jacobian = batch_jacobian(lambda x: (calls.append(1), x.round())[1])
-    for _ in range(80):
-        jacobian(randn(B, 3))
-    calls.clear()
-    jacobian(randn(B, 3))
-    assert len(calls) == 1

@@ -1,20 +1,3 @@
-"""Engines, and the choice between them."""
+"""How rows are differentiated: through one graph, under torch.func, or one after the other."""
 
-from funcjac._engines._choose import solve
-from funcjac._engines._record import Memory, Record
-from funcjac._engines._rows import executed, run
-from funcjac._engines._transformed import solve_transformed, solve_within
-from funcjac._linear import Context
-from funcjac._passes import Jacobian
-
-__all__ = [
-    "Context",
-    "Jacobian",
-    "Memory",
-    "Record",
-    "executed",
-    "run",
-    "solve",
-    "solve_transformed",
-    "solve_within",
-]
+ENGINES = ("sum", "vmap", "loop")

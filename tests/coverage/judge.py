@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,22 +58,23 @@ def _one_call(case, truth, transform, parts, transformed, turn) -> Outcome:
     if transform.backward:
         for i in case.argnums:
             args[i].requires_grad_()
+    allowed = _plain_effects(case, args)
     state = State.take(args, case.constants, parts.module)
     error, result, gradients = None, None, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             result = transformed(*args)
-            changed = state.differences()
+            changed = set(state.differences()) - allowed
             if transform.backward and case.independent and not changed:
                 gradients = _gradients(result, truth, transform, case, parts, args, turn)
         except MisshapenError as problem:
             return Outcome(WRONG, str(problem))
         except Exception as problem:
             error = problem
-    changed = state.differences()
+    changed = set(state.differences()) - allowed
     if changed:
-        return Outcome(STATE, "; ".join(changed))
+        return Outcome(STATE, "; ".join(sorted(changed)))
     if error is not None:
         return _of_error(error, case, truth, transform)
     if not case.independent:
@@ -253,9 +255,21 @@ def is_documented(error: Exception) -> bool:
 # --- state -------------------------------------------------------------------------------
 
 
+def _plain_effects(case: Case, args: list[Tensor]) -> set[str]:
+    """What one plain run changes: buffers that move, draws."""
+    parts = case.make()
+    own = [x.detach().clone() for x in args]
+    before = State.take(own, (), parts.module)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with suppress(Exception):
+            parts.func(*own)
+        return {text for text in before.differences() if not text.startswith("argument")}
+
+
 @dataclass(frozen=True)
 class State:
-    """What is the caller's, and must be as it was."""
+    """What is the caller's, and must be as after one plain run."""
 
     tensors: list[tuple[str, Tensor, Tensor, int, bool, Any]]
     modules: list[tuple[nn.Module, dict]]

@@ -1,0 +1,244 @@
+"""``explain``: what runs, and why."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from funcjac._diagnostics.meter import Meter
+from funcjac._dispatch.solve import Outcome
+from funcjac._operators.transform import Transform, looks, transform_of
+from funcjac.errors import brief
+
+_REPEATS = 5
+_CHUNKS = (1, 4, 16, 64, None)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One way that ``measure=True`` timed, by the keywords that ask for it.
+
+    Attributes:
+        engine, mode, chunk_size: the keywords.
+        seconds: of a usual call, ``None`` where it failed.
+        reason: why it failed.
+    """
+
+    engine: str
+    mode: str
+    chunk_size: int | None
+    seconds: float | None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"engine={self.engine!r}, mode={self.mode!r}, chunk_size={self.chunk_size}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What runs for one call, and why. ``print`` it for a table.
+
+    Attributes:
+        name: the transform.
+        engine, mode: what runs.
+        passes: basis vectors to pull back or to push forward.
+        chunk: basis vectors per pass.
+        batch, outputs, inputs: rows, and elements in one row of the output and the input.
+        operations: nodes in the graph of one run of ``func``.
+        widest: elements of the widest tensor in it.
+        flops: floating-point operations of matrix products and convolutions in one call.
+        memory: bytes of the tensors alive at once during one call, at most.
+        differentiable: whether the result carries a graph.
+        verified: whether this call's result was held against plain autograd.
+        runs: how often ``func`` ran in this call.
+        reasons: what ruled an alternative out, or made ``func`` run again.
+        attempts: with ``measure=True``, what was timed, the fastest first.
+    """
+
+    name: str
+    engine: str
+    mode: str
+    passes: int
+    chunk: int
+    batch: int
+    outputs: int
+    inputs: int
+    operations: int
+    widest: int
+    flops: int
+    memory: int
+    differentiable: bool
+    verified: bool
+    runs: int
+    reasons: tuple[str, ...]
+    attempts: tuple[Attempt, ...] = ()
+
+    def __str__(self) -> str:
+        shapes = f"batch of {self.batch}, {self.inputs} inputs -> {self.outputs} outputs a row"
+        second = self.mode == "taylor" or "_over_" in self.mode
+        against = "plain double backward" if second else "a plain VJP"
+        verified = f"verified against {against}" if self.verified else "not verified (check=False)"
+        graph = "differentiable" if self.differentiable else "no graph"
+        times = "once" if self.runs == 1 else f"{self.runs} times"
+        lines = [
+            f"{self.name}: {shapes}",
+            f"runs   engine={self.engine!r}, mode={self.mode!r}: {self.passes} passes in chunks of "
+            f"{self.chunk}; func runs {times}; {verified}; {graph}",
+            f"costs  {_amount(self.flops, 'FLOP', 1000)} in matrix products and convolutions, at "
+            f"most {_amount(self.memory, 'B', 1024)} at once; {self.operations} operations, the "
+            f"widest of {self.widest} numbers",
+            *[f"left   {reason}" for reason in self.reasons],
+        ]
+        for attempt in self.attempts:
+            took = attempt.reason if attempt.seconds is None else _amount_of_time(attempt.seconds)
+            lines.append(f"{took:>9}  {attempt}")
+        return "\n".join(lines)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw what ``measure=True`` timed; returns the matplotlib axes.
+
+        Needs matplotlib (``pip install 'funcjac[examples]'``).
+
+        Raises:
+            ValueError: nothing was measured.
+        """
+        from matplotlib import pyplot  # noqa: PLC0415  an extra
+
+        timed = [attempt for attempt in self.attempts if attempt.seconds is not None][::-1]
+        if not timed:
+            raise ValueError(
+                "explain: expected measured times to plot, got none. Pass measure=True."
+            )
+        ax = pyplot.subplots(figsize=(6, 0.3 * len(timed) + 1))[1] if ax is None else ax
+        names = [f"{a.engine}/{a.mode}, {a.chunk_size or 'all'} at once" for a in timed]
+        ax.barh(names, [1e3 * (a.seconds or 0) for a in timed], color="tab:blue")
+        ax.set_xlabel("milliseconds")
+        ax.set_title(f"{self.name}: measured alternatives")
+        return ax
+
+
+@looks
+def explain(
+    transformed: Callable[..., Any], *args: Any, measure: bool = False, **kwargs: Any
+) -> Explanation:
+    """Tells what ``transformed(*args, **kwargs)`` runs, and why.
+
+    It calls ``transformed`` twice: once as it is, verified, and once to count.
+
+    Args:
+        transformed: what a funcjac transform returned.
+        *args: arguments as for ``transformed``.
+        measure: also time the alternatives, by the keywords that ask for them. ``func`` runs a
+            few dozen times then.
+        **kwargs: keyword arguments as for ``transformed``.
+
+    Returns:
+        An :class:`Explanation`: engine, mode, passes, chunk, operations, FLOP, bytes, how often
+        ``func`` ran, and what ruled alternatives out. ``print`` gives a table, ``.plot()`` a
+        picture of what was measured.
+
+    Raises:
+        TypeError: ``transformed`` does not come from funcjac.
+
+    Example:
+        >>> import torch, funcjac
+        >>> J = funcjac.batch_jacobian(torch.sin)
+        >>> explanation = funcjac.explain(J, torch.zeros(4, 3))
+        >>> explanation.batch, explanation.outputs, explanation.inputs
+        (4, 3, 3)
+        >>> explanation.engine, explanation.runs
+        ('sum', 1)
+    """
+    transform = transform_of(transformed, "explain")
+    always = replace(transform.options, check=transform.options.check and True)
+    outcome = Outcome()
+    result = Transform(transform.func, always, transform.extras).evaluate(args, kwargs, outcome)
+    with Meter() as meter:
+        transform.evaluate(args, kwargs, Outcome())
+    sizes, route = outcome.sizes, outcome.route
+    passes = _passes(route.mode, sizes.outputs, sizes.inputs)
+    return Explanation(
+        name=transform.options.name,
+        engine=outcome.engine,
+        mode=route.mode,
+        passes=passes,
+        chunk=min(route.chunk or passes, max(passes, 1)),
+        batch=sizes.batch,
+        outputs=sizes.outputs,
+        inputs=sizes.inputs,
+        operations=outcome.operations,
+        widest=sizes.widest,
+        flops=meter.flops,
+        memory=meter.peak,
+        differentiable=_has_graph(result),
+        verified=outcome.verified,
+        runs=outcome.runs,
+        reasons=tuple(outcome.reasons),
+        attempts=tuple(_measured(transform, args, kwargs)) if measure else (),
+    )
+
+
+def _passes(mode: str, outputs: int, inputs: int) -> int:
+    if mode == "taylor":
+        return inputs
+    counts = [outputs if part == "rev" else inputs for part in mode.split("_over_")]
+    return counts[0] if len(counts) == 1 else counts[1] * inputs
+
+
+def _has_graph(result: Any) -> bool:
+    leaves = torch.utils._pytree.tree_leaves(result)
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
+
+
+def _measured(
+    transform: Transform, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[Attempt]:
+    """Time every engine and mode in a few chunks, the fastest first."""
+    attempts = []
+    modes = ("auto", *transform.options.operator.modes)
+    for engine, mode in [("sum", mode) for mode in modes] + [("vmap", "auto")]:
+        for chunk in _CHUNKS if mode != "auto" else (None,):
+            given = replace(transform.options, engine=engine, mode=mode, chunk_size=chunk)
+            attempts.append(_timed(Transform(transform.func, given, transform.extras), args, kwargs))
+    slowest = float("inf")
+    return iter(sorted(attempts, key=lambda a: slowest if a.seconds is None else a.seconds))
+
+
+def _timed(transform: Transform, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attempt:
+    options = transform.options
+    keywords = (options.engine, options.mode, options.chunk_size)
+    times = []
+    try:
+        for _ in range(_REPEATS):
+            _synchronize()
+            start = time.perf_counter()
+            transform.evaluate(args, kwargs, Outcome())
+            _synchronize()
+            times.append(time.perf_counter() - start)
+    except Exception as error:  # it is not to be had in this way
+        return Attempt(*keywords, None, brief(error))
+    return Attempt(*keywords, statistics.median(times))
+
+
+def _synchronize() -> None:
+    """Wait for the device, so that a clock sees what ran."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _amount(value: float, unit: str, base: int) -> str:
+    prefixes = ("", "k", "M", "G", "T", "P")
+    step = 0
+    while value >= base and step + 1 < len(prefixes):
+        value, step = value / base, step + 1
+    middle = "i" if base == 1024 and step else ""
+    return f"{value:.3g} {prefixes[step]}{middle}{unit}"
+
+
+def _amount_of_time(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"

@@ -1,0 +1,60 @@
+"""Counts operations and memory of what runs."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from funcjac import _tree
+from funcjac._native import with_memory
+
+
+class Meter(TorchDispatchMode):
+    """Counts what runs under it.
+
+    Attributes:
+        peak: bytes of tensors made under it that were alive at once, at most.
+        flops: floating-point operations of matrix products and convolutions.
+    """
+
+    def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # noqa: PLC0415  slow to import
+
+        super().__init__()
+        self.now = self.peak = self.flops = 0
+        self._formulas = flop_registry
+        self._sizes: dict[int, int] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing of this is compiled; torch's own guard against it imports the compiler."""
+        return False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        args, kwargs = with_memory(args), with_memory(kwargs or {})
+        for tensor in _tensors((args, kwargs)):  # what was there before does not count
+            self._sizes.setdefault(tensor.untyped_storage()._cdata, 0)
+        out = func(*args, **kwargs)
+        formula = self._formulas.get(func.overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._sizes:
+                self._sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage._cdata)
+        return out
+
+    def _free(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    leaves = _tree.flatten(tree)[0]
+    return [t for t in leaves if isinstance(t, Tensor) and t.layout == torch.strided]

@@ -1,0 +1,134 @@
+"""Inside torch.func transforms and torch.compile.
+
+Under levels of differentiation alone, values can be looked at: there the sum trick runs on one
+run of ``func`` and is verified as in plain code. Under a level of ``torch.vmap``, and while a
+compiler traces, rows are kept apart by ``torch.vmap`` itself, and one by one where that fails.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcjac._batched import Call, Output
+from funcjac._dispatch.decisions import decision_of
+from funcjac._dispatch.key import FunctionKey, make_key
+from funcjac._dispatch.rule import Sizes
+from funcjac._dispatch.solve import engines_of
+from funcjac._engines.basis import row_shape
+from funcjac._engines.loop import by_loop
+from funcjac._engines.run import Derivatives, Run
+from funcjac._engines.vmap import by_vmap, in_result_type, join_tensors, split_tensors
+from funcjac._environment import WrappedAttributes
+from funcjac._native import CONTROL_FLOW, sees_values
+from funcjac._verification.compare import mismatch
+from funcjac._verification.rows import check_rows
+from funcjac.errors import BatchMixingError, VerificationError, brief
+
+
+def solve_inside(call: Call, token: Any) -> Derivatives:
+    """The derivatives of ``call``, which outer transforms may differentiate again."""
+    call = call._replace(replaced=True)
+    if torch.compiler.is_compiling():
+        return in_result_type(call, by_vmap(call, _row_compute(call)))
+    function = FunctionKey(call.func)
+    if function.scripted:
+        raise RuntimeError(
+            f"{call.options.name}: expected no TorchScript inside of torch.func transforms, got a "
+            "scripted function: torch differentiates it wrongly there from its second call on. "
+            "Call the transform outside of torch.func, or use the module before scripting."
+        )
+    if sees_values() and call.batch != 1 and "sum" in engines_of(call):
+        return _by_sum(call, make_key((token, "inside"), function, call), function)
+    if call.options.engine == "sum" or (call.batch == 1 and "sum" in engines_of(call)):
+        result, _ = _through_graph(call, None)
+        return result
+    with WrappedAttributes(function.modules):
+        return _by_rows(call)
+
+
+def _row_compute(call: Call) -> Any:
+    def compute(function: Any, xs: Any, extras: Any) -> Any:
+        return call.options.operator.compute_row(call, function, xs, extras, call.options.mode)
+
+    return compute
+
+
+def _by_rows(call: Call) -> Derivatives:
+    if call.options.engine != "loop":
+        try:
+            return in_result_type(call, by_vmap(call, _row_compute(call)))
+        except CONTROL_FLOW:
+            raise
+        except Exception:
+            if call.options.engine == "vmap":
+                raise
+    return by_loop(call, lambda one: _through_graph(one, None)[0], create_graph=True)
+
+
+def _by_sum(call: Call, key: Any, function: FunctionKey) -> Derivatives:
+    """On one run of the whole batch, verified."""
+    decision = decision_of(key)
+    decision.calls += 1
+    is_due = decision.is_due(call.options.check, call.batch)
+    try:
+        result, problem = _through_graph(call, function if is_due else None)
+    except (BatchMixingError, *CONTROL_FLOW):
+        raise
+    except RuntimeError as error:
+        if "leaf Variable" not in str(error) or call.clone:
+            raise
+        return _by_sum(call._replace(clone=True), key, function)
+    if problem is None:
+        decision.rows |= is_due and call.batch > 1
+        return result
+    if call.options.engine == "sum":
+        words = f"{call.options.name}: sum was verified and refused: {problem}."
+        raise VerificationError(words)
+    return _by_rows(call)
+
+
+def _through_graph(call: Call, verify: FunctionKey | None) -> tuple[Derivatives, str | None]:
+    """Derivatives through the graph of one run at a level of torch.func of its own."""
+    rest: list[Any] = []
+
+    def primal(*inputs: Tensor) -> Any:
+        output = call(inputs)
+        run = Run(call, list(inputs), output, create_graph=True)
+        result, problem = _computed(run, verify)
+        aux, kept = split_tensors(output.aux)
+        sizes = [len(row) for row in result.blocks]
+        rest[:] = [sizes, output.spec, len(output.leaves), kept, problem]
+        flat = [block for row in result.blocks for block in row]
+        value = sum([x.sum() for x in inputs])
+        return value, (*flat, *output.leaves, *aux)
+
+    _, _, tensors = torch.func.vjp(primal, *call.inputs, has_aux=True)  # type: ignore[misc]
+    sizes, spec, outputs, kept, problem = rest
+    remaining = iter(tensors)
+    blocks = [[next(remaining) for _ in range(size)] for size in sizes]
+    leaves = [next(remaining) for _ in range(outputs)]
+    output = Output(leaves, spec, join_tensors(kept, remaining))
+    return Derivatives(blocks, output), problem
+
+
+def _computed(run: Run, verify: FunctionKey | None) -> tuple[Derivatives, str | None]:
+    operator, outs = run.call.options.operator, run.output.leaves
+    operator.check_output(run.call, [out.shape[1:] for out in outs])
+    inputs = sum(row_shape(x, dim).numel() for x, dim in zip(run.inputs, run.dims))
+    outputs = sum(out.shape[1:].numel() for out in outs)
+    widest = max([x.numel() for x in (*run.inputs, *outs)], default=1)
+    sizes = Sizes(run.call.batch, outputs, inputs, widest, True, True)
+    route = operator.route(run.call, sizes)
+    result = operator.compute(run, route)
+    if verify is None or not run.call.batch or not any(x.numel() for x in run.inputs):
+        return result, None
+    problem, _ = mismatch(run._replace(create_graph=False), result, 1)
+    if problem is not None:
+        check_rows(run, verify.modules)
+    return result, problem
+
+
+__all__ = ["brief", "solve_inside"]

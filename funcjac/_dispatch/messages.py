@@ -1,0 +1,81 @@
+"""What the user is told: which engine was left, and why nothing works."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+from funcjac._batched import Options
+from funcjac._dispatch.key import FunctionKey
+from funcjac.errors import EngineFallbackWarning, RefusedError, VerificationError, brief
+
+_WARNED: set[Any] = set()
+_MOST_WARNED = 4096
+
+
+def warn_of_fallback(
+    options: Options,
+    function: FunctionKey,
+    keyword: str,
+    left: str,
+    error: Exception,
+    taken: str = "",
+) -> None:
+    """Say once per function what was left for good, and why."""
+    key = (keyword, left, tuple(function.parts))
+    if options.engine != "auto" or key in _WARNED:
+        return
+    if len(_WARNED) < _MOST_WARNED:
+        _WARNED.add(key)
+    instead = f"{keyword} {taken!r}" if taken else "nested differentiation"
+    verified = "verified" if options.check is not False else "not verified (check=False)"
+    warnings.warn(
+        f"{options.name}: left {keyword} {left!r} for {instead}, because {brief(error)}. The "
+        f"result is {verified}. Use "
+        'warnings.filterwarnings("ignore", category=funcjac.EngineFallbackWarning) to silence '
+        "this.",
+        EngineFallbackWarning,
+        stacklevel=_outside(),
+    )
+
+
+def drew(options: Options) -> RuntimeError:
+    return RuntimeError(
+        f"{options.name}: expected func not to draw random numbers with "
+        'randomness="error", but it did. Pass randomness="different" for a draw of its own '
+        'in every row, or "same" for one draw for all.'
+    )
+
+
+def failure(options: Options, errors: list[tuple[str, Exception]]) -> Exception:
+    """What to raise when no engine works: the first that was verified tells, else the first."""
+    found = [error for _, error in errors]
+    verified = [error for error in found if isinstance(error, VerificationError)]
+    error = (verified or found)[0]
+    if isinstance(error, VerificationError):
+        return error
+    kind = ValueError if isinstance(error, RefusedError) else RuntimeError
+    hint = ""
+    if "scaled_dot_product" in str(error):
+        hint = (
+            " Run it inside `with torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`, which has all "
+            "derivatives."
+        )
+    if "aot_autograd" in str(error):
+        hint = " Compile the whole step that calls the transform, rather than func."
+    raised = kind(
+        f"{options.name}: engine={options.engine!r} with mode={options.mode!r} cannot "
+        f"differentiate func, although func itself runs: {brief(error)}. "
+        f'Use engine="auto" and mode="auto", or look at explain() for every attempt.{hint}'
+    )
+    raised.__cause__ = error
+    return raised
+
+
+def _outside() -> int:
+    """The stack level of the first frame outside of the package, for warnings."""
+    level, frame = 1, sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("funcjac"):
+        frame, level = frame.f_back, level + 1
+    return level

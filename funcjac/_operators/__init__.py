@@ -1,0 +1,1 @@
+"""What each transform computes, how it is verified, and how its result is assembled."""

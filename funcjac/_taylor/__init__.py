@@ -1,0 +1,128 @@
+"""Taylor propagation: first and higher derivatives in one pass through the operations of a run.
+
+``func`` runs once under a :class:`Recorder`. Then derivatives along directions are pushed through
+the recorded operations, each by its rule. A second derivative costs one more number for each
+element, instead of another differentiation of a whole differentiation. (A. Griewank, J. Utke,
+A. Walther, "Evaluating higher derivative tensors by forward propagation of univariate Taylor
+series", 2000; J. Bettencourt, M. Johnson, D. Duvenaud, "Taylor-mode automatic differentiation
+for higher-order derivatives in JAX", 2019; R. Li et al., "A computational framework for neural
+network-based variational Monte Carlo with forward Laplacian", 2024.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from funcjac._taylor.jets import Jet, Scheme, mixed, on_one_row
+from funcjac._taylor.propagation import Recording, make_recording, propagate
+from funcjac._taylor.recorder import Recorder
+
+__all__ = [
+    "Recorder",
+    "Recording",
+    "all_pairs",
+    "directional",
+    "largest",
+    "make_recording",
+    "mixed_partials",
+]
+
+Tensors = list["Tensor | None"]
+
+
+def largest(recording: Recording) -> int:
+    """Elements of the largest recorded value."""
+    return max((value.shape.numel() for value in recording.recorder.values), default=1)
+
+
+def directional(
+    recording: Recording,
+    j: int,
+    left: Tensor,
+    right: Tensor | None,
+    weights: Tensor | None,
+    *,
+    firsts: bool,
+) -> tuple[Tensors, Tensors]:
+    """First derivatives along ``left``, and second ones along ``left`` and ``right``.
+
+    Args:
+        recording: the run of ``func``.
+        j: number of the input that moves.
+        left: directions ``(K, *x.shape)``.
+        right: second directions, ``None`` for the same ones.
+        weights: ``(K,)``, with which second derivatives are added up.
+        firsts: whether first derivatives are wanted.
+
+    Returns:
+        For each output first derivatives ``(K, B, *out)`` and second ones, ``(K, B, *out)`` or
+        with weights ``(1, B, *out)``; ``None`` for zero, and for first ones that are not wanted.
+    """
+    count = len(left)
+    if right is None:
+        scheme, seeds = Scheme(2, slice(None), weights=weights), left
+    else:
+        scheme = Scheme(2, slice(count), slice(count, 2 * count), weights)
+        seeds = on_one_row(lambda *stacks: torch.cat(stacks), left, right)
+    jets = propagate(recording, {j: (seeds, None)}, scheme, 1 if firsts else 2)
+    slopes = [_level(jet, 1) if firsts else None for jet in jets]
+    slopes = [None if slope is None else slope[:count] for slope in slopes]
+    return slopes, [_level(jet, 2) for jet in jets]
+
+
+def mixed_partials(
+    recording: Recording, j_seeds: dict[int, Tensor], indices: Sequence[tuple[int, ...]]
+) -> list[Tensors]:
+    """Mixed partial derivatives of any order, with lower orders shared.
+
+    Args:
+        recording: the run of ``func``.
+        j_seeds: by number of an input, directions ``(D, *x.shape)``, zero where a direction
+            belongs to another input.
+        indices: multi-indices, which count the directions.
+
+    Returns:
+        For each index and output ``(B, *out)``; ``None`` for zero, and for the index ``()``.
+    """
+    orders = [len(index) for index in indices if index]
+    if not orders:
+        return [[None] * len(recording.slots) for _ in indices]
+    directions = sorted({i for index in indices for i in index})
+    numbers = {direction: number for number, direction in enumerate(directions)}
+    named = [tuple(sorted(numbers[i] for i in index)) for index in indices]
+    scheme = mixed(named, next(iter(j_seeds.values())).device)
+    rest = (None,) * (scheme.order - 1)
+    seeds = {
+        j: (on_one_row(lambda stack: stack[directions], seed), *rest) for j, seed in j_seeds.items()
+    }
+    jets = propagate(recording, seeds, scheme, min(orders))
+    return [
+        [None if jet is None or not index else scheme.part(jet, index) for jet in jets]
+        for index in named
+    ]
+
+
+def all_pairs(
+    recording: Recording, j_seeds: dict[int, Tensor], total: int
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """First derivatives along ``total`` directions, and second ones along all pairs of them.
+
+    ``j_seeds`` holds directions ``(total, *x.shape)`` by number of an input, zero where a
+    direction belongs to another input.
+
+    Returns:
+        For each output ``(N, B, *out)`` and ``(N (N + 1) / 2, B, *out)``, in the order of
+        ``torch.triu_indices``; ``None`` for zero.
+    """
+    device = next(iter(j_seeds.values())).device
+    left, right = torch.triu_indices(total, total, device=device)
+    seeds: dict[int, Jet] = {j: (seed, None) for j, seed in j_seeds.items()}
+    jets = propagate(recording, seeds, Scheme(2, left, right))
+    return [(_level(jet, 1), _level(jet, 2)) for jet in jets]
+
+
+def _level(jet: Jet | None, order: int) -> Tensor | None:
+    return None if jet is None else jet[order - 1]

@@ -1,0 +1,127 @@
+"""Structure of PyTorch's operations: which are linear, products, elementwise, or taken apart.
+
+No derivatives are listed: those come from PyTorch's own reverse-mode formulas.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcjac._torch_faults.norms import native_batch_norm
+
+# Linear in every argument that depends on the input. Other arguments are offsets, which count
+# as zero in a derivative, or say where entries go.
+LINEAR = frozenset(
+    """view _unsafe_view t transpose permute expand unsqueeze squeeze slice select diagonal
+    alias detach clone unfold flip roll split split_with_sizes unbind sum mean neg cumsum tril triu
+    repeat index index_select gather cat stack index_put scatter scatter_add
+    index_add select_scatter slice_scatter diagonal_scatter select_backward slice_backward
+    avg_pool2d avg_pool3d _adaptive_avg_pool2d upsample_nearest1d upsample_nearest2d
+    upsample_linear1d upsample_bilinear2d upsample_bicubic2d reflection_pad1d reflection_pad2d
+    replication_pad1d replication_pad2d im2col col2im""".split()
+)
+# Overloads of these that write numbers, which a derivative does not have, or reduce.
+NUMBERED = frozenset({"value", "reduce", "value_reduce", "int_Scalar"})
+# Bilinear in their first two arguments.
+PRODUCTS = frozenset({"mul", "mm", "bmm", "mv", "dot", "convolution"})
+# ``beta c + alpha a @ b``.
+AFFINE = frozenset({"addmm", "baddbmm"})
+# Elementwise, although torch does not tag them so.
+ELEMENTWISE = frozenset(
+    """softplus_backward elu_backward hardswish hardswish_backward
+    leaky_relu_backward hardtanh_backward log_sigmoid_backward""".split()
+)
+# Taken apart by PyTorch's own decompositions.
+TAKEN_APART = frozenset(
+    """_safe_softmax native_layer_norm native_group_norm std linalg_vector_norm
+    _softmax_backward_data _log_softmax_backward_data _euclidean_dist _prelu_kernel addmv dist
+    _scaled_dot_product_flash_attention_for_cpu""".split()
+)
+# Impassable: derivatives of their derivatives are wrong or NaN, or autograd hides the history of
+# the statistics that they take.
+OBSTINATE = frozenset(
+    """logcumsumexp _weight_norm_interface native_layer_norm_backward native_group_norm_backward
+    native_batch_norm_backward""".split()
+)
+
+
+@functools.cache
+def is_mutable(op: Any) -> bool:
+    return op._schema.is_mutable
+
+
+@functools.cache
+def out_of_place(op: Any) -> Any:
+    """``aten.relu`` for ``aten.relu_``; ``None`` where there is none."""
+    space, name = op._schema.name.split("::")
+    packet = getattr(getattr(torch.ops, space), name.removesuffix("_"), None)
+    if packet is None or not name.endswith("_"):
+        return None
+    # By arguments, not by name: to pow_.Scalar belongs pow.Tensor_Scalar.
+    overloads = (getattr(packet, overload) for overload in packet.overloads())
+    return next((same for same in overloads if _arguments(same) == _arguments(op)), None)
+
+
+def _arguments(op: Any) -> list[tuple[str, str]]:
+    return [(argument.name, str(argument.type)) for argument in op._schema.arguments]
+
+
+@functools.cache
+def decomposition(op: Any) -> Callable[..., Any] | None:
+    """A function of simpler operations that computes ``op``; ``None`` where none is wanted.
+
+    PyTorch's table of decompositions is private: without it such operations count as opaque,
+    and layer and batch norm, whose higher derivatives PyTorch gets wrong, fail verification.
+    """
+    name = op.overloadpacket.__name__
+    if name in _DECOMPOSITIONS or name not in TAKEN_APART:
+        return _DECOMPOSITIONS.get(name)
+    from torch import _decomp  # noqa: PLC0415  slow to import
+
+    return _decomp.decomposition_table.get(op)
+
+
+def _softmax(x: Tensor, dim: int, *_: Any) -> Tensor:
+    powers = (x - x.detach().amax(dim, keepdim=True)).exp()
+    return powers / powers.sum(dim, keepdim=True)
+
+
+def _log_softmax(x: Tensor, dim: int, *_: Any) -> Tensor:
+    shifted = x - x.detach().amax(dim, keepdim=True)
+    return shifted - shifted.exp().sum(dim, keepdim=True).log()
+
+
+def _logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    largest = x.detach().amax(dim, keepdim=True)
+    largest = torch.where(largest.isfinite(), largest, 0)
+    result = (x - largest).exp().sum(dim, keepdim=True).log() + largest
+    return result if keepdim else result.squeeze(dim)
+
+
+def _var(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
+    dims = dim or list(range(x.ndim))
+    centered = x - x.mean(dims, keepdim=True)
+    count = x.numel() // max(centered.mean(dims).numel(), 1)
+    total = (centered * centered).sum(dims, keepdim=keepdim)
+    return total / (count - (1 if correction is None else correction))
+
+
+def _var_mean(x: Tensor, dim: Any = None, **options: Any) -> tuple[Tensor, Tensor]:
+    dims = dim or list(range(x.ndim))
+    return _var(x, dims, **options), x.mean(dims, keepdim=options.get("keepdim", False))
+
+
+# Where PyTorch's decomposition differentiates more than there is, or has no simpler parts.
+_DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
+    "_softmax": _softmax,
+    "_log_softmax": _log_softmax,
+    "logsumexp": _logsumexp,
+    "var": _var,
+    "var_mean": _var_mean,
+    "native_batch_norm": native_batch_norm,
+}

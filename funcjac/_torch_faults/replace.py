@@ -1,0 +1,114 @@
+"""Runs replacements in the place of Python's calls, and says where they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from funcjac import _native
+from funcjac._torch_faults.fault import FIRST_ORDER, FORWARD, HIGHER_ORDER
+from funcjac._torch_faults.table import FAULTS, nodes_with, ops_with
+
+# What runs instead of each call: in plain code, in torch.func, and in what is compiled, where
+# the compiler cannot look up all that belongs to classes, such as x ** y.
+_PLAIN: dict[Any, Any] = {c: run for row in FAULTS for c, run in row.replacements.items()}
+_IN_TRANSFORMS: dict[Any, Any] = {
+    **_PLAIN,
+    **{c: run for row in FAULTS for c, run in row.in_transforms.items()},
+}
+_COMPILED: dict[Any, Any] = {
+    call: _IN_TRANSFORMS[call] for row in FAULTS if row.compiles for call in row.calls
+}
+# What torch's operations call their first argument.
+_FIRST_ARGUMENTS = ("input", "self", "A")
+
+_WRONG_ONCE = nodes_with(FIRST_ORDER)
+_WRONG_AGAIN = nodes_with(FIRST_ORDER | HIGHER_ORDER)
+_HOPELESS_ONCE = nodes_with(FIRST_ORDER, replaced=False)
+_HOPELESS_AGAIN = nodes_with(FIRST_ORDER | HIGHER_ORDER, replaced=False)
+_FORWARD_ONCE = ops_with(FORWARD)
+_FORWARD_AGAIN = ops_with(FORWARD | {"forward_again"})
+
+
+class UseReplacements(TorchFunctionMode):
+    """Runs simpler operations, of which all derivatives are right, for those on the table.
+
+    They stand in before autograd or torch.func see anything. Attention is always replaced: what
+    torch composes itself, where there is dropout, ends the process in forward mode under vmap.
+
+    Args:
+        forward: whether operations are replaced as in torch.func in plain code too, to see which
+            remain that have a wrong forward formula.
+    """
+
+    def __init__(self, *, forward: bool = False) -> None:
+        super().__init__()
+        self.forward = forward
+
+    def __torch_function__(self, func: Any, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        run: Any = self._replacements().get(func, func)
+        if run is func or "out" in kwargs:
+            return func(*args, **kwargs)
+        name = next((name for name in _FIRST_ARGUMENTS if name in kwargs), None)
+        if name is not None:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop(name), *args)
+        return run(*args, **kwargs)
+
+    def _replacements(self) -> dict[Any, Any]:
+        if torch.compiler.is_compiling():
+            return _COMPILED
+        return _IN_TRANSFORMS if self.forward or _native.is_functional() else _PLAIN
+
+
+def graph_names(tensors: Iterable[Tensor]) -> frozenset[str]:
+    """Names of the nodes in the autograd graph of ``tensors``.
+
+    A node whose output ``k > 0`` is used also counts as ``name.k``: of some operations, only
+    further outputs have a wrong gradient.
+    """
+    names: set[str] = set()
+    seen: set[Any] = set()
+    edges: list[tuple[Any, int]] = [(x.grad_fn, x.output_nr) for x in tensors]
+    while edges:
+        node, k = edges.pop()
+        if node is None:
+            continue
+        if k:
+            names.add(f"{node.name()}.{k}")
+        if node not in seen:
+            seen.add(node)
+            names.add(node.name())
+            edges += node.next_functions
+    return frozenset(names)
+
+
+def needs_replacement(node_names: Iterable[str], *, again: bool) -> bool:
+    """Whether func must run again with replacements, after a plain run with these graph nodes.
+
+    Args:
+        node_names: the names of the nodes, as ``graph_names`` gives them.
+        again: whether the derivative is differentiated again, or of second order itself.
+    """
+    return not (_WRONG_AGAIN if again else _WRONG_ONCE).isdisjoint(node_names)
+
+
+def unreplaced(node_names: Iterable[str], *, again: bool = True) -> frozenset[str]:
+    """Those of the graph nodes whose derivatives are wrong and that nothing can replace."""
+    return (_HOPELESS_AGAIN if again else _HOPELESS_ONCE).intersection(node_names)
+
+
+def forward_faults(op_names: Iterable[str], *, again: bool = False) -> frozenset[str]:
+    """Those of the ATen operations whose forward formulas are wrong.
+
+    Args:
+        op_names: names of operations, with and without overload, of a run with
+            ``UseReplacements(forward=True)``.
+        again: whether the forward formulas are differentiated again.
+    """
+    return (_FORWARD_AGAIN if again else _FORWARD_ONCE).intersection(op_names)

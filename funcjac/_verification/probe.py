@@ -1,0 +1,130 @@
+"""A random cotangent and its plain vector-Jacobian product, through the graph of the one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcjac._engines.run import Run
+
+# No number that a user would seed with: the cotangent must not be the input itself.
+_SEED = 0x6A61_636F_6269
+
+
+class Entry(NamedTuple):
+    """One column of blocks, as plain autograd has it.
+
+    Attributes:
+        seeds: what the block of each output is contracted with, from its first dimension on.
+        grad: what comes of that; ``None`` for zero, which has the form of ``like``.
+        dim: where ``grad`` has the batch; ``None`` for the sum over all rows.
+        size: of the terms that ``grad`` is a sum of, which may cancel.
+    """
+
+    seeds: list[Tensor]
+    grad: Tensor | None
+    like: Tensor
+    dim: int | None
+    size: Tensor | None = None
+
+
+class Probe(NamedTuple):
+    """A random cotangent, what plain autograd pulls back, and the source of further numbers.
+
+    Attributes:
+        seeds: the cotangent, for each output leaf ``(B, *out)``.
+        grads: the gradient by each input; ``None`` where nothing depends on it.
+        scale: what the cotangent is multiplied by, to see how its product is rounded.
+    """
+
+    seeds: list[Tensor]
+    grads: list[Tensor | None]
+    generator: torch.Generator
+    scale: float
+
+
+def make_probe(run: Run, number: int, scale: float = 1.0) -> Probe:
+    """Pull a random cotangent back; ``number`` draws another one."""
+    generator = torch.Generator("cpu").manual_seed(_SEED + number)
+    outs = run.output.leaves
+    seeds = [scale * random_like(out, generator) / _sizes(out) for out in outs]
+    again = run.create_graph or run.call.options.operator.is_second_order
+    grads = vjp(outs, run.inputs, seeds, create_graph=again)
+    return Probe(seeds, grads, generator, scale)
+
+
+def vjp(
+    outs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    *,
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """``torch.autograd.grad``, with ``None`` for whatever does not depend on an input."""
+    live = [(o, c) for o, c in zip(outs, cotangents) if o is not None and o.requires_grad]
+    if not live:
+        return [None] * len(inputs)
+    roots, vectors = [o for o, _ in live], [c for _, c in live]
+    with torch.enable_grad():
+        return list(
+            torch.autograd.grad(roots, inputs, vectors, True, create_graph, allow_unused=True)
+        )
+
+
+def random_like(like: Tensor, generator: torch.Generator) -> Tensor:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    drawn = torch.randn(like.shape, generator=generator, dtype=dtype, device="cpu")
+    return drawn.to(like.device, like.dtype)
+
+
+def _sizes(out: Tensor) -> Tensor:
+    """Size of each output over the batch, so that large ones do not hide small ones."""
+    if out.shape[0] == 0:
+        return out.new_ones(out.shape[1:])
+    size = out.detach().abs().amax(0).nan_to_num(1, 1, 1)
+    return torch.where(size > torch.finfo(size.dtype).tiny ** 0.5, size, 1)
+
+
+def outer_product(seed: Tensor, tangent: Tensor, dim: int | None) -> Tensor:
+    """``(B, *out), (..., B, ...) -> (B, *out, *in)``, the batch of ``tangent`` at ``dim``."""
+    rows = tangent.expand(len(seed), *tangent.shape) if dim is None else tangent.movedim(dim, 0)
+    left = seed.reshape(*seed.shape, *[1] * (rows.ndim - 1))
+    return left * rows.reshape(len(seed), *[1] * (seed.ndim - 1), *rows.shape[1:])
+
+
+def row_factors(run: Run, probe: Probe) -> tuple[Tensor, list[Tensor]]:
+    """Another factor for each row, so that what leaks from row to row shows, and seeds with it.
+
+    Equal directions in all rows are what the sum trick uses itself.
+    """
+    x = run.inputs[0]
+    drawn = torch.rand(
+        run.call.batch, generator=probe.generator, device="cpu", dtype=torch.float64
+    )
+    factors = (drawn + 0.5).to(x.device, x.dtype)
+    rows = [seed * factors.to(seed.dtype).view(-1, *[1] * (seed.ndim - 1)) for seed in probe.seeds]
+    return factors, rows
+
+
+def curvature(
+    run: Run, grad: Tensor | None, j: int, left: Tensor, right: Tensor, factors: Tensor | None
+) -> Tensor:
+    """``right . H left`` in each row for each pair ``(K, B)``, ``(K,)`` of a shared input."""
+    x, dim = run.inputs[j], run.dims[j]
+    if dim is not None and factors is not None:
+        factors = factors.view(*[1] * dim, -1, *[1] * (x.ndim - 1 - dim))
+    columns = []
+    for one, two in zip(left, right):
+        tangent = one if dim is None or factors is None else one * factors
+        (row,) = vjp([grad], [x], [tangent], create_graph=run.create_graph)
+        row = torch.zeros_like(x) if row is None else row
+        product = row * two
+        if dim is None:
+            columns.append(product.sum())
+        else:
+            columns.append(product.movedim(dim, 0).reshape(x.shape[dim], -1).sum(1))
+    shape = () if dim is None else (x.shape[dim],)
+    return torch.stack(columns) if columns else x.new_zeros(0, *shape)
