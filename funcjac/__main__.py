@@ -23,7 +23,7 @@ from torch.func import jacfwd, jacrev
 
 from funcjac import EngineFallbackWarning, __version__, batch_jacobian, explain
 from funcjac._digits import digits, make_networks
-from funcjac._explain import Meter
+from funcjac._diagnostics.meter import Meter
 
 WIDTH = 100
 REFERENCE = "loop over rows"

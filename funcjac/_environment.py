@@ -31,21 +31,40 @@ def same_rng_state(one: RngState, other: RngState) -> bool:
 class WrappedAttributes:
     """Takes tensors of a torch.func transform out of modules that kept them while it ran.
 
-    They are dead once the transform is over; the attribute is what it was before.
+    They are dead once the transform is over; the attribute is what it was before, and so is what
+    stood in a list or a dict of the module's.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         every = [child for module in modules for child in module.modules()]
-        self.before = [(module, dict(vars(module))) for module in every]
+        holders = [vars(module) for module in every]
+        inner = [v for held in holders for v in held.values() if type(v) in (dict, list)]
+        self.before = [(holder, holder.copy()) for holder in (*holders, *inner)]
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_: object) -> None:
-        for module, before in self.before:
-            for name, value in list(vars(module).items()):
-                if is_wrapped(value):
-                    if name in before:
-                        vars(module)[name] = before[name]
-                    else:
-                        del vars(module)[name]
+        for holder, before in self.before:
+            values = holder.values() if isinstance(holder, dict) else holder
+            if not any(is_wrapped(value) for value in values):
+                continue
+            if isinstance(holder, list):
+                holder[:] = before
+                continue
+            for name, value in list(holder.items()):
+                if is_wrapped(value) and name in before:
+                    holder[name] = before[name]
+                elif is_wrapped(value):
+                    del holder[name]
+
+
+def has_lazy(modules: Iterable[nn.Module]) -> bool:
+    """Whether a module's parameters take their shape, and their values, from the first input."""
+    is_lazy = nn.parameter.is_lazy
+    every = (child for module in modules for child in module.modules())
+    return any(
+        tensor is not None and is_lazy(tensor)
+        for module in every
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+    )

@@ -128,7 +128,7 @@ def explain(
 ) -> Explanation:
     """Tells what ``transformed(*args, **kwargs)`` runs, and why.
 
-    It calls ``transformed`` twice: once as it is, verified, and once to count.
+    It calls ``transformed`` once, and has the result verified unless ``check=False``.
 
     Args:
         transformed: what a funcjac transform returned.
@@ -156,10 +156,11 @@ def explain(
     """
     transform = transform_of(transformed, "explain")
     always = replace(transform.options, check=transform.options.check and True)
-    outcome = Outcome()
-    result = Transform(transform.func, always, transform.extras).evaluate(args, kwargs, outcome)
-    with Meter() as meter:
-        transform.evaluate(args, kwargs, Outcome())
+    outcome = Outcome(meter=Meter())
+    with outcome.meter as meter:
+        result = Transform(transform.func, always, transform.extras).evaluate(
+            args, kwargs, outcome
+        )
     sizes, route = outcome.sizes, outcome.route
     passes = _passes(route.mode, sizes.outputs, sizes.inputs)
     return Explanation(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,8 +28,18 @@ class Meter(TorchDispatchMode):
 
         super().__init__()
         self.now = self.peak = self.flops = 0
+        self._is_paused = False
         self._formulas = flop_registry
         self._sizes: dict[int, int] = {}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Where nothing is counted."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -36,6 +48,8 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         args, kwargs = with_memory(args), with_memory(kwargs or {})
+        if self._is_paused:
+            return func(*args, **kwargs)
         for tensor in _tensors((args, kwargs)):  # what was there before does not count
             self._sizes.setdefault(tensor.untyped_storage()._cdata, 0)
         out = func(*args, **kwargs)

@@ -25,6 +25,7 @@ class Decision:
         left: engines and routes that failed, and why.
         signatures: of graphs that were verified.
         rows: whether a batch of two rows or more was verified.
+        failed: whether the last verification failed: the next call is verified again.
     """
 
     calls: int = 0
@@ -34,13 +35,14 @@ class Decision:
     left: dict[Any, str] = field(default_factory=dict)
     signatures: set[int] = field(default_factory=set)
     rows: bool = False
+    failed: bool = False
 
     def is_due(self, check: bool | str, batch: int) -> bool:
         """Whether this call is verified: calls 1, 2, 4, 8, …, and the first with two rows."""
         if check is not True and check != "auto":
             return False
         power = self.calls & (self.calls - 1) == 0
-        return check is True or power or (batch > 1 and not self.rows)
+        return check is True or power or self.failed or (batch > 1 and not self.rows)
 
 
 def decision_of(key: Any) -> Decision:

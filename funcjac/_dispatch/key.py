@@ -54,7 +54,7 @@ class FunctionKey:
             self.modules.append(item)
             self.parts.append(weakref.ref(item))  # an id may be given out again
             children = _children(item)
-            self.parts.append(bytes([m.training for m in children]))
+            self.parts.append(bytes([item.training, *[m.training for m in children]]))
             self.scripted = self.scripted or _SCRIPTED.get(item, False)
         elif kind is types.MethodType:
             self._describe(item.__func__, depth)
@@ -133,8 +133,10 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
 def _children(module: nn.Module) -> list[nn.Module]:
     children = _CHILDREN.get(module)
     if children is None:
-        children = _CHILDREN[module] = list(module.modules())
-        _SCRIPTED[module] = any(isinstance(m, torch.jit.ScriptModule) for m in children)
+        children = [child for child in module.modules() if child is not module]
+        _CHILDREN[module] = children  # without the module itself, which would never go
+        kinds = (module, *children)
+        _SCRIPTED[module] = any(isinstance(m, torch.jit.ScriptModule) for m in kinds)
     return children
 
 
@@ -169,4 +171,6 @@ def _meta(leaf: Any, dim: int | None) -> Any:
         return row, leaf.dtype, leaf.device, leaf.requires_grad
     if isinstance(leaf, enum.Enum):  # which may have no hash
         return type(leaf), leaf.name
+    if callable(leaf):
+        return tuple(FunctionKey(leaf).parts)
     return (type(leaf), leaf) if isinstance(leaf, (bool, int, str, type(None))) else type(leaf)

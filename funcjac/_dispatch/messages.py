@@ -15,25 +15,19 @@ _MOST_WARNED = 4096
 
 
 def warn_of_fallback(
-    options: Options,
-    function: FunctionKey,
-    keyword: str,
-    left: str,
-    error: Exception,
-    taken: str = "",
+    options: Options, function: FunctionKey, left: str, error: Exception, taken: str
 ) -> None:
-    """Say once per function what was left for good, and why."""
-    key = (keyword, left, tuple(function.parts))
+    """Say once per function which engine was left for good, and why."""
+    key = (left, tuple(function.parts))
     if options.engine != "auto" or key in _WARNED:
         return
     if len(_WARNED) < _MOST_WARNED:
         _WARNED.add(key)
-    instead = f"{keyword} {taken!r}" if taken else "nested differentiation"
     verified = "verified" if options.check is not False else "not verified (check=False)"
     warnings.warn(
-        f"{options.name}: left {keyword} {left!r} for {instead}, because {brief(error)}. The "
-        f"result is {verified}. Use "
-        'warnings.filterwarnings("ignore", category=funcjac.EngineFallbackWarning) to silence '
+        f"{options.name}: left engine {left!r} for {taken!r}, because {brief(error)}. The "
+        f"result is {verified}. Pass engine={taken!r}, or "
+        'warnings.filterwarnings("ignore", category=funcjac.EngineFallbackWarning), to silence '
         "this.",
         EngineFallbackWarning,
         stacklevel=_outside(),

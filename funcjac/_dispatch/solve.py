@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,12 +29,25 @@ from funcjac._engines.run import (
     run_once,
 )
 from funcjac._engines.vmap import by_vmap, in_result_type
-from funcjac._environment import RngState, WrappedAttributes, rng_state, same_rng_state, set_rng_state
+from funcjac._environment import (
+    RngState,
+    WrappedAttributes,
+    has_lazy,
+    rng_state,
+    same_rng_state,
+    set_rng_state,
+)
 from funcjac._native import CONTROL_FLOW
 from funcjac._taylor import Recorder
 from funcjac._torch_faults import graph_names, needs_replacement
 from funcjac._verification.backward import backward_mismatch
-from funcjac._verification.compare import extras_mismatch, is_alike, mismatch, tolerance_of
+from funcjac._verification.compare import (
+    agrees_with_units,
+    extras_mismatch,
+    is_alike,
+    mismatch,
+    tolerance_of,
+)
 from funcjac._verification.detached import check_attached
 from funcjac._verification.rows import check_rows
 from funcjac.errors import BatchMixingError, RefusedError, UntraceableError, VerificationError, brief
@@ -49,6 +62,7 @@ class Outcome:
     Attributes:
         runs: of ``func`` on the whole batch, or on all rows.
         reasons: what ruled an alternative out.
+        meter: counts what runs, but for verification.
     """
 
     engine: str = ""
@@ -58,6 +72,7 @@ class Outcome:
     verified: bool = False
     runs: int = 0
     reasons: list[str] = field(default_factory=list)
+    meter: Any = None
 
 
 class Attempt:
@@ -67,7 +82,7 @@ class Attempt:
         self.options, self.operator = call.options, call.options.operator
         self.function = FunctionKey(call.func)
         self.decision: Decision = decision_of(make_key(token, self.function, call))
-        self.decision.calls += 1
+        self.decision.calls += self.options.check is not False
         self.is_due = self.decision.is_due(self.options.check, call.batch)
         if self.is_due:
             look_again(self.function.modules)
@@ -77,6 +92,7 @@ class Attempt:
         self.outcome = outcome
         self.plain: Run | None = None  # the run of the whole batch under plain autograd
         self.facts: Facts | None = None
+        self.left: list[tuple[str, Exception]] = []
 
     # --- running func
 
@@ -102,6 +118,11 @@ class Attempt:
 
     in_func = False
 
+    def warn(self, engine: str) -> None:
+        """Tell what was left for good; a warning may be an error, so nothing comes after it."""
+        for left, error in self.left:
+            warn_of_fallback(self.options, self.function, left, error, engine)
+
     def read(self, run: Run) -> Run:
         """Look at the graph of a run; run again with replacements where torch is wrong."""
         facts = self.facts = read_graph(run.output.leaves, run.inputs)
@@ -114,6 +135,10 @@ class Attempt:
             names = graph_names(run.output.leaves)
             self.decision.replaced = needs_replacement(names, again=again)
             if self.decision.replaced:
+                if self.is_due:
+                    self.in_func = True
+                    check_rows(run, self.function.modules)  # rather than run again for nothing
+                    self.in_func = False
                 replaced = self._replaced(run)
                 if replaced is not None:
                     run = replaced
@@ -225,12 +250,11 @@ class Attempt:
 
     def _leave(self, route: Route, error: Exception) -> None:
         """Remember a route that failed; Taylor propagation for good."""
-        self.decision.left[route] = brief(error)
+        if not isinstance(error, torch.linalg.LinAlgError):  # which is a matter of values
+            self.decision.left[route] = brief(error)
         self.outcome.reasons.append(f"sum/{route.mode}: {brief(error)}")
         if route.mode == "taylor":
             self.decision.left["taylor"] = brief(error)
-            if self.options.mode == "auto":
-                warn_of_fallback(self.options, self.function, "mode", "taylor", error)
 
     def _routes(self, run: Run, sizes: Sizes) -> Iterator[Route]:
         """What the rule gives, and what remains on the same graph if that fails."""
@@ -262,14 +286,18 @@ class Attempt:
         self.outcome.verified = True
         if not run.call.batch or not any(x.numel() for x in run.inputs):
             return
-        with saved_tensors_hooks(_as_it_is, _as_it_is):  # checkpoints count what is saved
+        failed, decision.failed = decision.failed, True
+        meter = self.outcome.meter
+        with meter.paused() if meter else nullcontext(), saved_tensors_hooks(_as_it_is, _as_it_is):  # checkpoints count what is saved
             problem, compared = self._problem(run, result, engine)
         if problem is not None:
             words = f"{self.options.name}: {engine} was verified and refused: {problem}."
             raise VerificationError(words)
         if not compared:
             decision.calls -= 1  # all was NaN: nothing was seen
+            decision.failed = failed
             return
+        decision.failed = False
         decision.rows |= run.call.batch > 1
         if self.facts is not None:
             decision.signatures.add(self.facts.signature)
@@ -279,6 +307,8 @@ class Attempt:
         problem, compared = mismatch(run, result, number)
         if problem is not None:
             check_rows(run, self.function.modules)
+            if self.operator.is_jacobian and agrees_with_units(run, result):
+                problem = None
         if problem is None and engine != "sum":
             problem = extras_mismatch(run, result)
         if problem is None and run.create_graph:
@@ -291,9 +321,11 @@ class Attempt:
         if self.function.scripted:
             words = "torch.func differentiates TorchScript wrongly from its second call on"
             raise RefusedError(words)
+        if "fwd" in self.options.mode:  # forward formulas see through no_grad: always verified
+            self.is_due = self.options.check is not False
         if self.is_due or self.decision.outputs is None:
             self.reference(before)
-        call = self.call
+        call = self.call._replace(replaced=self.call.replaced or "fwd" in self.options.mode)
         if self.plain is not None and self.plain.create_graph:
             call = call.with_inputs(self.plain.inputs)
         self.outcome.runs += 1
@@ -312,11 +344,12 @@ class Attempt:
     def reference(self, before: RngState) -> None:
         """Run ``func`` plainly, for what it raises, its sizes, and to verify by."""
         self.start = before
+        lazy = has_lazy(self.function.modules)
         run = self.plain = self.plain or self.read(self.run())
         inputs = sum(row_shape(x, d).numel() for x, d in zip(self.call.inputs, self._dims()))
         self.outcome.sizes = self._sizes(run, inputs)
         self.decision.outputs = self.outcome.sizes.outputs
-        self.draws = not same_rng_state(before, rng_state())
+        self.draws = not lazy and not same_rng_state(before, rng_state())
         if self.draws:
             set_rng_state(before)
             self.in_func = True
@@ -425,11 +458,12 @@ def solve(call: Call, token: Any, outcome: Outcome) -> Derivatives:
             if attempt.plain is None:
                 attempt.reference(rng_state())  # raises what func itself raises
             errors.append((engine, _lean(error)))
-            attempt.decision.left[engine] = brief(error)
+            if not isinstance(error, torch.linalg.LinAlgError):  # which is a matter of values
+                attempt.decision.left[engine] = brief(error)
             outcome.reasons.append(f"{engine}: {brief(error)}")
             continue
-        if errors:
-            warn_of_fallback(options, attempt.function, "engine", errors[0][0], errors[0][1], engine)
+        attempt.left += [pair for pair in errors[:1] if pair[0] in attempt.decision.left]
+        attempt.warn(engine)
         return result
     if not errors:  # all failed before: tell again what they raise
         for engine in order:

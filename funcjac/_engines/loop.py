@@ -17,20 +17,23 @@ from funcjac._environment import rng_state, set_rng_state
 def by_loop(call: Call, compute: Callable[[Call], Derivatives], *, create_graph: bool) -> Any:
     """``compute`` on every row as a batch of one."""
     same = rng_state() if call.options.randomness == "same" else None
-    pieces: list[list[Tensor]] = []
-    whole: list[Tensor] = []
-    rest: Any = None
+    rows: list[list[Tensor] | None] = []
+    rest, error = None, None
     for b in range(call.batch):
         if same is not None:
             set_rng_state(same)
-        tensors, rest = _flat(compute(call.one_row(row_of(call, b))))
-        if create_graph:
-            pieces.append(tensors)
-            continue
-        whole = whole or [t.new_empty(call.batch, *t.shape) for t in tensors]
-        for target, tensor in zip(whole, tensors):
-            target[b] = tensor
-    return _joined(rest, whole or [torch.stack(column) for column in zip(*pieces)])
+        try:
+            tensors, rest = _flat(compute(call.one_row(row_of(call, b))))
+            rows.append(tensors if create_graph else [t.detach() for t in tensors])
+        except torch.linalg.LinAlgError as raised:  # a singular row stops no other
+            error = raised
+            rows.append(None)
+    like = next((row for row in rows if row is not None), None)
+    if like is None:
+        assert error is not None
+        raise error
+    whole = [[torch.full_like(t, torch.nan) for t in like] if r is None else r for r in rows]
+    return _joined(rest, [torch.stack(column) for column in zip(*whole)])
 
 
 def row_of(call: Call, b: int) -> list[Tensor]:

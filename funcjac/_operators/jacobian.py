@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -21,6 +21,8 @@ from funcjac._verification.finite_differences import Pair, difference, random_mo
 @dataclass(frozen=True)
 class Jacobian(Operator):
     """``blocks[i][j]``: the derivative of output ``i`` by input ``j``."""
+
+    is_jacobian: ClassVar[bool] = True
 
     def compute(self, run: Run, route: Route) -> Derivatives:
         return jacobian(run, route)

@@ -17,7 +17,7 @@ from funcjac._kinds import check_arguments
 from funcjac._native import sees_values
 from funcjac._operators.jacobian import Jacobian
 from funcjac._verification.backward import backward_mismatch
-from funcjac._verification.compare import mismatch
+from funcjac._verification.compare import agrees_with_units, mismatch
 from funcjac._verification.rows import check_rows
 from funcjac._words import check_options
 from funcjac import _tree
@@ -94,6 +94,10 @@ def batch_jacobian_of(
         operator=Jacobian(),
     )
     check_options(batch_jacobian_of, options)
+    if create_graph is not None and type(create_graph) is not bool:
+        raise refuse(_NAME, TypeError, "create_graph to be None or a bool", repr(create_graph))
+    if type(retain_graph) is not bool:
+        raise refuse(_NAME, TypeError, "retain_graph to be a bool", repr(retain_graph))
     graph = torch.is_grad_enabled() if create_graph is None else create_graph
     run = _as_run(options, outputs, inputs)._replace(create_graph=graph)
     kept = [(x, x.grad) for x in run.inputs if x.retains_grad and not x.is_leaf]
@@ -167,6 +171,7 @@ def _problem(run: Run, result: Derivatives, number: int) -> str | None:
     problem, _ = mismatch(run, result, number)
     if problem is not None:
         check_rows(run, [])
+        problem = None if agrees_with_units(run, result) else problem
     if problem is None and run.create_graph:
         problem = backward_mismatch(run, result, number)
     return problem

@@ -26,10 +26,12 @@ class Operator:
     Attributes:
         modes: what ``mode`` may be, beside ``"auto"``.
         is_second_order: whether ``func`` is differentiated more than once.
+        is_jacobian: whether each block is the whole derivative of an output by an input.
     """
 
     modes: ClassVar[tuple[str, ...]] = ("fwd", "rev")
     is_second_order: ClassVar[bool] = False
+    is_jacobian: ClassVar[bool] = False
 
     def words(self) -> list[str]:
         """The operator's own keywords that differ from their defaults, printed."""

@@ -134,7 +134,6 @@ def _token(options: Options) -> Any:
         options.has_aux,
         options.return_value,
         options.randomness,
-        options.check,
         tuple(operator.words()),
     )
 

@@ -209,7 +209,13 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> T
     refuse_unless(p >= 0, "cdist only supports non-negative p values")
     fits = min(x1.ndim, x2.ndim) > 1 and x1.shape[-1] == x2.shape[-1]
     refuse_unless(fits, "cdist needs matrices with the same number of columns")
-    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+    steps = x1.unsqueeze(-2) - x2.unsqueeze(-3)
+    if p != 2:
+        return torch.linalg.vector_norm(steps, p, -1)
+    squares = (steps * steps).sum(-1)
+    # Of a point and itself torch takes the slope for zero, and so are all further derivatives.
+    same = squares == 0
+    return torch.where(same, 0, torch.where(same, 1, squares).sqrt())
 
 
 def pdist(x: Tensor, p: float = 2.0) -> Tensor:

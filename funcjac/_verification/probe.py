@@ -50,7 +50,7 @@ def make_probe(run: Run, number: int, scale: float = 1.0) -> Probe:
     """Pull a random cotangent back; ``number`` draws another one."""
     generator = torch.Generator("cpu").manual_seed(_SEED + number)
     outs = run.output.leaves
-    seeds = [scale * random_like(out, generator) / _sizes(out) for out in outs]
+    seeds = [scale * random_like(out, generator) / output_sizes(out) for out in outs]
     again = run.create_graph or run.call.options.operator.is_second_order
     grads = vjp(outs, run.inputs, seeds, create_graph=again)
     return Probe(seeds, grads, generator, scale)
@@ -80,7 +80,7 @@ def random_like(like: Tensor, generator: torch.Generator) -> Tensor:
     return drawn.to(like.device, like.dtype)
 
 
-def _sizes(out: Tensor) -> Tensor:
+def output_sizes(out: Tensor) -> Tensor:
     """Size of each output over the batch, so that large ones do not hide small ones."""
     if out.shape[0] == 0:
         return out.new_ones(out.shape[1:])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from funcjac._engines.run import Run
 from funcjac._verification.compare import tolerance, wide
-from funcjac._verification.probe import random_like, vjp
+from funcjac._verification.probe import output_sizes, random_like, vjp
 from funcjac.errors import BatchMixingError
 
 
@@ -23,7 +23,8 @@ def check_rows(run: Run, modules: Iterable[nn.Module]) -> None:
     """
     order = torch.arange(run.call.batch, device="cpu")
     generator = torch.Generator("cpu").manual_seed(0)
-    cotangents = [random_like(out, generator) for out in run.output.leaves]
+    outs = run.output.leaves
+    cotangents = [random_like(out, generator) / output_sizes(out) for out in outs]
     worst = 0.0
     for bit in range((run.call.batch - 1).bit_length()):
         # Any two rows differ in a bit, so each of them is once sender and once receiver.

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from funcjac import BatchMixingError, VerificationError
+from funcjac._dispatch import decisions
 from tests.coverage.oracle import Truth
 from tests.coverage.samples import Case, Parts
 from tests.coverage.transforms import MisshapenError, Transform, contracted
@@ -42,6 +44,8 @@ def judge(case: Case, truth: Truth, transform: Transform) -> Outcome:
     parts = case.make()
     argnums = case.argnums if len(case.argnums) > 1 else case.argnums[0]
     transformed = transform.of(parts.func, argnums)
+    if transform.vouched:  # what other columns have seen must not help
+        decisions._TABLE.clear()
     found = []
     for turn in range(transform.calls):
         outcome = _one_call(case, truth, transform, parts, transformed, turn)
@@ -58,31 +62,46 @@ def _one_call(case, truth, transform, parts, transformed, turn) -> Outcome:
     if transform.backward:
         for i in case.argnums:
             args[i].requires_grad_()
-    allowed = _plain_effects(case, args)
+    effects = Effects.of(case, args)
     state = State.take(args, case.constants, parts.module)
-    error, result, gradients = None, None, None
+    error, gradients = None, None
+    found: list[tuple[Any, int]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            result = transformed(*args)
-            changed = set(state.differences()) - allowed
-            if transform.backward and case.independent and not changed:
-                gradients = _gradients(result, truth, transform, case, parts, args, turn)
+            if transform.inside == "grad":
+                result, gradients = _in_grad(transformed, truth, transform, case, args, turn)
+                found = [(result, turn)]
+            elif transform.inside == "vmap":
+                found = _in_vmap(transformed, args, turn)
+            else:
+                result = transformed(*args)
+                found = [(result, turn)]
+                changed = effects.beyond(state, once=transform.once)
+                if transform.backward and case.independent and not changed:
+                    gradients = _gradients(result, truth, transform, case, parts, args, turn)
         except MisshapenError as problem:
             return Outcome(WRONG, str(problem))
         except Exception as problem:
             error = problem
-    changed = set(state.differences()) - allowed
+    changed = effects.beyond(state, once=transform.once and error is None)
     if changed:
         return Outcome(STATE, "; ".join(sorted(changed)))
     if error is not None:
-        return _of_error(error, case, truth, transform)
-    if not case.independent:
+        outcome = _of_error(error, case, truth, transform)
+    elif not case.independent and transform.vouched:
+        return Outcome(DOCUMENTED, "rows depend on one another, and nobody looks")
+    elif not case.independent:
         return Outcome(WRONG, "rows depend on one another, and a result came back")
-    try:
-        return _of_result(result, gradients, case, truth, transform, turn)
-    except MisshapenError as problem:
-        return Outcome(WRONG, str(problem))
+    else:
+        try:
+            outcomes = [_of_result(r, gradients, case, truth, transform, t) for r, t in found]
+            outcome = max(outcomes, key=lambda outcome: outcome.rank)
+        except MisshapenError as problem:
+            outcome = Outcome(WRONG, str(problem))
+    if transform.inside == "vmap" and outcome.kind in FAILURES:
+        return _beside_vmap(outcome, case, truth, args, turn)
+    return outcome
 
 
 def _gradients(result, truth, transform, case, parts: Parts, args, turn) -> list[Tensor]:
@@ -94,6 +113,65 @@ def _gradients(result, truth, transform, case, parts: Parts, args, turn) -> list
     if not loss.requires_grad:
         return [torch.zeros_like(x) for x in wanted]
     return list(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
+
+
+# --- inside of torch.func ----------------------------------------------------------------
+
+
+def _in_grad(transformed, truth, transform, case, args, turn) -> tuple[Any, list[Tensor] | None]:
+    """The result, as aux, and gradients through it where the loop over rows has them."""
+    gives = "hessian" not in truth.errors and truth.weights is not None
+
+    def loss(*args: Tensor) -> tuple[Tensor, Any]:
+        result = transformed(*args)
+        if not gives:
+            return sum(args[i].sum() for i in case.argnums), result
+        jac = transform.kind.read(result, truth, case)
+        return contracted(jac, truth.weights.roll(turn, 0)), result
+
+    gradients, result = torch.func.grad(loss, case.argnums, has_aux=True)(*args)
+    return result, list(gradients) if gives else None
+
+
+def _in_vmap(transformed, args: list[Tensor], turn: int) -> list[tuple[Any, int]]:
+    """The results of two batches under one ``torch.vmap``, and how rows are rolled in them."""
+    both = torch.vmap(transformed)(*_two(args))
+    return [(tree_map(lambda x, i=i: x[i].contiguous(), both), turn + i) for i in range(2)]
+
+
+def _two(args: list[Tensor]) -> list[Tensor]:
+    return [torch.stack([x, x.roll(1, 0)]) for x in args]
+
+
+def _beside_vmap(outcome: Outcome, case: Case, truth: Truth, args, turn: int) -> Outcome:
+    """An outcome under ``torch.vmap``, beside what torch itself makes of the rows there."""
+    func, argnums = case.make().func, case.argnums
+
+    def row(*inputs: Tensor) -> Tensor:
+        outs = func(*[x.unsqueeze(0) for x in inputs])
+        return torch.cat([out.reshape(-1) for out in ([outs] if type(outs) is Tensor else outs)])
+
+    def rows(*args: Tensor) -> tuple[Tensor, Tensor]:
+        values, jacs = [], []
+        for inputs in zip(*[x.unbind(0) for x in args]):
+            values.append(row(*inputs))
+            jac = torch.func.jacrev(row, argnums)(*inputs)
+            jacs.append(torch.cat([block.flatten(1) for block in jac], 1))
+        return torch.stack(values), torch.stack(jacs)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            values, jacs = torch.vmap(rows)(*_two(args))
+    except Exception as error:
+        words = f"torch.vmap of each row raises {type(error).__name__}: {str(error)[:200]}"
+        return Outcome(DOCUMENTED, f"{words} (here: {outcome.detail[:200]})")
+    if _gap(values[0].flatten(1), truth.value.roll(turn, 0), 1e-9):
+        return Outcome(TORCH, f"torch.vmap gives other values (here: {outcome.detail[:200]})")
+    right = truth.differences.get("jacobian", truth.jac)
+    if outcome.kind == WRONG and right is not None and _gap(jacs[0], right.roll(turn, 0), 1e-6):
+        return Outcome(WRONG, f"{outcome.detail} (torch.vmap of each row is wrong, too)")
+    return outcome
 
 
 # --- results -----------------------------------------------------------------------------
@@ -177,6 +255,7 @@ def _compare_gradients(gradients, case: Case, truth: Truth, turn: int) -> Outcom
     by_differences = "hessian" in truth.differences
     gradients = gradients[: len(truth.gradients)]
     right = [g.roll(turn, 0) if i < count else g for i, g in enumerate(truth.gradients)]
+    right = right[: len(gradients)]  # inside of torch.func, those by arguments alone
     floor = _largest(truth.differences.get("jacobian", torch.zeros(())))
     below = 0.0 if truth.jac is None else _largest(truth.jac)
     blur = 0.0
@@ -204,7 +283,7 @@ def _largest(x: Tensor) -> float:
 
 def _of_error(error: Exception, case: Case, truth: Truth, transform: Transform) -> Outcome:
     detail = f"{type(error).__name__}: {str(error).strip()[:600]}"
-    second = transform.kind.order == "hessian" or transform.backward
+    second = transform.second
     own = [truth.errors.get("jacobian"), truth.errors.get("hessian") if second else None]
     own = [other for other in own if other is not None]
     # A first derivative is right or not whatever becomes of the second.
@@ -255,16 +334,51 @@ def is_documented(error: Exception) -> bool:
 # --- state -------------------------------------------------------------------------------
 
 
-def _plain_effects(case: Case, args: list[Tensor]) -> set[str]:
-    """What one plain run changes: buffers that move, draws."""
-    parts = case.make()
-    own = [x.detach().clone() for x in args]
-    before = State.take(own, (), parts.module)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with suppress(Exception):
-            parts.func(*own)
-        return {text for text in before.differences() if not text.startswith("argument")}
+@dataclass(frozen=True)
+class Effects:
+    """What one plain run changes: buffers that move, draws.
+
+    Attributes:
+        texts: what changes.
+        after: tensors of the module as the run leaves them, ``None`` if it raises.
+        rng: the random state after it.
+    """
+
+    texts: set[str]
+    after: dict[str, Tensor] | None
+    rng: Tensor
+
+    @classmethod
+    def of(cls, case: Case, args: list[Tensor]) -> "Effects":
+        parts = case.make()
+        own = [x.detach().clone() for x in args]
+        before = State.take(own, case.constants, parts.module)
+        after = None
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with suppress(Exception):
+                parts.func(*own)
+                after = {name: x.detach().clone() for name, x, *_ in before.tensors}
+            texts = {text for text in before.differences() if not text.startswith("argument")}
+            for name, x, value, *_ in before.tensors:  # which all runs share
+                if name.startswith("constant"):
+                    x.copy_(value)
+            return cls(texts, after, torch.get_rng_state())
+
+    def beyond(self, state: "State", *, once: bool) -> set[str]:
+        """What has changed otherwise, or more often, than in one plain run."""
+        found = set(state.differences()) - self.texts
+        if not once or self.after is None:
+            return found
+        for name, x, *_ in state.tensors:
+            other = self.after.get(name)
+            if name.startswith("argument") or other is None:
+                continue
+            if not torch.allclose(x.double(), other.double(), 1e-9, 1e-12, equal_nan=True):
+                found.add(f"{name} is not as one plain run leaves it")
+        if not torch.equal(self.rng, torch.get_rng_state()):
+            found.add("the random state is not as one plain run leaves it")
+        return found
 
 
 @dataclass(frozen=True)

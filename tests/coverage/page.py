@@ -20,7 +20,8 @@ MEANING = {
     TORCH: "what PyTorch's plain autograd gives, which central differences contradict",
     "refused, though the loop is right": "a documented error of `auto`, which should be right",
     "silently wrong": "a result that neither the loop nor central differences give",
-    "changed the caller's state": "values, flags, gradients, hooks, modules, random state",
+    "changed the caller's state": "values, flags, gradients, hooks, modules, random state: not "
+    "as one plain run of the function leaves them",
     "crash or undocumented error": "a dead or hanging process, or an error in other words",
 }
 SHORT = {
@@ -71,8 +72,11 @@ def _head(records: list[Record], cases: dict) -> list[str]:
         "module on a batch of its own.",
         f"* A sample is taken whole up to {MOST_IN} inputs, {MOST_OUT} outputs and a product of "
         f"{MOST_PRODUCT}; of larger ones (`few`) some elements move, and some are looked at.",
-        "* Rows come in another order at each call of a transform; `auto` is called three to six "
+        "* Rows come in another order at each call of a transform; `auto` is called two or three "
         "times.",
+        "* `in torch.func.grad` is a gradient through `batch_jacobian`, judged with the Jacobian "
+        "itself; `in torch.vmap` maps it over two batches, where torch can do that with the loop "
+        "over rows; `check=False` starts with nothing remembered.",
         "",
         *[f"* **{kind}**: {MEANING[kind]}" for kind in CLASSES],
         "",

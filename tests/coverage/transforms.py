@@ -97,6 +97,7 @@ class Transform:
         kind: what comes out, ``backward`` a gradient through it as well.
         promised: whether it must be right wherever the loop over rows is.
         calls: how often it is called, with rows in another order each time.
+        inside: ``"grad"`` or ``"vmap"``, the transform of torch.func that it is called in.
     """
 
     name: str
@@ -106,6 +107,22 @@ class Transform:
     promised: bool = False
     backward: bool = False
     calls: int = 2
+    inside: str = ""
+
+    @property
+    def second(self) -> bool:
+        """Whether second derivatives are asked for."""
+        return self.kind.order == "hessian" or self.backward or self.inside == "grad"
+
+    @property
+    def vouched(self) -> bool:
+        """Whether nobody looks if rows depend on one another."""
+        return self.words.get("check") is False or self.inside == "vmap"
+
+    @property
+    def once(self) -> bool:
+        """Whether what one plain run of the function changes is all that may have changed."""
+        return self.words.get("engine", "sum") == "sum" and self.inside != "vmap"
 
     def of(self, func: Callable[..., Any], argnums: int | tuple[int, ...]) -> Callable[..., Any]:
         return self.make(func, argnums, **self.words)
@@ -119,7 +136,10 @@ NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd")
 ROUTES = [(engine, mode) for engine in ("vmap", "sum", "loop") for mode in ("rev", "fwd")]
 
 TRANSFORMS = [
-    Transform("batch_jacobian", batch_jacobian, JACOBIAN, {}, promised=True, calls=6),
+    Transform("batch_jacobian", batch_jacobian, JACOBIAN, {}, promised=True, calls=3),
+    Transform("check=False", batch_jacobian, JACOBIAN, {"check": False}, promised=True),
+    Transform("in torch.func.grad", batch_jacobian, JACOBIAN, {}, promised=True, inside="grad"),
+    Transform("in torch.vmap", batch_jacobian, JACOBIAN, {}, promised=True, inside="vmap"),
     *[
         Transform(
             f"batch_jacobian {engine}/{mode}",
@@ -129,18 +149,16 @@ TRANSFORMS = [
         )
         for engine, mode in ROUTES
     ],
-    Transform("backward", batch_jacobian, JACOBIAN, {}, promised=True, backward=True, calls=4),
-    Transform("backward rev", batch_jacobian, JACOBIAN, {"mode": "rev"}, backward=True),
-    Transform("backward fwd", batch_jacobian, JACOBIAN, {"mode": "fwd"}, backward=True),
-    Transform("nested", _nested, HESSIAN, {}, promised=True, calls=3),
-    Transform("batch_hessian", batch_hessian, HESSIAN, {}, promised=True, calls=4),
+    Transform("backward", batch_jacobian, JACOBIAN, {}, promised=True, backward=True, calls=3),
+    Transform("backward rev", batch_jacobian, JACOBIAN, {"mode": "rev"}, backward=True, calls=1),
+    Transform("backward fwd", batch_jacobian, JACOBIAN, {"mode": "fwd"}, backward=True, calls=1),
+    Transform("nested", _nested, HESSIAN, {}, promised=True),
+    Transform("batch_hessian", batch_hessian, HESSIAN, {}, promised=True),
     *[
         Transform(f"batch_hessian {mode}", batch_hessian, HESSIAN, {"mode": mode}, calls=1)
         for mode in NESTED
     ],
-    Transform(
-        "batch_hessian_diagonal", batch_hessian_diagonal, DIAGONAL, {}, promised=True, calls=4
-    ),
+    Transform("batch_hessian_diagonal", batch_hessian_diagonal, DIAGONAL, {}, promised=True),
     Transform(
         "batch_hessian_diagonal taylor",
         batch_hessian_diagonal,
@@ -148,6 +166,6 @@ TRANSFORMS = [
         {"mode": "taylor"},
         calls=1,
     ),
-    Transform("batch_laplacian", batch_laplacian, LAPLACIAN, {}, promised=True, calls=4),
+    Transform("batch_laplacian", batch_laplacian, LAPLACIAN, {}, promised=True),
     Transform("batch_laplacian taylor", batch_laplacian, LAPLACIAN, {"mode": "taylor"}, calls=1),
 ]
