@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format table coverage benchmark clean
+.PHONY: demo test lint format table coverage benchmark rule clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m funcjac
@@ -30,9 +30,15 @@ table: $(VENV)/.test
 coverage: $(VENV)/.test
 	$(BIN)/python -m tests.coverage
 
+# Speed beside the best way by hand, and whether results are the same under load.
 benchmark: $(VENV)/.test
-	$(BIN)/python benchmarks/steady_state.py
-	$(BIN)/python benchmarks/second_order.py
+	$(BIN)/python benchmarks/jacobians.py
+	$(BIN)/python benchmarks/training_steps.py
+	$(BIN)/python benchmarks/first_call.py --reproducible
+
+# The rule that chooses mode and chunk size, beside every fixed choice.
+rule: $(VENV)/.test
+	$(BIN)/python benchmarks/rule.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -6,16 +6,18 @@ row, as a batch of one.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from funcjac import _tree
-from funcjac._torch_faults import UseReplacements
 from funcjac._kinds import check_output
+from funcjac._torch_faults import UseReplacements
 from funcjac._tree import Tree, TreeSpec
 from funcjac.errors import refuse
+
+ENGINES = ("sum", "vmap", "loop")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Layout:
         diff: the leaves to differentiate, in the order of ``argnums``.
         in_spec: how blocks, one for each of ``diff``, become the structure of the input.
         plain: whether the leaves are the arguments.
+        diff_dims: batch dimensions of the leaves to differentiate.
     """
 
     spec: TreeSpec
@@ -54,10 +57,7 @@ class Layout:
     diff: tuple[int, ...]
     in_spec: TreeSpec
     plain: bool
-
-    @property
-    def diff_dims(self) -> tuple[int | None, ...]:
-        return tuple([self.dims[i] for i in self.diff])
+    diff_dims: tuple[int | None, ...]
 
 
 class Output(NamedTuple):
@@ -102,10 +102,6 @@ class Call(NamedTuple):
         for i, leaf in zip(self.layout.diff, inputs):
             leaves[i] = leaf
         return self._replace(leaves=leaves)
-
-    def only(self, j: int) -> "Call":
-        """The call with input ``j`` alone to differentiate."""
-        return self._replace(layout=replace(self.layout, diff=(self.layout.diff[j],)))
 
     def one_row(self, rows: list[Tensor] | tuple[Tensor, ...]) -> "Call":
         """The call on a batch of one; ``rows`` are the batched leaves, of batch size one."""

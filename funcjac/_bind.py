@@ -14,7 +14,6 @@ from funcjac._kinds import check_arguments, check_input
 from funcjac._tree import TreeSpec
 from funcjac.errors import refuse
 
-
 # What the structure of arguments settles, for all transforms of the process.
 _LAYOUTS: dict[Any, Layout] = {}
 _MOST_LAYOUTS = 1024
@@ -56,7 +55,8 @@ def _is_constant(leaf: Tensor) -> bool:
 
 
 def _remembered(options: Options, kinds: Any, args: tuple[Any, ...], flat: Any) -> Layout:
-    key = (options.argnums, repr(options.in_dims), kinds, options.name)
+    dims = options.in_dims
+    key = (options.argnums, dims if type(dims) is int else repr(dims), kinds)
     layout = _LAYOUTS.get(key)
     if layout is None:
         leaves, spec = _tree.flatten_args(args) if flat is None else flat
@@ -116,7 +116,8 @@ def make_layout(
             "Name in argnums a positional argument that holds tensors.",
         )
     plain = len(leaves) == len(args) and all(map(operator.is_, args, leaves))
-    return Layout(spec, tuple(dims), batched, diff, in_spec, plain)
+    diff_dims = tuple([dims[i] for i in diff])
+    return Layout(spec, tuple(dims), batched, diff, in_spec, plain, diff_dims)
 
 
 def _is_left_out(leaf: Any) -> bool:

@@ -92,17 +92,30 @@ def load_forward_formulas() -> None:
 def backward(
     out: Any, inputs: Sequence[Tensor], cotangent: Tensor, *, retain: bool, graph: bool
 ) -> Tensors:
-    """``torch.autograd.grad`` of a tensor, or a place in a graph; ``None`` for no dependence.
-
-    The autograd engine itself, without the checks of ``torch.autograd.grad``, which take
-    as long as the backward pass of a small layer. Without it, ``torch.autograd.grad``.
-    """
+    """``torch.autograd.grad`` of a tensor, or a place in a graph; ``None`` for no dependence."""
     if isinstance(out, Tensor) and not out.requires_grad:
         return (None,) * len(inputs)
-    if _ENGINE is None or type(out) not in (Tensor, GradientEdge):
-        return torch.autograd.grad(out, inputs, cotangent, retain, graph, allow_unused=True)
+    return vector_jacobian((out,), inputs, (cotangent,), retain=retain, graph=graph)
+
+
+def vector_jacobian(
+    outs: Sequence[Any],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Any],
+    *,
+    retain: bool,
+    graph: bool,
+) -> Tensors:
+    """``torch.autograd.grad`` of tensors that require grad.
+
+    The autograd engine itself, without the checks of ``torch.autograd.grad``, which take
+    as long as the backward pass of a small layer, and half a second to import at the first call.
+    Without it, ``torch.autograd.grad``.
+    """
+    if _ENGINE is None or not all(type(out) in (Tensor, GradientEdge) for out in outs):
+        return torch.autograd.grad(outs, inputs, cotangents, retain, graph, allow_unused=True)
     return _ENGINE.run_backward(
-        (out,), (cotangent,), retain, graph, tuple(inputs), True, accumulate_grad=False
+        tuple(outs), tuple(cotangents), retain, graph, tuple(inputs), True, accumulate_grad=False
     )
 
 

@@ -3,8 +3,7 @@
 from typing import Any
 
 from funcjac import _tree
-from funcjac._batched import Options
-from funcjac._engines import ENGINES
+from funcjac._batched import ENGINES, Options
 from funcjac.errors import refuse
 
 _RANDOMNESS = ("error", "different", "same")

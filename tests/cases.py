@@ -693,7 +693,12 @@ CASES: list[Case] = [
     Case("where_of_itself", "operation", on_x(lambda x: torch.where(x > 0, x**2, x.sin()))),
     # linear algebra
     Case("det", "linalg", on_matrices(torch.linalg.det)),
-    Case("slogdet", "linalg", on_matrices(lambda a: torch.linalg.slogdet(a).logabsdet), cannot="vmap/fwd"),
+    Case(
+        "slogdet",
+        "linalg",
+        on_matrices(lambda a: torch.linalg.slogdet(a).logabsdet),
+        cannot="vmap/fwd",
+    ),
     Case("logdet", "linalg", on_symmetric(torch.logdet), cannot="vmap/fwd"),
     Case(
         "solve",
@@ -1102,7 +1107,9 @@ CASES: list[Case] = [
         cannot="vmap fwd",
     ),
     Case("setup_context", "custom", on_x(lambda x: Modern.apply(x.sin())), cannot="vmap"),
-    Case("generated_vmap_rule", "custom", on_x(lambda x: Generated.apply(x.sin())), cannot="vmap/fwd"),
+    Case(
+        "generated_vmap_rule", "custom", on_x(lambda x: Generated.apply(x.sin())), cannot="vmap/fwd"
+    ),
     Case("generated_vmap_rule_and_jvp", "custom", on_x(lambda x: WithJvp.apply(x.sin()))),
     Case("own_vmap_rule", "custom", on_x(lambda x: WithRule.apply(x.sin())), cannot="vmap/fwd"),
     # control flow and masks
@@ -1171,8 +1178,21 @@ CASES: list[Case] = [
     ),
     Case("inplace_mul", "inplace", on_x(lambda x: x.mul_(2).sin())),
     Case("inplace_slice", "inplace", on_x(write_into_input)),
-    Case("inplace_other_argument", "inplace", lambda: given(write_into_other, x43(), x43()), moves=True, cannot="vmap loop"),
-    Case("inplace_shared_argument", "inplace", write_into_shared, {"in_dims": (0, None)}, moves=True, cannot="vmap loop"),
+    Case(
+        "inplace_other_argument",
+        "inplace",
+        lambda: given(write_into_other, x43(), x43()),
+        moves=True,
+        cannot="vmap loop",
+    ),
+    Case(
+        "inplace_shared_argument",
+        "inplace",
+        write_into_shared,
+        {"in_dims": (0, None)},
+        moves=True,
+        cannot="vmap loop",
+    ),
     Case("fill_new_zeros", "inplace", on_x(fill_new_zeros)),
     Case("fill_zeros", "inplace", on_x(fill_zeros), cannot="vmap"),
     Case("inplace_on_result", "inplace", on_x(lambda x: x.sin().mul_(2).add_(x))),

@@ -316,12 +316,19 @@ def is_small(sample: Any) -> bool:
     return sum(x.numel() for x in leaves if isinstance(x, Tensor)) <= MOST
 
 
+def samples_of(info: Any, dtype: torch.dtype, count: int, most: int) -> list[Any]:
+    """``count`` small ones of the first ``most`` samples.
+
+    Without what ``info.sample_inputs`` does for each: it seeds all devices and reads the stack.
+    """
+    torch.manual_seed(SEED)
+    every = info.sample_inputs_func(info, "cpu", dtype, True)
+    return spread((s for s in itertools.islice(every, most) if is_small(s)), count)
+
+
 def functions_of(info: Any, count: int = SAMPLES, most: int = 400) -> Iterator[Function]:
     """The samples of an operation of torch's own list, as torch's gradient tests call them."""
-    torch.manual_seed(SEED)
-    every = info.sample_inputs("cpu", f64, requires_grad=True)
-    small = (s for s in itertools.islice(every, most) if is_small(s))
-    for sample in spread(small, count):
+    for sample in samples_of(info, f64, count, most):
 
         def run(*args, _sample=sample, **kwargs):
             out = info.gradcheck_wrapper(info.get_op(), *args, **kwargs)

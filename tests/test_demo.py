@@ -1,4 +1,4 @@
-"""The README runs, and so does ``python -m funcjac``."""
+"""The README and the pages of the docs run, and so does ``python -m funcjac``."""
 
 import re
 import subprocess
@@ -11,23 +11,38 @@ import torch
 from funcjac._digits import digits, make_networks
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_readme_blocks_run_in_order(capsys):
-    text = (ROOT / "README.md").read_text("utf-8")
-    # Blank lines before a block make line numbers in a traceback those of the README.
-    blocks = [
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_blocks_run_in_order(page, capsys):
+    blocks = _blocks(page.read_text("utf-8"))
+    torch.manual_seed(0)
+    scope = {}
+    checked = 0
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), scope)
+        checked += _check_shapes(block, scope)
+    printed = capsys.readouterr().out
+    for found in re.findall(r"^ *print\(.*\)  # \.\.\. (.*)$", "".join(blocks), re.MULTILINE):
+        assert found.removesuffix(" ...") in printed, found
+    if page.name == "README.md":
+        assert len(blocks) > 8
+        assert checked > 8
+        assert "BatchNorm1d in training mode" in printed
+
+
+def test_pages_with_blocks_are_found():
+    with_blocks = [page.name for page in PAGES if _blocks(page.read_text("utf-8"))]
+    assert {"README.md", "engines.md", "verification.md"} <= set(with_blocks)
+
+
+def _blocks(text):
+    """Blocks of Python; blank lines before each make line numbers those of the page."""
+    return [
         "\n" * text[: found.start(1)].count("\n") + found[1]
         for found in re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     ]
-    assert len(blocks) > 8
-    torch.manual_seed(0)
-    scope, checked = {}, 0
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), scope)
-        checked += _check_shapes(block, scope)
-    assert checked > 8
-    assert "BatchNorm1d in training mode" in capsys.readouterr().out
 
 
 def _check_shapes(block, scope):
@@ -40,21 +55,24 @@ def _check_shapes(block, scope):
     return len(found)
 
 
-def test_readme_shows_every_file_of_the_package():
+def test_readme_shows_every_folder_of_the_package():
     text = (ROOT / "README.md").read_text("utf-8")
-    files = sorted(path.name for path in (ROOT / "funcjac").glob("*.py"))
-    assert [name for name in files if not re.search(rf"^  {name} ", text, re.MULTILINE)] == []
-    shown = re.findall(r"^  (\w+\.py) ", text, re.MULTILINE)
-    assert sorted(shown) == files
+    folders = {path.parent.name for path in (ROOT / "funcjac").glob("_*/__init__.py")}
+    shown = set(re.findall(r"`funcjac/(\w+)/`", text))
+    assert shown == folders - {"__pycache__"}
 
 
-def test_readme_links_lead_somewhere():
-    text = (ROOT / "README.md").read_text("utf-8")
-    prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
-    links = re.findall(r"\]\(([^)#]+)", prose)
-    assert len(links) > 4
-    missing = [link for link in links if ":" not in link and not (ROOT / link).exists()]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\(([^)#\s]+)\)", prose)
+    missing = [link for link in links if ":" not in link and not (page.parent / link).exists()]
     assert missing == []
+    assert page.name != "README.md" or len(links) > 4
+
+
+def test_readme_is_short():
+    assert 150 <= len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 250
 
 
 def test_digits():
@@ -100,10 +118,12 @@ def test_demo_tables(demo):
     found, failed = _rows(lstm)
     assert "funcjac.batch_jacobian" in found
     assert "vmap(jacfwd)" in failed
-    assert "EngineFallbackWarning" not in lstm
     for section in (convolutional, lstm):
-        assert "(256, 10, 1, 8, 8)" in section
-        assert "verified against a plain VJP" in section
+        assert "Warning" not in section.partition("funcjac.batch_jacobian")[2]
+        assert "(128, 10, 1, 8, 8)" in section
+        assert "engine='sum', mode='rev'" in section
+        assert "func runs once" in section
+        assert "verified against a plain VJP" in " ".join(section.split())
 
 
 def _rows(section):

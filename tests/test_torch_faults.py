@@ -7,7 +7,6 @@ the name of the operation. The replacements go through the same ways and must pa
 """
 
 import functools
-import itertools
 
 import optree
 import pytest
@@ -309,10 +308,7 @@ def complex_functions(info):
     """A sample with complex numbers within: all arguments complex, or one of two real."""
     if c128 not in info.supported_dtypes("cpu"):
         return
-    torch.manual_seed(formulas.SEED)
-    every = info.sample_inputs("cpu", c128, requires_grad=True)
-    small = (s for s in itertools.islice(every, 20) if formulas.is_small(s))
-    for sample in formulas.spread(small, 1):
+    for sample in formulas.samples_of(info, c128, 1, 20):
         arguments = ((sample.input, *sample.args), sample.kwargs)
         given, spec = optree.tree_flatten(arguments, none_is_leaf=True)
         active = [i for i, x in enumerate(given) if formulas.requires_grad(x) and is_number(x)]

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._batched import Call, Options
+from funcjac._batched import ENGINES, Call, Options
 from funcjac._bind import bind
+from funcjac._dispatch.attempt import Outcome
 from funcjac._dispatch.key import FunctionKey
-from funcjac._dispatch.solve import Outcome, solve
-from funcjac._engines import ENGINES
+from funcjac._dispatch.solve import solve
 from funcjac._engines.run import Derivatives, plain_values, run_once
 from funcjac._environment import rng_state, same_rng_state, set_rng_state
 from funcjac._operators.jacobian import Jacobian
@@ -59,6 +59,10 @@ def check_batched(
         ...
         funcjac.BatchMixingError: check_batched: expected each row of func's output ...
     """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            check_batched(func, *args, in_dims=in_dims, out_dims=out_dims, **kwargs)
+        return
     argnums = tuple(range(len(args))) or 0
     options = Options(
         "check_batched", argnums, in_dims, out_dims, randomness="different", operator=Jacobian()
@@ -71,7 +75,9 @@ def check_batched(
     call = bind(func, options, args, kwargs)
     _check_comparable(call)
     floats = [i for i in call.layout.batched if call.leaves[i].is_floating_point()]
-    call = call._replace(layout=replace(call.layout, diff=tuple(floats)))
+    dims = tuple([call.layout.dims[i] for i in floats])
+    layout = replace(call.layout, diff=tuple(floats), diff_dims=dims)
+    call = call._replace(layout=layout)
     modules, rng = FunctionKey(func).modules, rng_state()
     try:
         _check_values(call, modules)
@@ -230,17 +236,18 @@ def check_derivative(
         loop = results["loop", plain]
         if isinstance(loop, Exception):
             raise loop
-        reference: Any = results["sum", plain] if draws else loop
-        reference = loop if isinstance(reference, Exception) else reference
-        dtypes = [x.dtype for x in call.inputs] + [out.dtype for out in loop.output.leaves]
-        limit = tolerance(dtypes)
+        # What draws random numbers is compared with another mode of its own engine.
+        references: dict[str, Any] = dict.fromkeys(ENGINES, loop)
+        if draws and None not in call.layout.diff_dims:
+            references = {engine: results[engine, plain] for engine in ENGINES}
+        limit = tolerance([x.dtype for x in (*call.inputs, *loop.output.leaves)])
         comparisons = []
         for (engine, mode), result in results.items():
-            if draws and engine != "sum":
-                reason = "draws random numbers of its own for each row"
-                comparisons.append(Comparison(engine, mode, None, reason))
-            else:
-                comparisons.append(_compare(engine, mode, result, reference))
+            reference = references[engine]
+            reference = result if isinstance(reference, Exception) else reference
+            comparisons.append(_compare(engine, mode, result, reference))
+        reference = references["sum"]
+        reference = loop if isinstance(reference, Exception) else reference
         set_rng_state(rng)
         central = largest_difference(call, reference)
         set_rng_state(rng)
@@ -250,16 +257,16 @@ def check_derivative(
 def _run(call: Call, engine: str, mode: str) -> Derivatives | Exception:
     if engine == "sum" and None in call.layout.diff_dims:
         return ValueError("the sum trick has no per-sample derivative of what rows share")
-    keywords = replace(
-        call.options, engine=engine, mode=mode, check=False, randomness="different"
-    )
+    keywords = replace(call.options, engine=engine, mode=mode, check=False, randomness="different")
     try:
         return solve(call._replace(options=keywords), ("check_derivative",), Outcome())
     except Exception as raised:  # whatever it is belongs into the report
         return raised
 
 
-def _compare(engine: str, mode: str, one: Derivatives | Exception, reference: Derivatives) -> Comparison:
+def _compare(
+    engine: str, mode: str, one: Derivatives | Exception, reference: Derivatives
+) -> Comparison:
     if isinstance(one, Exception):
         return Comparison(engine, mode, None, brief(one))
     worst = 0.0

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from funcjac._diagnostics.meter import Meter
-from funcjac._dispatch.solve import Outcome
+from funcjac._dispatch.attempt import Outcome
 from funcjac._operators.transform import Transform, looks, transform_of
 from funcjac.errors import brief
 
@@ -158,9 +158,7 @@ def explain(
     always = replace(transform.options, check=transform.options.check and True)
     outcome = Outcome(meter=Meter())
     with outcome.meter as meter:
-        result = Transform(transform.func, always, transform.extras).evaluate(
-            args, kwargs, outcome
-        )
+        result = Transform(transform.func, always, transform.extras).evaluate(args, kwargs, outcome)
     sizes, route = outcome.sizes, outcome.route
     passes = _passes(route.mode, sizes.outputs, sizes.inputs)
     return Explanation(
@@ -201,11 +199,14 @@ def _measured(
 ) -> Iterator[Attempt]:
     """Time every engine and mode in a few chunks, the fastest first."""
     attempts = []
-    modes = ("auto", *transform.options.operator.modes)
-    for engine, mode in [("sum", mode) for mode in modes] + [("vmap", "auto")]:
-        for chunk in _CHUNKS if mode != "auto" else (None,):
+    modes = transform.options.operator.modes
+    nested = [mode for mode in modes if mode != "taylor"]
+    for engine, mode in [("sum", m) for m in modes] + [("vmap", m) for m in nested]:
+        for chunk in _CHUNKS if engine == "sum" else (None,):
             given = replace(transform.options, engine=engine, mode=mode, chunk_size=chunk)
-            attempts.append(_timed(Transform(transform.func, given, transform.extras), args, kwargs))
+            attempts.append(
+                _timed(Transform(transform.func, given, transform.extras), args, kwargs)
+            )
     slowest = float("inf")
     return iter(sorted(attempts, key=lambda a: slowest if a.seconds is None else a.seconds))
 

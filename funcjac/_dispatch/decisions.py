@@ -19,10 +19,13 @@ class Decision:
     Attributes:
         calls: how many there were.
         clone: whether ``func`` writes into its arguments, and is given copies.
-        replaced: whether replacements run of what torch differentiates wrongly; ``None`` as
-            long as that is not known.
-        outputs: elements of an output row.
+        replaced: whether replacements run of what torch differentiates wrongly.
+        inputs, outputs: elements of a row, once they are known.
+        on_cpu: whether all inputs are on a processor.
+        records: whether operations are recorded for Taylor propagation, once that is known.
+        routes: by sizes, the one that works.
         left: engines and routes that failed, and why.
+        graphs: signatures that were looked through for what torch differentiates wrongly.
         signatures: of graphs that were verified.
         rows: whether a batch of two rows or more was verified.
         failed: whether the last verification failed: the next call is verified again.
@@ -30,9 +33,14 @@ class Decision:
 
     calls: int = 0
     clone: bool = False
-    replaced: bool | None = None
+    replaced: bool = False
+    inputs: int | None = None
     outputs: int | None = None
+    on_cpu: bool = True
+    records: bool | None = None
+    routes: dict[Any, Any] = field(default_factory=dict)
     left: dict[Any, str] = field(default_factory=dict)
+    graphs: set[int] = field(default_factory=set)
     signatures: set[int] = field(default_factory=set)
     rows: bool = False
     failed: bool = False

@@ -40,9 +40,9 @@ def solve_inside(call: Call, token: Any) -> Derivatives:
             "scripted function: torch differentiates it wrongly there from its second call on. "
             "Call the transform outside of torch.func, or use the module before scripting."
         )
-    if sees_values() and call.batch != 1 and "sum" in engines_of(call):
+    if sees_values() and call.batch != 1 and "sum" in engines_of(call)[0]:
         return _by_sum(call, make_key((token, "inside"), function, call), function)
-    if call.options.engine == "sum" or (call.batch == 1 and "sum" in engines_of(call)):
+    if call.options.engine == "sum" or (call.batch == 1 and "sum" in engines_of(call)[0]):
         result, _ = _through_graph(call, None)
         return result
     with WrappedAttributes(function.modules):
@@ -116,7 +116,7 @@ def _through_graph(call: Call, verify: FunctionKey | None) -> tuple[Derivatives,
 
 def _computed(run: Run, verify: FunctionKey | None) -> tuple[Derivatives, str | None]:
     operator, outs = run.call.options.operator, run.output.leaves
-    operator.check_output(run.call, [out.shape[1:] for out in outs])
+    operator.check_output(run.call, outs)
     inputs = sum(row_shape(x, dim).numel() for x, dim in zip(run.inputs, run.dims))
     outputs = sum(out.shape[1:].numel() for out in outs)
     widest = max([x.numel() for x in (*run.inputs, *outs)], default=1)
@@ -131,4 +131,3 @@ def _computed(run: Run, verify: FunctionKey | None) -> tuple[Derivatives, str | 
         if operator.is_jacobian and agrees_with_units(run, result):
             problem = None
     return result, problem
-

@@ -86,9 +86,9 @@ class FunctionKey:
         if depth == 0:
             self.parts.append(_reference(item))
         self.parts.append(type(item))
-        if depth < _DEPTH and callable(item) or depth == 1:
+        if (depth < _DEPTH and callable(item)) or depth == 1:
             for value in list(vars(item).values())[:_LONGEST]:
-                if isinstance(value, (nn.Module, *_SWITCHES)):
+                if isinstance(value, (nn.Module, bool, str)):  # an int may count calls
                     self._describe(value, depth + 1)
 
     def _describe_function(self, func: types.FunctionType, depth: int) -> None:

@@ -25,8 +25,8 @@ def warn_of_fallback(
         _WARNED.add(key)
     verified = "verified" if options.check is not False else "not verified (check=False)"
     warnings.warn(
-        f"{options.name}: left engine {left!r} for {taken!r}, because {brief(error)}. The "
-        f"result is {verified}. Pass engine={taken!r}, or "
+        f"{options.name}: left engine {left!r} for engine {taken!r}, because {brief(error)}. "
+        f"The result is {verified}. Pass engine={taken!r}, or "
         'warnings.filterwarnings("ignore", category=funcjac.EngineFallbackWarning), to silence '
         "this.",
         EngineFallbackWarning,
@@ -50,21 +50,26 @@ def failure(options: Options, errors: list[tuple[str, Exception]]) -> Exception:
     if isinstance(error, VerificationError):
         return error
     kind = ValueError if isinstance(error, RefusedError) else RuntimeError
-    hint = ""
-    if "scaled_dot_product" in str(error):
-        hint = (
-            " Run it inside `with torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`, which has all "
-            "derivatives."
-        )
-    if "aot_autograd" in str(error):
-        hint = " Compile the whole step that calls the transform, rather than func."
     raised = kind(
         f"{options.name}: engine={options.engine!r} with mode={options.mode!r} cannot "
-        f"differentiate func, although func itself runs: {brief(error)}. "
-        f'Use engine="auto" and mode="auto", or look at explain() for every attempt.{hint}'
+        f"differentiate func, although func itself runs: {brief(error)}.{_remedy(options, error)}"
     )
     raised.__cause__ = error
     return raised
+
+
+def _remedy(options: Options, error: Exception) -> str:
+    text = str(error)
+    if "scaled_dot_product" in text:
+        return (
+            " Run it inside `with torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`, which has all "
+            "derivatives."
+        )
+    if "aot_autograd" in text:
+        return " Compile the whole step that calls the transform, rather than func."
+    if (options.engine, options.mode) == ("auto", "auto"):
+        return " Look at explain() for every attempt."
+    return ' Use engine="auto" and mode="auto", or look at explain() for every attempt.'
 
 
 def _outside() -> int:

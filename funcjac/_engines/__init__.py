@@ -1,3 +1,1 @@
 """How rows are differentiated: through one graph, under torch.func, or one after the other."""
-
-ENGINES = ("sum", "vmap", "loop")

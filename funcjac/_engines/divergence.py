@@ -57,7 +57,12 @@ def _pull(out: Tensor, x: Tensor, vectors: Tensor, many: bool, create_graph: boo
 
 
 def _vectors(
-    drawn: Tensor | None, like: Tensor, row: torch.Size, run: Run, dim: int | None, chunk: int | None
+    drawn: Tensor | None,
+    like: Tensor,
+    row: torch.Size,
+    run: Run,
+    dim: int | None,
+    chunk: int | None,
 ) -> Vectors:
     """The standard basis, or probes, with the batch at ``dim``; a chunk of one without ``k``."""
     if drawn is None:

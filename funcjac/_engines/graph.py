@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge
 from funcjac._engines.assemble import Block
 from funcjac._engines.basis import chunks, identity, row_shape, spread
 from funcjac._engines.run import Derivatives, Run
-from funcjac._native import Tensors, backward, is_functional, over_basis
+from funcjac._native import Tensors, backward, is_functional, over_basis, vector_jacobian
 
 Blocks = list[list[Tensor]]
 Product = Callable[[Tensor], Tensors]
@@ -193,7 +193,7 @@ class Pushforward:
 
 
 def _vjp(outs: Any, inputs: Any, cotangents: Any) -> Sequence[Any]:
-    return torch.autograd.grad(outs, inputs, cotangents, True, True, allow_unused=True)
+    return vector_jacobian(outs, inputs, cotangents, retain=True, graph=True)
 
 
 def _forward(

@@ -1,4 +1,4 @@
-"""The engine ``loop``: one row after the other, each by plain autograd; reference and last resort."""
+"""The engine ``loop``: one row after the other, by plain autograd; the last resort."""
 
 from __future__ import annotations
 

@@ -129,27 +129,34 @@ def read_graph(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Facts:
                 widest = size
         for parent, _ in node.next_functions:
             if parent is not None:
-                stack.append(parent)  # noqa: PERF401  on the way of every call
+                stack.append(parent)
     return Facts(hash(tuple(names)), names, len(names), widest, has_leaves)
 
 
-def graph_leaves(roots: Sequence[Tensor], stops: set[Any]) -> Iterator[Tensor]:
-    """The leaf tensors that require grad and that lead to ``roots``, not through ``stops``."""
-    stack, seen = [root.grad_fn for root in roots if root.grad_fn is not None], set(stops)
+def graph_nodes(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[Any]:
+    """The nodes that lead to ``roots``, not through ``inputs``."""
+    seen = {x.grad_fn for x in inputs if x.grad_fn is not None}
+    stack = [root.grad_fn for root in roots if root.grad_fn is not None]
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
+        yield node
+        stack += [parent for parent, _ in node.next_functions if parent is not None]
+
+
+def graph_leaves(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The leaf tensors that require grad and that lead to ``roots``, not through ``inputs``."""
+    for node in graph_nodes(roots, inputs):
         variable = getattr(node, "variable", None)
         if variable is not None:
             yield variable
-        stack += [parent for parent, _ in node.next_functions]
 
 
 def detached(result: Derivatives) -> Derivatives:
     """A result without its graph, which would outlive the call."""
-    blocks = [[block.detach() for block in row] for row in result.blocks]
+    blocks = [[b.detach() if b.requires_grad else b for b in row] for row in result.blocks]
     output = result.output
     aux = None if output.aux is None else _tree.map_tensors(Tensor.detach, output.aux)
     leaves = [out.detach() for out in output.leaves]

@@ -7,6 +7,7 @@ a graph, through which each further pass would pull all of them.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -85,7 +86,7 @@ def _of_gradient(
     x, dim = run.inputs[j], run.dims[j]
     firsts = _dot(grad.unsqueeze(0), given, 0, dim, given.left)
     right = given.left if given.right is None else given.right
-    step = outer.chunk or len(given.left)
+    step = outer.chunk or max(len(given.left), 1)
     pieces: list[Maybe] = []
     for start in range(0, len(given.left), step):
         stop = min(start + step, len(given.left))
@@ -128,7 +129,9 @@ def _joined(pieces: list[Maybe], given: Directions, step: int, zero: Tensor) -> 
     if len(pieces) == 1:
         return pieces[0]
     sizes = [min(step, len(given.left) - start) for start in range(0, len(given.left), step)]
-    return torch.cat([zero.expand(n, *zero.shape) if p is None else p for p, n in zip(pieces, sizes)])
+    return torch.cat(
+        [zero.expand(n, *zero.shape) if p is None else p for p, n in zip(pieces, sizes)]
+    )
 
 
 def _stacked(columns: list[Maybe], out: Tensor, count: int) -> Maybe:
@@ -222,7 +225,7 @@ def _rows(x: Tensor, grad: Maybe, dim: int | None, batch: int) -> Tensor:
     """A gradient with the batch in front, ``(B, *in)``."""
     if grad is None:
         return x.new_zeros((batch, *row_shape(x, dim)))
-    return grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
+    return grad.unsqueeze(0)[:batch] if dim is None else grad.movedim(dim, 0)
 
 
 def _by_output(columns: list[Tensor], out: Tensor) -> Tensor:
@@ -276,13 +279,12 @@ def nested_partials(
     ``place`` maps a coordinate to its input and its number there. What is differentiated
     further is so once, by all coordinates.
     """
-    steps = by_order(indices)
-    names = [tuple(sorted(index)) for index in indices]
+    steps = by_order(tuple(indices))
+    names = indices  # sorted
     result: list[list[Maybe]] = [[] for _ in indices]
     for out in run.output.leaves:
-        fields = []
-        for m in range(out.shape[1:].numel()):
-            fields.append(_partials_of_one(run, out, m, steps, place))
+        count = out.shape[1:].numel()
+        fields = [_partials_of_one(run, out, m, steps, place) for m in range(count)]
         for e, name in enumerate(names):
             if not name:
                 result[e].append(out)
@@ -295,10 +297,10 @@ def nested_partials(
 def _joined_outputs(columns: list[Maybe], out: Tensor) -> Maybe:
     if all(column is None for column in columns):  # or no outputs in a row
         return None
+    if len(columns) == 1:
+        return columns[0] if columns[0].shape == out.shape else columns[0].reshape(out.shape)
     zero = out.new_zeros(out.shape[0])
-    whole = [zero if c is None else c for c in columns]
-    if len(whole) == 1:
-        return whole[0].reshape(out.shape)
+    whole = [zero if c is None else c.squeeze(1) if c.ndim > 1 else c for c in columns]
     return torch.stack(whole, -1).reshape(out.shape)
 
 
@@ -328,15 +330,16 @@ def _partials_of_one(
 
 
 def _column(grad: Tensor, dim: int | None, n: int, batch: int) -> Tensor:
-    """Coordinate ``n`` of each row, ``(B,)``."""
+    """Coordinate ``n`` of each row, ``(B,)``, or ``(B, 1)`` where that takes one operation."""
     if dim is None:
         return (grad if grad.ndim == 0 else grad[n]).expand(batch)
     if grad.ndim == 1:
         return grad
-    return grad.select(1 - dim, n)
+    return grad.narrow(1, n, 1) if dim == 0 else grad.select(0, n)
 
 
-def by_order(indices: Sequence[Index]) -> list[dict[Index, list[int]]]:
+@functools.lru_cache(1024)
+def by_order(indices: tuple[Index, ...]) -> list[dict[Index, list[int]]]:
     """By order, what must be differentiated by which coordinates."""
     needed = {tuple(sorted(index)) for index in indices}
     steps: list[dict[Index, list[int]]] = []

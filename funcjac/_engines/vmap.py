@@ -101,7 +101,8 @@ def in_result_type(call: Call, result: Derivatives) -> Derivatives:
         for block, name in zip(row, names):
             dtype = out.dtype
             for x in [inputs[j] for j in name] or inputs[:1]:
-                dtype = torch.result_type(out.to(dtype) if dtype != out.dtype else out, x)
+                if x.ndim and x.dtype != dtype:  # a number does not widen a tensor
+                    dtype = torch.promote_types(dtype, x.dtype)
             typed.append(block if block.dtype == dtype else block.to(dtype))
         blocks.append(typed)
     return result._replace(blocks=blocks)
@@ -135,11 +136,12 @@ def jacobian(f: RowFunction, xs: Sequence[Tensor], mode: str, chunk: int | None)
     if len(live) < len(xs):
         return _beside_empty(f, xs, live, mode, chunk)
     argnums = tuple(range(len(xs)))
+    if mode == "fwd" and torch.compiler.is_compiling():  # which cannot trace jacfwd
+        mode = "transposed"
     if mode == "rev":
         return torch.func.jacrev(f, argnums, has_aux=True, chunk_size=chunk)(*xs)
     if mode == "fwd":
-        if not torch.compiler.is_compiling():
-            load_forward_formulas()
+        load_forward_formulas()
         if chunk is None:
             return torch.func.jacfwd(f, argnums, has_aux=True, randomness="same")(*xs)
         return _forward_in_chunks(f, xs, chunk)
@@ -161,7 +163,7 @@ def _forward_in_chunks(f: RowFunction, xs: Sequence[Tensor], chunk: int) -> Any:
             return outs, tangents, along
 
         vectors = torch.vmap(column, randomness="same", chunk_size=chunk)
-        outs, tangents, along = vectors(_basis(x))
+        _, tangents, along = vectors(_basis(x))
         columns.append([t.movedim(0, -1).reshape(*t.shape[1:], *x.shape) for t in tangents])
     return [list(row) for row in zip(*columns)], _first_of(along)
 
@@ -185,7 +187,9 @@ def _beside_empty(
     blocks = []
     for out, row in zip(along[0], jac):
         given = iter(row)
-        blocks.append([next(given) if x.numel() else out.new_zeros((*out.shape, *x.shape)) for x in xs])
+        blocks.append(
+            [next(given) if x.numel() else out.new_zeros((*out.shape, *x.shape)) for x in xs]
+        )
     return blocks, along
 
 
@@ -198,7 +202,7 @@ def _pulled(outs: Any, xs: Any, pull: Any, chunk: int | None) -> list[list[Tenso
         def pull_one(vector: Tensor, i: int = i) -> Any:
             return pull((*zeros[:i], vector, *zeros[i + 1 :]))
 
-        grads = torch.vmap(pull_one, randomness="same", chunk_size=chunk)(vectors)
+        grads = _over(pull_one, chunk)(vectors)
         blocks.append([g.reshape(*out.shape, *x.shape) for g, x in zip(grads, xs)])
     return blocks
 
@@ -209,11 +213,17 @@ def _pushed(outs: Any, xs: Any, pull: Any, chunk: int | None) -> list[list[Tenso
     columns = []
     for j, x in enumerate(xs):
         push: Any = torch.func.vjp(lambda *u, j=j: pull(u)[j], *zeros)[1]
-        tangents = torch.vmap(push, randomness="same", chunk_size=chunk)(_basis(x))
+        tangents = _over(push, chunk)(_basis(x))
         columns.append(
             [t.movedim(0, -1).reshape(*o.shape, *x.shape) for t, o in zip(tangents, outs)]
         )
     return [list(row) for row in zip(*columns)]
+
+
+def _over(function: Any, chunk: int | None) -> Any:
+    """Many vectors at once; compilers cannot replay draws between chunks, and there are none."""
+    randomness = "same" if chunk is None else "different"
+    return torch.vmap(function, randomness=randomness, chunk_size=chunk)
 
 
 def _basis(like: Tensor) -> Tensor:
@@ -244,9 +254,14 @@ def _split(mode: str) -> tuple[str, str]:
 
 
 def along(
-    f: RowFunction, xs: Sequence[Tensor], j: int, pairs: tuple[Tensor, Tensor], mode: str, chunk: Any
+    f: RowFunction,
+    xs: Sequence[Tensor],
+    j: int,
+    pairs: tuple[Tensor, Tensor],
+    mode: str,
+    chunk: Any,
 ) -> Any:
-    """First derivatives along ``left`` and second ones along pairs, ``(K, *out)`` for each output."""
+    """First derivatives along ``left`` and second ones along pairs, each ``(K, *out)``."""
     outer, inner = _split(mode)
     inner = "transposed" if inner == "auto" else inner
     zero = xs[j].new_zeros(())

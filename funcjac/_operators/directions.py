@@ -48,7 +48,11 @@ class Spec:
             value = getattr(self, field.name)
             if value is field.default or (field.name != "weight" and value == field.default):
                 continue
-            text = f"<{type(value).__name__}>" if isinstance(value, (Tensor, torch.Generator)) else repr(value)
+            text = (
+                f"<{type(value).__name__}>"
+                if isinstance(value, (Tensor, torch.Generator))
+                else repr(value)
+            )
             given.append(f"{field.name}={text}")
         return given
 
@@ -62,7 +66,14 @@ def placed(rows: Tensor, x: Tensor, dim: int | None) -> Tensor:
 
 
 def directions(
-    call: Call, spec: Spec, j: int, x: Tensor, dim: int | None, extras: Sequence[Tensor], *, exact: bool
+    call: Call,
+    spec: Spec,
+    j: int,
+    x: Tensor,
+    dim: int | None,
+    extras: Sequence[Tensor],
+    *,
+    exact: bool,
 ) -> Directions:
     """Directions in input ``j``; ``exact`` for the standard basis wherever it can be."""
     row = row_shape(x, dim)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,13 +27,13 @@ from funcjac.errors import refuse
 class Divergence(Operator):
     """One block: the trace, or an estimate and its standard error."""
 
-    spec: Spec = Spec()
+    spec: Spec = field(default_factory=Spec)
 
     def words(self) -> list[str]:
         return self.spec.words()
 
-    def check_output(self, call: Call, rows: list[torch.Size]) -> None:
-        check_square(call, [tuple(row) for row in rows])
+    def check_output(self, call: Call, outs: Sequence[Tensor]) -> None:
+        check_square(call, [tuple(out.shape[1:]) for out in outs])
 
     def compute(self, run: Run, route: Route) -> Derivatives:
         out, x = run.output.leaves[0], run.inputs[0]

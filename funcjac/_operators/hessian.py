@@ -50,7 +50,7 @@ class Hessian(SecondOrder):
         return super().uses_taylor(call, outputs, inputs)
 
     def compute(self, run: Run, route: Route) -> Derivatives:
-        hess, jac = (_by_taylor(run) if route.mode == "taylor" else hessian_blocks(run, route))
+        hess, jac = _by_taylor(run) if route.mode == "taylor" else hessian_blocks(run, route)
         rows = []
         for out, blocks, slopes in zip(run.output.leaves, hess, jac):
             inputs = list(zip(run.inputs, run.dims))

@@ -93,7 +93,7 @@ class HessianDiagonal(SecondOrder):
             if dim is None:
                 entries.append(Entry(probe.seeds, bends.view(row), x, None))
             else:
-                grad = bends.movedim(0, -1).reshape(-1, *row)
+                grad = bends.movedim(0, -1).reshape(run.call.batch, *row)
                 entries.append(Entry(seeds, grad, x.movedim(dim, 0), 0))
         return entries + first_entries(run, probe)
 

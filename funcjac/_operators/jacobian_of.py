@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-
+from funcjac import _tree
 from funcjac._batched import Call, Options, as_output
 from funcjac._bind import batch_size, check_inputs, make_layout
 from funcjac._dispatch.decisions import decision_of
@@ -20,7 +20,6 @@ from funcjac._verification.backward import backward_mismatch
 from funcjac._verification.compare import agrees_with_units, mismatch
 from funcjac._verification.rows import check_rows
 from funcjac._words import check_options
-from funcjac import _tree
 from funcjac.errors import VerificationError, refuse
 
 _NAME = "batch_jacobian_of"
@@ -175,5 +174,3 @@ def _problem(run: Run, result: Derivatives, number: int) -> str | None:
     if problem is None and run.create_graph:
         problem = backward_mismatch(run, result, number)
     return problem
-
-

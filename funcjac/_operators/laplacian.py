@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -33,7 +33,7 @@ from funcjac._verification.probe import Entry, Probe, curvature, row_factors
 class Laplacian(SecondOrder):
     """``blocks[i]``: the Laplacian, first derivatives where returned, the standard error."""
 
-    spec: Spec = Spec()
+    spec: Spec = field(default_factory=Spec)
     modes: ClassVar[tuple[str, ...]] = ("taylor", *NESTED)
 
     def words(self) -> list[str]:
@@ -110,7 +110,9 @@ class Laplacian(SecondOrder):
         size = total.detach()
         for j in range(len(run.inputs)):
             left, right, weights, _ = self._directions(run, j, exact=True)
-            bends = curvature(run, probe.grads[j], j, left, left if right is None else right, factors)
+            bends = curvature(
+                run, probe.grads[j], j, left, left if right is None else right, factors
+            )
             terms = weights.view(-1, *[1] * (bends.ndim - 1)) * bends
             over = list(range(terms.ndim)) if shared else 0
             total, size = total + terms.sum(over), size + terms.detach().abs().sum(over)

@@ -51,8 +51,8 @@ class Operator:
         del call, outputs, inputs
         return False
 
-    def check_output(self, call: Call, rows: list[torch.Size]) -> None:
-        """Refuse what ``func`` returned, before any differentiation; ``rows`` are its shapes."""
+    def check_output(self, call: Call, outs: Sequence[Tensor]) -> None:
+        """Refuse what ``func`` returned, before any differentiation."""
 
     def compute(self, run: Run, route: Route) -> Derivatives:
         """Derivatives through the graph, or the record, of one run."""
@@ -127,4 +127,5 @@ def as_block(value: Tensor | None, shape: Sequence[int], out: Tensor, x: Tensor)
     if value is None:
         return out.new_zeros(tuple(shape), dtype=dtype)
     value = value if value.dtype == dtype else value.to(dtype)
-    return value.reshape(tuple(shape)).contiguous()
+    value = value if value.shape == shape else value.reshape(tuple(shape))
+    return value if value.is_contiguous() else value.contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,22 +40,11 @@ class Partials(SecondOrder):
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
         """Terms that Taylor propagates, and gradients, those of higher orders counted double."""
         del call, outputs
-        names = [_sorted(index, inputs) for index in self.indices]
-        closure = {part for name in names for part in _parts(name)}
-        if not closure:
-            return 0, 0, 0
-        passes = sum(2**order * len(step) for order, step in enumerate(by_order(names)))
-        firsts = sum(len(name) == 1 for name in closure)
-        return firsts, len(closure) - firsts, passes - 1
-
-    def _places(self, run: Run) -> list[tuple[int, int]]:
-        """The input of each coordinate, and its number there."""
-        sizes = [row_shape(x, dim).numel() for x, dim in zip(run.inputs, run.dims)]
-        return [(j, n) for j, size in enumerate(sizes) for n in range(size)]
+        return _count(self.indices, inputs)
 
     def compute(self, run: Run, route: Route) -> Derivatives:
-        places = self._places(run)
-        names = [_sorted(index, len(places)) for index in self.indices]
+        places = _places(run)
+        names = _names(self.indices, len(places))
         compute = self._by_taylor if route.mode == "taylor" else self._nested
         step, columns = route.chunk or len(names), []
         if route.mode != "taylor":
@@ -62,14 +52,15 @@ class Partials(SecondOrder):
         for start in range(0, len(names), step):
             columns += compute(run, names[start : start + step], places)
         x, rows = run.inputs[0], []
+        value_is_taken = run.call.options.return_value
         for i, out in enumerate(run.output.leaves):
             row = []
             for e, name in enumerate(names):
-                value = out if not name else columns[e][i]
-                dtype_of = x if not name else run.inputs[places[name[0]][0]]
-                block = as_block(value, out.shape, out, dtype_of)
+                y = x if not name else run.inputs[places[name[0]][0]]
+                block = as_block(out if not name else columns[e][i], out.shape, out, y)
                 # One index twice, or the value, must not come as one tensor under two names.
-                row.append(block.clone() if not name or name in names[:e] else block)
+                twice = name in names[:e] or (value_is_taken and not name)
+                row.append(block.clone() if twice else block)
             rows.append(row)
         return Derivatives(rows, run.output)
 
@@ -111,45 +102,24 @@ class Partials(SecondOrder):
 
     def entries(self, run: Run, probe: Probe) -> list[Entry]:
         """Plain nested backward of each row's scalar, other rows by another factor."""
-        places, batch = self._places(run), run.call.batch
-        shared = None in run.dims
-        factors = None if shared else row_factors(run, probe)[0]
-        known: dict[Index, Sequence[Tensor | None]] = {(): probe.grads}
-
-        def field(name: Index) -> Tensor | None:
-            """The derivative of each row's scalar, times factors."""
-            j, n = places[name[-1]]
-            grad, dim = derivative(name[:-1])[j], run.dims[j]
-            if grad is None:
-                return None
-            if dim is None:
-                return grad.reshape(-1)[n].unsqueeze(0)
-            return grad.movedim(dim, 0).reshape(batch, -1)[:, n]
-
-        def derivative(name: Index) -> Sequence[Tensor | None]:
-            if name not in known:
-                before = field(name)
-                ones = None if before is None else torch.ones_like(before)
-                cotangent = ones if factors is None or ones is None else ones * factors
-                known[name] = vjp([before], run.inputs, [cotangent], create_graph=True)
-            return known[name]
-
+        places, batch = _places(run), run.call.batch
+        factors = None if None in run.dims else row_factors(run, probe)[0]
+        fields = _Fields(run, probe, places, factors)
         entries = []
-        for index in self.indices:
-            name = _sorted(index, len(places))
+        for name in _names(self.indices, len(places)):
             if not name:
                 pairs = zip(probe.seeds, run.output.leaves)
                 rows = [(s.to(o.dtype) * o).reshape(batch, -1).sum(1) for s, o in pairs]
                 entries.append(Entry(probe.seeds, sum(rows[1:], rows[0]), rows[0].detach(), 0))
                 continue
-            x, value = run.inputs[places[name[-1]][0]], field(name)
-            grad = x.new_zeros(1 if shared else batch) if value is None else value
+            x, value = run.inputs[places[name[-1]][0]], fields(name)
+            grad = x.new_zeros(1 if factors is None else batch) if value is None else value
             grad = grad if run.create_graph else grad.detach()
-            if shared:
+            if factors is None:
                 entries.append(Entry(probe.seeds, grad.sum(), grad.detach().sum(), None))
                 continue
-            times = 1 if factors is None else factors ** (len(name) - 1)
-            seeds = [s * (times * x.new_ones(batch)).to(s.dtype).view(-1, *[1] * (s.ndim - 1)) for s in probe.seeds]
+            times = factors ** (len(name) - 1)
+            seeds = [s * times.to(s.dtype).view(-1, *[1] * (s.ndim - 1)) for s in probe.seeds]
             entries.append(Entry(seeds, grad, grad.detach(), 0))
         return entries
 
@@ -168,6 +138,56 @@ class Partials(SecondOrder):
         count = len(result.blocks[0])
         tree = tuple([by_output(result, lambda b, e=e: b[e]) for e in range(count)])
         return finished(call, result, tree, None)
+
+
+class _Fields:
+    """Derivatives of each row's scalar, ``(B,)``, times factors; each order nested in the next."""
+
+    def __init__(
+        self, run: Run, probe: Probe, places: list[tuple[int, int]], factors: Tensor | None
+    ) -> None:
+        self.run, self.places, self.factors = run, places, factors
+        self.known: dict[Index, Sequence[Tensor | None]] = {(): probe.grads}
+
+    def __call__(self, name: Index) -> Tensor | None:
+        j, n = self.places[name[-1]]
+        grad, dim = self._gradient(name[:-1])[j], self.run.dims[j]
+        if grad is None:
+            return None
+        if dim is None:
+            return grad.reshape(-1)[n].unsqueeze(0)
+        return grad.movedim(dim, 0).reshape(self.run.call.batch, -1)[:, n]
+
+    def _gradient(self, name: Index) -> Sequence[Tensor | None]:
+        if name not in self.known:
+            field = self(name)
+            ones = None if field is None else torch.ones_like(field)
+            cotangent = ones if self.factors is None or ones is None else ones * self.factors
+            grads = vjp([field], self.run.inputs, [cotangent], create_graph=True)
+            self.known[name] = grads
+        return self.known[name]
+
+
+def _places(run: Run) -> list[tuple[int, int]]:
+    """The input of each coordinate, and its number there."""
+    sizes = [row_shape(x, dim).numel() for x, dim in zip(run.inputs, run.dims)]
+    return [(j, n) for j, size in enumerate(sizes) for n in range(size)]
+
+
+@functools.lru_cache(1024)
+def _names(indices: tuple[Index, ...], total: int) -> tuple[Index, ...]:
+    return tuple([_sorted(index, total) for index in indices])
+
+
+@functools.lru_cache(1024)
+def _count(indices: tuple[Index, ...], inputs: int) -> tuple[int, int, int]:
+    names = _names(indices, inputs)
+    closure = {part for name in names for part in _parts(name)}
+    if not closure:
+        return 0, 0, 0
+    passes = sum(2**order * len(step) for order, step in enumerate(by_order(names)))
+    firsts = sum(len(name) == 1 for name in closure)
+    return firsts, len(closure) - firsts, passes - 1
 
 
 def _sorted(index: Index, total: int) -> Index:
@@ -278,13 +298,16 @@ def _check_indices(name: str, indices: Any) -> None:
         raise refuse(name, TypeError, "indices to hold tuples of ints", repr(indices), remedy)
 
 
-def _check_input(
-    call: Call, args: Any, kwargs: Any
-) -> tuple[list[Any], tuple[int | None, ...]]:
+def _check_input(call: Call, args: Any, kwargs: Any) -> tuple[list[Any], tuple[int | None, ...]]:
     """Refuse inputs whose rows are no vectors or numbers, or too short for the indices."""
     del args, kwargs
-    name, indices = call.options.name, call.options.operator.indices
     rows = [row_shape(x, dim) for x, dim in zip(call.inputs, call.layout.diff_dims)]
+    _check_rows(call.options.name, call.options.operator.indices, tuple(rows))
+    return [], ()
+
+
+@functools.lru_cache(1024)
+def _check_rows(name: str, indices: tuple[Index, ...], rows: tuple[torch.Size, ...]) -> None:
     for row in rows:
         if len(row) > 1:
             remedy = "Reshape it inside of func."
@@ -292,4 +315,3 @@ def _check_input(
     size = sum(row.numel() for row in rows)
     if any(not -size <= entry < size for index in indices for entry in index):
         raise refuse(name, ValueError, f"indices between {-size} and {size - 1}", list(indices))
-    return [], ()

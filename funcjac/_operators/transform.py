@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 import types
 from collections.abc import Callable
 from dataclasses import fields
@@ -15,17 +16,19 @@ from torch import Tensor, nn
 from funcjac import _tree
 from funcjac._batched import Call, Options
 from funcjac._bind import bind, check_inputs, with_extras
+from funcjac._dispatch.attempt import Outcome
 from funcjac._dispatch.inside import solve_inside
-from funcjac._dispatch.solve import Outcome, solve
+from funcjac._dispatch.solve import solve
 from funcjac._kinds import is_uninitialized
 from funcjac._native import is_transformed
 from funcjac._words import check_options
-from funcjac.errors import refuse
 
 P = ParamSpec("P")
 R = TypeVar("R")
 # What an operator needs beside the arguments: tensors and their batch dimensions.
 Extras = Callable[..., tuple[list[Tensor], tuple["int | None", ...]]]
+# Levels of torch's forward mode belong to the process: one thread at a time.
+_DUAL_LEVELS = threading.RLock()
 
 
 class Transform:
@@ -47,7 +50,11 @@ class Transform:
         del self.__wrapped__  # it would be copied and pickled a second time
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.evaluate(args, kwargs, Outcome())
+        forward = self.options.engine == "vmap" and "fwd" in self.options.mode
+        if not forward or torch.compiler.is_compiling():
+            return self.evaluate(args, kwargs, Outcome())
+        with _DUAL_LEVELS:
+            return self.evaluate(args, kwargs, Outcome())
 
     def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any], outcome: Outcome) -> Any:
         """The result, with what happened on the way in ``outcome``."""
@@ -55,11 +62,16 @@ class Transform:
         if is_transformed():
             call = self.bind(args, kwargs)
             return self.options.operator.assemble(call, solve_inside(call, token))
-        if torch.is_inference_mode_enabled() or any(map(_is_inference, _tree.tensors(args))):
-            with torch.inference_mode(False), torch.no_grad():
-                return self.evaluate(*usable((args, kwargs)), outcome)
+        if torch.is_inference_mode_enabled():
+            return self._without_inference(args, kwargs, outcome)
         call = self.bind(args, kwargs)
+        if any(map(_is_inference, call.leaves)):
+            return self._without_inference(args, kwargs, outcome)
         return self.options.operator.assemble(call, solve(call, token, outcome))
+
+    def _without_inference(self, args: Any, kwargs: Any, outcome: Outcome) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return self.evaluate(*usable((args, kwargs)), outcome)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         call = bind(self.func, self.options, args, kwargs)
@@ -67,7 +79,7 @@ class Transform:
         if self.extras is None:
             return call
         leaves, dims = self.extras(call, args, kwargs)
-        return with_extras(call, leaves, dims)
+        return with_extras(call, leaves, dims) if leaves else call
 
     def __repr__(self) -> str:
         name = getattr(self.func, "__qualname__", None) or _brief(self.func)
@@ -176,6 +188,3 @@ def looks(function: Callable[P, R]) -> Callable[P, R]:
 def usable(tree: Any) -> Any:
     """Copies of inference tensors, which autograd cannot save."""
     return _tree.map_tensors(lambda x: x.clone() if _is_inference(x) else x, tree)
-
-
-__all__ = ["Transform", "looks", "refuse", "transform_of", "usable"]

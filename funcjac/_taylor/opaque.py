@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._native import over_basis
+from funcjac._native import over_basis, vector_jacobian
 from funcjac._taylor.jets import Jet, Site, add
 from funcjac._taylor.recorder import Node
 from funcjac.errors import UntraceableError
@@ -134,6 +134,4 @@ def _differentiable(out: Any) -> dict[int, Tensor]:
 
 
 def _grad(outs: Any, inputs: list[Tensor], seeds: list[Tensor], *, create_graph: bool) -> Any:
-    return torch.autograd.grad(
-        outs, inputs, seeds, retain_graph=True, create_graph=create_graph, allow_unused=True
-    )
+    return vector_jacobian(outs, inputs, seeds, retain=True, graph=create_graph)

@@ -144,7 +144,7 @@ class Recorder(TorchDispatchMode):
         if func is _DETACH:  # autograd's copies of results, which get their history back later
             mark = self._slots.get(id(args[0]), _CONSTANT)
             return lambda out: self._mark(out, mark)
-        active = self._active(args)
+        active = _active(self, args)
         if kwargs and any(self.slot(value) is not None for value in kwargs.values()):
             raise UntraceableError(f"{func} depends on the input by keyword")
         recording = torch.is_grad_enabled()
@@ -154,7 +154,7 @@ class Recorder(TorchDispatchMode):
             if not recording and _share_memory(args[0], self._alive):
                 raise UntraceableError(f"{func} overwrites what depends on the input, without grad")
             if active.slots and recording:
-                return self._in_place(func, args, kwargs, active)
+                return _in_place(self, func, args, kwargs, active)
         if active.slots and recording:
             return lambda out: self._record(func, args, kwargs, active, out)
         mark = _CONSTANT if recording else _HIDDEN
@@ -192,23 +192,6 @@ class Recorder(TorchDispatchMode):
         same = value.tensor.shape == value.shape
         return value.tensor if same else value.tensor.view(value.shape)
 
-    def _active(self, args: Sequence[Any]) -> Active:
-        places: list[Place] = []
-        slots: list[int] = []
-        constants: list[Tensor] = []
-        for i, arg in enumerate(args):
-            inside = type(arg) in (list, tuple)
-            for j, item in enumerate(arg) if inside else ((None, arg),):
-                if not isinstance(item, Tensor):
-                    continue
-                slot = self.slot(item)
-                if slot is None:
-                    constants.append(item)
-                else:
-                    places.append((i, j))
-                    slots.append(slot)
-        return Active(tuple(places), tuple(slots), constants)
-
     def _mark(self, tensor: Tensor, mark: int) -> None:
         self._slots[id(tensor)] = mark
         self._alive.append(tensor)
@@ -233,31 +216,52 @@ class Recorder(TorchDispatchMode):
         node = Node(op, args, kwargs, active.places, active.slots, tuple(outs), versions)
         self.nodes.append(node)
 
-    def _in_place(
-        self, op: Any, args: Any, kwargs: Any, active: Active
-    ) -> Callable[[Any], None]:
-        """Record an operation on a tensor that nothing shares as its version out of place."""
-        target = args[0]
-        functional = out_of_place(op)
-        reshapes = op.overloadpacket.__name__ in ("squeeze_", "unsqueeze_")
-        unshared = reshapes or (target._base is None and not _share_memory(target, self._alive))
-        if functional is None or not unshared:
-            raise UntraceableError(f"{op} works in place on what other tensors may share")
-        old = target if reshapes else target.detach().clone()
 
-        def note(_: Any) -> None:
-            if (0, None) in active.places:
-                slot = active.slots[active.places.index((0, None))]
-                # The old value belongs to a graph, to which a copy made here would not.
-                tensor = None if self.create_graph and not reshapes else old
-                self.values[slot] = self.values[slot]._replace(tensor=tensor, version=old._version)
-            constants = [old if tensor is target else tensor for tensor in active.constants]
-            changed = active._replace(constants=constants)
-            self._record(functional, (old, *args[1:]), kwargs, changed, target)
-            # The version counts up only after this mode, in the kernel of in-place operations.
-            self.values[-1] = self.values[-1]._replace(version=target._version + 1)
+def _active(recorder: Recorder, args: Sequence[Any]) -> Active:
+    places: list[Place] = []
+    slots: list[int] = []
+    constants: list[Tensor] = []
+    for i, arg in enumerate(args):
+        inside = type(arg) in (list, tuple)
+        for j, item in enumerate(arg) if inside else ((None, arg),):
+            if not isinstance(item, Tensor):
+                continue
+            slot = recorder.slot(item)
+            if slot is None:
+                constants.append(item)
+            else:
+                places.append((i, j))
+                slots.append(slot)
+    return Active(tuple(places), tuple(slots), constants)
 
-        return note
+
+def _in_place(
+    recorder: Recorder, op: Any, args: Any, kwargs: Any, active: Active
+) -> Callable[[Any], None]:
+    """Record an operation on a tensor that nothing shares as its version out of place."""
+    target = args[0]
+    functional = out_of_place(op)
+    reshapes = op.overloadpacket.__name__ in ("squeeze_", "unsqueeze_")
+    unshared = reshapes or (target._base is None and not _share_memory(target, recorder._alive))
+    if functional is None or not unshared:
+        raise UntraceableError(f"{op} works in place on what other tensors may share")
+    old = target if reshapes else target.detach().clone()
+
+    def note(_: Any) -> None:
+        if (0, None) in active.places:
+            slot = active.slots[active.places.index((0, None))]
+            # The old value belongs to a graph, to which a copy made here would not.
+            tensor = None if recorder.create_graph and not reshapes else old
+            recorder.values[slot] = recorder.values[slot]._replace(
+                tensor=tensor, version=old._version
+            )
+        constants = [old if tensor is target else tensor for tensor in active.constants]
+        changed = active._replace(constants=constants)
+        recorder._record(functional, (old, *args[1:]), kwargs, changed, target)
+        # The version counts up only after this mode, in the kernel of in-place operations.
+        recorder.values[-1] = recorder.values[-1]._replace(version=target._version + 1)
+
+    return note
 
 
 def _share_memory(target: Tensor, tensors: Sequence[Any]) -> bool:

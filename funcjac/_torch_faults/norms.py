@@ -114,12 +114,12 @@ def batch_norm(
 ) -> Tensor:
     """Torch: higher derivatives are wrong, see above."""
     options = (training, momentum, eps)
-    return native_batch_norm(x, weight, bias, running_mean, running_var, *options)[0]
+    return tracked_batch_norm(x, weight, bias, running_mean, running_var, *options)[0]
 
 
 def torch_batch_norm(*args: Any, **kwargs: Any) -> Tensor:
     """``batch_norm`` with the arguments in the order of ``torch.batch_norm``."""
-    return native_batch_norm(*args, **kwargs)[0]
+    return tracked_batch_norm(*args, **kwargs)[0]
 
 
 def native_batch_norm(
@@ -133,15 +133,13 @@ def native_batch_norm(
     eps: float,
     cudnn_enabled: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Torch: as ``batch_norm``; mean and deviation have no gradient."""
-    del cudnn_enabled
+    """The formula alone: running statistics stay where they are."""
+    del momentum, cudnn_enabled
     if training or running_mean is None or running_var is None:
         if x.numel() == x.shape[1]:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {x.shape}"
             )
-        if training and (running_mean is not None or running_var is not None):
-            _move_statistics(x, running_mean, running_var, momentum, eps)
         out, mean, scale = _standardize(x, [0, *range(2, x.ndim)], eps)
         return _per_channel(out, weight, bias).to(x.dtype), mean.flatten(), scale.flatten()
     refuse_unless_shaped(x.shape[1:2], running_mean=running_mean, running_var=running_var)
@@ -151,10 +149,34 @@ def native_batch_norm(
     return _per_channel(out, weight, bias).to(x.dtype), x.new_zeros(0), x.new_zeros(0)
 
 
+def tracked_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``native_batch_norm``, which moves the running statistics in training.
+
+    Torch's own operation moves them, and refuses what it refuses: it writes into buffers below
+    the levels of torch.func, which operations in place may not.
+    """
+    del cudnn_enabled
+    stats = (running_mean, running_var)
+    outs = native_batch_norm(x, weight, bias, *stats, training, momentum, eps)
+    if training and (running_mean is not None or running_var is not None):
+        torch.batch_norm(x.detach(), None, None, *stats, True, momentum, eps, False)
+    return outs
+
+
 def legit_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any) -> Any:
-    """``native_batch_norm`` with running statistics, or without."""
+    """``tracked_batch_norm`` with running statistics, or without."""
     args = args if len(args) > 3 else (None, None, *args)
-    return native_batch_norm(x, weight, bias, *args)
+    return tracked_batch_norm(x, weight, bias, *args)
 
 
 def updating_batch_norm(
@@ -166,29 +188,14 @@ def updating_batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``native_batch_norm`` in training, with the reserved memory of CUDA kernels, empty."""
-    outs = native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+    """``tracked_batch_norm`` in training, with the reserved memory of CUDA kernels, empty."""
+    outs = tracked_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
     return *outs, x.new_zeros(0, dtype=torch.uint8)
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """Torch: the second reverse derivative is wrong where it is differentiated by ``v``."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
-
-
-def _move_statistics(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-) -> None:
-    """Let torch's own operation move the running statistics, and refuse what it refuses.
-
-    It writes into buffers below the levels of torch.func, which in-place operations may not.
-    """
-    stats = (running_mean, running_var)
-    torch.batch_norm(x.detach(), None, None, *stats, True, momentum, eps, False)
 
 
 def _standardize(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
+import funcjac._torch_faults.attention as attention
+import funcjac._torch_faults.linalg as linalg
+import funcjac._torch_faults.norms as norms
+import funcjac._torch_faults.others as others
 from funcjac import _native
-from funcjac._torch_faults import attention, linalg, norms, others
 from funcjac._torch_faults.fault import Fault, fault
 
 _UMBRELLA = 198017  # torch's own list of wrong formulas
@@ -46,7 +49,7 @@ _NORMS = (
         "native_batch_norm",
         _NORM,
         "NativeBatchNormBackward0",
-        {**_BATCH_NORM, torch.native_batch_norm: norms.native_batch_norm},
+        {**_BATCH_NORM, torch.native_batch_norm: norms.tracked_batch_norm},
         issue=186256,
     ),
     fault(
@@ -238,7 +241,7 @@ _OTHERS = (
     *(
         fault(
             op,
-            f"forward forward_again reverse_2{kinds}",
+            f"forward forward_again reverse_1 reverse_2{kinds}",
             f"GeneratedBackwardFor_torch_nn_{op}_defaultBackward",
             {getattr(F, "linear_cross_entropy", None): others.linear_cross_entropy},
             since="2.13",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funcjac._engines.run import Derivatives, Run, graph_leaves
+from funcjac._engines.run import Derivatives, Run, graph_leaves, graph_nodes
 from funcjac._verification.compare import _SCALES, is_explained, tolerance_of, wide
 from funcjac._verification.probe import Entry, make_probe, outer_product, random_like, vjp
 from funcjac.errors import brief
@@ -23,7 +23,11 @@ def backward_mismatch(run: Run, result: Derivatives, number: int) -> str | None:
     right = _derivatives_or_error(expected, leaves)
     grads = _derivatives_or_error(got, leaves)
     if isinstance(grads, RuntimeError):
-        return None if isinstance(right, RuntimeError) else f"it cannot be differentiated: {brief(grads)}"
+        return (
+            None
+            if isinstance(right, RuntimeError)
+            else f"it cannot be differentiated: {brief(grads)}"
+        )
     if isinstance(right, RuntimeError) or _raises_in_backward(expected):
         if got.requires_grad and not _raises_in_backward(got):
             return "it has derivatives where plain double backward has none"
@@ -70,8 +74,7 @@ def _leaves(run: Run, roots: list[Tensor]) -> list[Tensor]:
     """What to differentiate by: the inputs of the run, and parameters without hooks."""
     inputs = list(run.inputs)
     seen = {id(x) for x in inputs}
-    stops = {x.grad_fn for x in inputs if x.grad_fn is not None}
-    for leaf in graph_leaves(roots, stops):
+    for leaf in graph_leaves(roots, run.inputs):
         if id(leaf) not in seen and not leaf._backward_hooks:
             seen.add(id(leaf))
             inputs.append(leaf)
@@ -114,13 +117,4 @@ def _noise(run: Run, number: int, leaves: list[Tensor], right: list[Tensor]) -> 
 
 def _raises_in_backward(root: Tensor) -> bool:
     """Whether ``backward()`` raises, by a node that says that it has no derivative."""
-    stack, seen = [root.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name().endswith("::Error"):
-            return True
-        stack += [parent for parent, _ in node.next_functions]
-    return False
+    return any(node.name().endswith("::Error") for node in graph_nodes([root], []))

@@ -19,12 +19,14 @@ itself gets wrong (a custom backward, a partial ``detach``) is wrong on both sid
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from funcjac import _tree
 from funcjac._engines.basis import identity, spread
-from funcjac._engines.run import Derivatives, Run
+from funcjac._engines.run import Derivatives, Run, graph_nodes
 from funcjac._verification.probe import Entry, Probe, make_probe, vjp
 
 _SCALES = (1.1, 0.9, 1.3, 0.7, 1.7, 0.6, 1.9)
@@ -61,7 +63,9 @@ def _floor(run: Run, probe: Probe) -> Tensor:
     """Size in each row, ``(B,)``, of what derivatives are differences of, which was rounded."""
     batch = run.call.batch
     floor = torch.zeros(batch, dtype=torch.float64, device=run.inputs[0].device)
-    largest = max([1.0, *[x.detach().abs().nan_to_num(0, 0, 0).max().item() for x in run.inputs if x.numel()]])
+    largest = max(
+        [1.0, *[x.detach().abs().nan_to_num(0, 0, 0).max().item() for x in run.inputs if x.numel()]]
+    )
     for seed, out in zip(probe.seeds, run.output.leaves):
         if out.numel():
             sizes = (wide(seed) * wide(out.detach())).abs().nan_to_num(0, 0, 0)
@@ -177,21 +181,59 @@ def agrees_with_units(run: Run, result: Derivatives) -> bool:
         step = max(row.numel() // _MOST_UNIT_COTANGENTS, 1)
         for m in range(0, row.numel(), step):
             unit = spread(identity(row.numel(), out)[m : m + 1], row, batch, 0)[0]
-            for rows in (on, ~on) if batch > 1 else (on,):
-                cotangent = unit * rows.view(-1, *[1] * len(row)).to(unit.dtype)
-                grads = vjp([out], run.inputs, [cotangent], create_graph=False)
-                for j, (grad, x, dim) in enumerate(zip(grads, run.inputs, run.dims)):
-                    if not x.numel():
-                        continue
-                    grad = wide(torch.zeros_like(x) if grad is None else grad).movedim(dim or 0, 0)
-                    block = wide(result.blocks[i][j].detach()).reshape(batch, row.numel(), -1)
-                    expected = block[:, m] * rows.unsqueeze(1)
-                    error = (grad.reshape(batch, -1) - expected).abs()
-                    error = torch.where(grad.reshape(batch, -1).isfinite(), error, 0)
-                    size = expected.abs().nan_to_num(0, 0, 0).amax()
-                    if not bool((error.nan_to_num(torch.inf) <= limit * size).all()):
-                        return False
+            blocks = [b.detach().reshape(batch, row.numel(), -1)[:, m] for b in result.blocks[i]]
+            patterns = (on, ~on) if batch > 1 else (on,)
+            if not all(_agrees(run, out, unit, rows, blocks, limit) for rows in patterns):
+                return False
     return True
+
+
+def _agrees(
+    run: Run, out: Tensor, unit: Tensor, rows: Tensor, blocks: list[Tensor], limit: float
+) -> bool:
+    """Whether a unit cotangent in some rows gives their part of each block, and zero elsewhere."""
+    batch = run.call.batch
+    cotangent = unit * rows.view(-1, *[1] * (unit.ndim - 1)).to(unit.dtype)
+    grads = vjp([out], run.inputs, [cotangent], create_graph=False)
+    for grad, x, dim, block in zip(grads, run.inputs, run.dims, blocks):
+        if not x.numel():
+            continue
+        grad = wide(torch.zeros_like(x) if grad is None else grad)
+        grad = grad.movedim(dim or 0, 0).reshape(batch, -1)
+        expected = wide(block) * rows.unsqueeze(1)
+        error = torch.where(grad.isfinite(), (grad - expected).abs(), 0)
+        size = expected.abs().nan_to_num(0, 0, 0).amax()
+        if not bool((error.nan_to_num(torch.inf) <= limit * size).all()):
+            return False
+    return True
+
+
+def is_lost_in_run(run: Run, result: Derivatives, number: int) -> bool:
+    """Whether a difference is what rounding the numbers inside of ``func`` comes to.
+
+    To be asked once rows are known to be apart: what cancels leaves nothing else behind.
+    """
+    with torch.enable_grad():
+        probe = make_probe(run, number)
+        entries = run.call.options.operator.entries(run, probe)
+    largest = max([1.0, *_saved_sizes(run)])
+    eps = tolerance_of(run) ** 2
+    for e, entry in enumerate(entries):
+        _, difference, _ = compared(result, e, entry)
+        seeds = max([s.abs().max().item() for s in entry.seeds if s.numel()], default=0.0)
+        if difference.numel() and difference.max().item() > _ROUNDINGS * eps * largest * seeds:
+            return False
+    return True
+
+
+def _saved_sizes(run: Run) -> Iterator[float]:
+    """The largest number of each tensor that the graph of a run keeps."""
+    for node in graph_nodes(run.output.leaves, run.inputs):
+        for name in dir(node):
+            if name.startswith("_saved_"):
+                value = getattr(node, name)
+                if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+                    yield value.detach().abs().nan_to_num(0, 0, 0).max().item()
 
 
 # --- what is returned besides ------------------------------------------------------------------
@@ -246,15 +288,6 @@ def tolerance(dtypes: list[torch.dtype]) -> float:
 def tolerance_of(run: Run) -> float:
     """The same for all dtypes that a run computes in."""
     dtypes = {x.dtype for x in run.inputs} | {out.dtype for out in run.output.leaves}
-    stack = [out.grad_fn for out in run.output.leaves if out.grad_fn is not None]
-    stops = {x.grad_fn for x in run.inputs if x.grad_fn is not None}
-    seen = set(stops)
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
+    for node in graph_nodes(run.output.leaves, run.inputs):
         dtypes |= {m.dtype for m in node._input_metadata if m.dtype.is_floating_point}
-        stack += [parent for parent, _ in node.next_functions if parent is not None]
     return tolerance([dtype for dtype in dtypes if dtype.is_floating_point])
-

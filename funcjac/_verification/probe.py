@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funcjac._engines.run import Run
+from funcjac._native import vector_jacobian
 
 # No number that a user would seed with: the cotangent must not be the input itself.
 _SEED = 0x6A61_636F_6269
@@ -69,9 +70,7 @@ def vjp(
         return [None] * len(inputs)
     roots, vectors = [o for o, _ in live], [c for _, c in live]
     with torch.enable_grad():
-        return list(
-            torch.autograd.grad(roots, inputs, vectors, True, create_graph, allow_unused=True)
-        )
+        return list(vector_jacobian(roots, inputs, vectors, retain=True, graph=create_graph))
 
 
 def random_like(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -101,9 +100,7 @@ def row_factors(run: Run, probe: Probe) -> tuple[Tensor, list[Tensor]]:
     Equal directions in all rows are what the sum trick uses itself.
     """
     x = run.inputs[0]
-    drawn = torch.rand(
-        run.call.batch, generator=probe.generator, device="cpu", dtype=torch.float64
-    )
+    drawn = torch.rand(run.call.batch, generator=probe.generator, device="cpu", dtype=torch.float64)
     factors = (drawn + 0.5).to(x.device, x.dtype)
     rows = [seed * factors.to(seed.dtype).view(-1, *[1] * (seed.ndim - 1)) for seed in probe.seeds]
     return factors, rows

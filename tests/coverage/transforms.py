@@ -149,11 +149,21 @@ TRANSFORMS = [
         )
         for engine, mode in ROUTES
     ],
+    # Torch's own forward formulas, where nobody looks at what they give.
+    Transform(
+        "vmap/fwd check=False",
+        batch_jacobian,
+        JACOBIAN,
+        {"engine": "vmap", "mode": "fwd", "check": False},
+        calls=1,
+    ),
+    Transform("fwd in torch.vmap", batch_jacobian, JACOBIAN, {"mode": "fwd"}, inside="vmap", calls=1),
     Transform("backward", batch_jacobian, JACOBIAN, {}, promised=True, backward=True, calls=3),
     Transform("backward rev", batch_jacobian, JACOBIAN, {"mode": "rev"}, backward=True, calls=1),
     Transform("backward fwd", batch_jacobian, JACOBIAN, {"mode": "fwd"}, backward=True, calls=1),
     Transform("nested", _nested, HESSIAN, {}, promised=True),
     Transform("batch_hessian", batch_hessian, HESSIAN, {}, promised=True),
+    Transform("batch_hessian in torch.vmap", batch_hessian, HESSIAN, {}, inside="vmap", calls=1),
     *[
         Transform(f"batch_hessian {mode}", batch_hessian, HESSIAN, {"mode": mode}, calls=1)
         for mode in NESTED
