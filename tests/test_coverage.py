@@ -150,6 +150,50 @@ def test_a_changed_module_is_noticed() -> None:
     assert judged(forgetful, case) == STATE
 
 
+class Counting(nn.Module):
+    """Counts its runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return x.sin()
+
+
+def test_effects_of_one_plain_run_are_as_they_should_be_and_of_two_are_not() -> None:
+    def make() -> Parts:
+        module = Counting()
+        return Parts(lambda x: (x.sin(),), module, module)
+
+    counted = replace(case_of(sine), make=make)
+    assert judged(batch_jacobian, counted) == RIGHT
+    twice = lambda f, a: lambda x: [f(x), batch_jacobian(f, a)(x)][1]
+    assert judged(twice, counted) == STATE
+    none = lambda f, a: lambda x: torch.diag_embed(x.cos())
+    assert judged(none, counted) == STATE
+
+
+@pytest.mark.parametrize("inside", ["grad", "vmap"])
+def test_what_is_wrong_inside_of_torch_func_is_silently_wrong(inside: str) -> None:
+    assert judged(batch_jacobian, inside=inside) == RIGHT
+    assert judged(lambda f, a: lambda x: batch_jacobian(f, a)(x) * 1.001, inside=inside) == WRONG
+    detached = lambda f, a: lambda x: batch_jacobian(f, a)(x).detach()
+    assert judged(detached, inside=inside) == (WRONG if inside == "grad" else RIGHT)
+
+
+def test_inside_of_vmap_torch_itself_may_fail() -> None:
+    def branching(x: Tensor) -> Tensor:
+        return x.sin() if x.sum() > 0 else x.cos()
+
+    def raising(func, argnums):
+        return lambda x: func(x) / 0 if x.sum() > 0 else func(x)
+
+    assert judged(raising, case_of(branching), inside="vmap") == DOCUMENTED
+    assert judged(raising, inside="vmap") == CRASH
+
+
 def test_odd_errors_are_crashes_and_promised_ones_are_not() -> None:
     def raising(error):
         def call(x):

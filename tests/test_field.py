@@ -901,3 +901,52 @@ def test_check_derivative_of_a_module_made_by_fx():
     net: nn.Module = by_fx()
     x: Tensor = randn(B, 3)
     assert check_derivative(batch_jacobian(net), x).ok
+
+
+# --- what a sweep over torch's operators met ------------------------------------------------
+
+
+def solve_ex(x):
+    a = x.reshape(-1, 2, 2) + 3 * torch.eye(2, dtype=x.dtype)
+    return torch.linalg.solve_ex(a, a.sin())[0].flatten(1)
+
+
+def test_forward_mode_inside_of_vmap_is_a_transposed_vjp():
+    """Torch's forward formula of this operation is wrong, and nobody asked for it."""
+    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = batch_jacobian(solve_ex)(x)
+    inside = torch.vmap(batch_jacobian(solve_ex, mode="fwd"))(x[None])[0]
+    torch.testing.assert_close(inside, expected)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_wrong_forward_formula_that_was_asked_for_is_refused(inside):
+    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    jacobian = batch_jacobian(solve_ex, mode="fwd", engine="vmap", check=False)
+    call = torch.vmap(jacobian) if inside else jacobian
+    with pytest.raises(RuntimeError, match="_linalg_solve_ex"):
+        call(x[None] if inside else x)
+
+
+def test_a_reference_that_refuses_large_cotangents():
+    x = torch.randn(3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    func = lambda x: torch.view_as_real(torch.linalg.eigvals(x))
+    nested = batch_jacobian(batch_jacobian(func))(x)
+    torch.testing.assert_close(nested, batch_hessian(func)(x))
+
+
+def test_an_object_that_counts_its_calls_is_one_key():
+    """An int that changes at each call must not make each of them a first one."""
+
+    class Counts:
+        calls = 0
+
+        def __call__(self, x):
+            self.calls += 1
+            return torch.nn.functional.layer_norm(x.sin(), (3,))
+
+    func = Counts()
+    hessian = batch_hessian(func)
+    for _ in range(6):
+        hessian(torch.randn(4, 3, dtype=torch.float64))
+    assert func.calls <= 7  # once more in the first, for what torch differentiates wrongly

@@ -243,10 +243,10 @@ def check_derivative(
         limit = tolerance([x.dtype for x in (*call.inputs, *loop.output.leaves)])
         comparisons = []
         for (engine, mode), result in results.items():
-            reference = references[engine]
+            reference: Any = references[engine]
             reference = result if isinstance(reference, Exception) else reference
             comparisons.append(_compare(engine, mode, result, reference))
-        reference = references["sum"]
+        reference: Any = references["sum"]
         reference = loop if isinstance(reference, Exception) else reference
         set_rng_state(rng)
         central = largest_difference(call, reference)

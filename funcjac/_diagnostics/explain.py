@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from funcjac import _tree
 from funcjac._diagnostics.meter import Meter
 from funcjac._dispatch.attempt import Outcome
 from funcjac._operators.transform import Transform, looks, transform_of
@@ -190,8 +191,7 @@ def _passes(mode: str, outputs: int, inputs: int) -> int:
 
 
 def _has_graph(result: Any) -> bool:
-    leaves = torch.utils._pytree.tree_leaves(result)
-    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
+    return any(leaf.requires_grad for leaf in _tree.tensors(result))
 
 
 def _measured(

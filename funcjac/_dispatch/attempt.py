@@ -125,8 +125,8 @@ class Attempt:
         if self.start is not None:
             set_rng_state(self.start)
         self.outcome.runs += 1
+        call, again = run.call._replace(replaced=True), run
         try:
-            call = run.call._replace(replaced=True)
             again = run_once(call, None if run.recorder is None else make_recorder)
             pairs = zip(run.output.leaves, again.output.leaves)
             limit = tolerance_of(run)

@@ -10,6 +10,7 @@ import torch
 
 from funcjac._batched import Call
 from funcjac._dispatch.attempt import Attempt, asks_for_graph, elements_of_rows
+from funcjac._dispatch.forward import check_forward_formulas
 from funcjac._dispatch.messages import drew
 from funcjac._dispatch.rule import Sizes
 from funcjac._dispatch.verify import verify
@@ -37,6 +38,8 @@ def by_vmap(attempt: Attempt) -> Derivatives:
         raise RefusedError(words)
     if "fwd" in mode:  # forward formulas see through no_grad: always verified
         attempt.is_due = attempt.options.check is not False
+        if not attempt.is_due:
+            check_forward_formulas(attempt.call, again=torch.is_grad_enabled() or "_" in mode)
     draws = False
     if attempt.is_due or attempt.decision.outputs is None:
         draws = reference(attempt, before)

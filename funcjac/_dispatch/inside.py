@@ -14,6 +14,7 @@ from torch import Tensor
 
 from funcjac._batched import Call, Output
 from funcjac._dispatch.decisions import decision_of
+from funcjac._dispatch.forward import check_forward_formulas
 from funcjac._dispatch.key import FunctionKey, make_key
 from funcjac._dispatch.rule import Sizes
 from funcjac._dispatch.solve import engines_of
@@ -50,13 +51,19 @@ def solve_inside(call: Call, token: Any) -> Derivatives:
 
 
 def _row_compute(call: Call) -> Any:
+    mode = call.options.mode
+    if call.options.engine != "vmap":  # forward formulas are for whoever asks for them
+        mode = mode.replace("fwd", "transposed")
+
     def compute(function: Any, xs: Any, extras: Any) -> Any:
-        return call.options.operator.compute_row(call, function, xs, extras, call.options.mode)
+        return call.options.operator.compute_row(call, function, xs, extras, mode)
 
     return compute
 
 
 def _by_rows(call: Call) -> Derivatives:
+    if call.options.engine == "vmap" and "fwd" in call.options.mode:
+        check_forward_formulas(call, again=True)
     if call.options.engine != "loop":
         try:
             return in_result_type(call, by_vmap(call, _row_compute(call)))

@@ -116,9 +116,8 @@ def _peel(out: Tensor, inputs: Sequence[Tensor]) -> tuple[Any, Tensor] | None:
 
     A cotangent that is the same in all rows would go through that layer once for every row.
     """
-    node = out.grad_fn
-    is_linear = node is not None and node.name() == "AddmmBackward0" and out.ndim == 2
-    if not is_linear or out._backward_hooks:
+    node: Any = out.grad_fn
+    if node is None or node.name() != "AddmmBackward0" or out.ndim != 2 or out._backward_hooks:
         return None
     (bias, _), (left, place), (weight, _) = node.next_functions
     if left is None or not (_is_constant(bias, inputs) and _is_constant(weight, inputs)):
@@ -141,7 +140,7 @@ def column_root(out: Tensor, m: int) -> tuple[Any, Tensor]:
 
     Columns that were stacked are entered one by one: through the stack, each would pull all.
     """
-    node = out.grad_fn
+    node: Any = out.grad_fn
     if node is not None and node.name() == "StackBackward0" and not out._backward_hooks:
         edge = node.next_functions[m] if out.ndim == 2 and node._saved_dim in (1, 2**64 - 1) else ()
         if edge and edge[0] is not None:

@@ -106,9 +106,10 @@ def plain_values(call: Call) -> list[Tensor]:
 
 def read_graph(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Facts:
     """Walk the graph from ``outputs`` back to ``inputs``, once, in a fixed order."""
-    names, widest, has_leaves = [], 1, False
+    names: list[str] = []
+    widest, has_leaves = 1, False
     stops = {x.grad_fn for x in inputs if x.grad_fn is not None}
-    stack = [out.grad_fn for out in reversed(outputs) if out.grad_fn is not None]
+    stack: list[Any] = [out.grad_fn for out in reversed(outputs) if out.grad_fn is not None]
     seen = set(stops)
     while stack:
         node = stack.pop()

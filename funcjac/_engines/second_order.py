@@ -298,7 +298,8 @@ def _joined_outputs(columns: list[Maybe], out: Tensor) -> Maybe:
     if all(column is None for column in columns):  # or no outputs in a row
         return None
     if len(columns) == 1:
-        return columns[0] if columns[0].shape == out.shape else columns[0].reshape(out.shape)
+        only: Any = columns[0]
+        return only if only.shape == out.shape else only.reshape(out.shape)
     zero = out.new_zeros(out.shape[0])
     whole = [zero if c is None else c.squeeze(1) if c.ndim > 1 else c for c in columns]
     return torch.stack(whole, -1).reshape(out.shape)

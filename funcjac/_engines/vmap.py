@@ -159,8 +159,7 @@ def _forward_in_chunks(f: RowFunction, xs: Sequence[Tensor], chunk: int) -> Any:
 
         def column(tangent: Tensor, j: int = j) -> Any:
             only = lambda y: f(*xs[:j], y, *xs[j + 1 :])  # noqa: E731
-            outs, tangents, along = torch.func.jvp(only, (xs[j],), (tangent,), has_aux=True)
-            return outs, tangents, along
+            return torch.func.jvp(only, (xs[j],), (tangent,), has_aux=True)
 
         vectors = torch.vmap(column, randomness="same", chunk_size=chunk)
         _, tangents, along = vectors(_basis(x))

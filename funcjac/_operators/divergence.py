@@ -77,7 +77,7 @@ class Divergence(Operator):
             total = torch.vmap(product, randomness="same", chunk_size=chunk)(*extras)
         else:
             jac = vmap.jacobian(function, xs, "rev", chunk)[0]
-            total = 0
+            total: Any = 0
             for i, x in enumerate(xs):
                 matrix, rows = jac[i][i].reshape(x.numel(), x.numel()), extras[i].flatten(1)
                 total = total + ((rows.to(matrix.dtype) @ matrix) * rows).sum(-1)
@@ -206,8 +206,8 @@ def batch_divergence(
         has_aux: ``func`` returns ``(output, aux)``; ``aux`` is any object.
         return_value: also return ``func``'s output, from the same run.
         randomness: ``"different"``, ``"same"`` or ``"error"``, as in :func:`batch_jacobian`.
-        check: ``"auto"`` verifies the first call of each signature, ``True`` every call,
-            ``False`` none.
+        check: ``"auto"`` verifies calls 1, 2, 4, 8, … of each key, ``True`` every call,
+            ``False`` none; as in :func:`batch_jacobian`.
 
     Returns:
         A function of the same arguments. It returns ``div``; ``(div, aux)`` with ``has_aux``;
@@ -221,7 +221,7 @@ def batch_divergence(
         RuntimeError: the engine and mode that were asked for cannot differentiate ``func``.
 
     Cost: ``N`` passes, forward or backward, for all rows at once, or ``samples`` passes; memory of
-    as many as are carried at once. The first call of a signature verifies by as many again.
+    as many as are carried at once. A verified call takes as many again.
 
     Sources: M. F. Hutchinson, 1989; W. Grathwohl et al., "FFJORD", 2019.
 

@@ -176,16 +176,16 @@ def batch_hessian(
         in_dims: batch dimension of each positional argument, as in :func:`batch_jacobian`.
         out_dims: where ``func`` puts the batch dimension; results have it first.
         mode: ``"fwd_over_rev"``, ``"rev_over_rev"``, ``"rev_over_fwd"``, ``"fwd_over_fwd"``: how
-            the Jacobian is differentiated, over how it is computed. ``"auto"`` goes by the
-            clock, among the first two, without forward formulas, and, for few inputs, Taylor
-            propagation of all pairs.
+            the Jacobian is differentiated, over how it is computed; ``"taylor"``: all pairs of
+            coordinates are propagated through the operations of the one run. ``"auto"`` goes by
+            the numbers of inputs and outputs.
         engine: ``"vmap"``, ``"sum"``, ``"loop"`` or ``"auto"``, as in :func:`batch_jacobian`.
         chunk_size: basis vectors in one pass, at both levels.
         has_aux: ``func`` returns ``(output, aux)``; ``aux`` is any object.
         return_value: also return the Jacobian and ``func``'s output, which come for free.
         randomness: ``"different"``, ``"same"`` or ``"error"``, as in :func:`batch_jacobian`.
-        check: ``"auto"`` verifies the first call of each signature, ``True`` every call,
-            ``False`` none.
+        check: ``"auto"`` verifies calls 1, 2, 4, 8, … of each key, ``True`` every call,
+            ``False`` none; as in :func:`batch_jacobian`.
 
     Returns:
         A function of the same arguments. It returns ``hess``; ``(hess, aux)`` with ``has_aux``;
@@ -198,9 +198,9 @@ def batch_hessian(
         VerificationError: nothing agrees with plain double backward along a random direction.
         RuntimeError: the engine and mode that were asked for cannot differentiate ``func``.
 
-    Cost: ``M`` (reverse inside) or ``N`` (forward inside) times ``N`` passes for ``M`` outputs and
-    ``N`` inputs in a row, half as many for blocks of several arguments; memory of the result and
-    of as many passes as are carried at once.
+    Cost: one run of ``func``; ``M (1 + N)`` passes with reverse inside, ``N (1 + N)`` with forward
+    inside, for ``M`` outputs and ``N`` inputs in a row; memory of the result and of as many passes
+    as are carried at once.
 
     Sources: torch.func.hessian; B. A. Pearlmutter, "Fast exact multiplication by the Hessian",
     1994; pytorch/pytorch pull request 162879, which asked for chunks.

@@ -132,7 +132,7 @@ def batch_hessian_diagonal(
     physics-informed network, without the Hessian. Derivatives are pushed through the operations
     that ``func`` runs in this very call, once (Taylor propagation), so nothing of an earlier call
     can be stale. Where that is not possible (recurrent kernels, custom ``autograd.Function``,
-    writes into slices), two differentiations are nested, and an ``EngineFallbackWarning`` says so.
+    writes into slices), two differentiations are nested on the same run.
 
     Args:
         func: a batched function: row ``b`` of its output depends on row ``b`` of its batched
@@ -142,15 +142,15 @@ def batch_hessian_diagonal(
         in_dims: batch dimension of each positional argument, as in :func:`batch_jacobian`.
         out_dims: where ``func`` puts the batch dimension; results have it first.
         mode: ``"taylor"``; one of the nested modes of :func:`batch_hessian`; or ``"auto"``:
-            Taylor, if it works, and in the end the fastest that was verified.
+            Taylor where it takes fewer operations and can follow ``func``, else nested.
         engine: how rows are kept apart in the nested modes, as in :func:`batch_jacobian`.
             ``"taylor"`` runs the whole batch, and needs ``"sum"`` or ``"auto"``.
         chunk_size: coordinates in one pass.
         has_aux: ``func`` returns ``(output, aux)``; ``aux`` is any object.
         return_value: also return the Jacobian and ``func``'s output, which come for free.
         randomness: ``"different"``, ``"same"`` or ``"error"``, as in :func:`batch_jacobian`.
-        check: ``"auto"`` verifies the first call of each signature, ``True`` every call,
-            ``False`` none.
+        check: ``"auto"`` verifies calls 1, 2, 4, 8, … of each key, ``True`` every call,
+            ``False`` none; as in :func:`batch_jacobian`.
 
     Returns:
         A function of the same arguments. It returns ``diag``; ``(diag, aux)`` with ``has_aux``;
@@ -163,8 +163,8 @@ def batch_hessian_diagonal(
         RuntimeError: the engine and mode that were asked for cannot differentiate ``func``.
 
     Cost: ``func`` once, and ``2 N`` times its linear operations, for ``N`` inputs in a row, at all
-    ``M`` outputs at once; memory of ``2 N`` of its tensors at a time. The first call of a
-    signature verifies by ``N + 1`` passes backward.
+    ``M`` outputs at once; memory of ``2 N`` of its tensors at a time. A verified
+    call takes ``N + 1`` more passes backward.
 
     Sources: see :mod:`funcjac._taylor`; pytorch/pytorch issues 41530 and 87559, which asked.
 

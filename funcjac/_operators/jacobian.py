@@ -83,20 +83,24 @@ def batch_jacobian(
             differentiated too: ``(B, *out, *param)``. What is no tensor is always shared.
         out_dims: where ``func`` puts the batch dimension; results have it first.
         mode: ``"rev"`` pulls back the basis of a row's output (one pass for each element),
-            ``"fwd"`` pushes forward that of its input; ``"auto"`` goes by sizes and clock.
-        engine: ``"vmap"``, ``"sum"`` (the sum trick, by plain autograd), ``"loop"``, or
-            ``"auto"``: vmap first, what works if it fails, in the end the fastest that was
-            verified.
-        chunk_size: basis vectors in one pass. ``None`` for as many as keep what goes into or
-            comes out of a pass within 2**26 numbers (inside of other transforms, all). It bounds
-            memory and never changes values. Chunks go into one preallocated result, except
-            where it is to be differentiated: there they are joined at the end.
+            ``"fwd"`` pushes forward that of its input, as the transpose of a vector-Jacobian
+            product (with ``engine="vmap"`` by torch's forward formulas); ``"auto"`` goes by sizes.
+        engine: ``"sum"`` (the sum trick, by plain autograd on the one run of ``func``),
+            ``"vmap"`` (``torch.func`` of the function of one row under ``torch.vmap``), ``"loop"``,
+            or ``"auto"``: the sum trick, vmap for arguments that rows share and inside of
+            ``torch.vmap``, and the next one where one fails.
+        chunk_size: basis vectors per pass; ``None`` leaves it to the rule: what stays in a
+            processor's cache, in bounded memory. It never changes values. Chunks go into one
+            preallocated result; where it is to be differentiated, they are joined at the end.
         has_aux: ``func`` returns ``(output, aux)``; ``aux`` is any object.
         return_value: also return ``func``'s output, from the same forward pass.
-        randomness: ``"different"`` draws for each row, ``"same"`` once for all rows, ``"error"``
-            refuses. All columns of a row see the same draw.
-        check: ``"auto"`` verifies the first call of each signature (trees, shapes, dtypes,
-            devices, modes, modules that ``func`` can reach), ``True`` every call, ``False`` none.
+        randomness: of draws in ``func`` where ``torch.vmap`` or the loop runs it, as in
+            ``torch.vmap``. In the one run of the sum trick a draw is what it is in a plain call.
+        check: ``"auto"`` verifies calls 1, 2, 4, 8, … of each key, ``True`` every call, ``False``
+            none: the caller vouches for the rows. The key is the transform's keywords, the
+            function with the modules, functions, strings, bools and ints that it closes over,
+            ``training`` flags, trees, dtypes, devices and sizes of a row, not the batch size. All
+            transforms of the process share what is known of a key.
 
     Returns:
         A function of the same arguments. It returns ``jac``; ``(jac, aux)`` with ``has_aux``;
@@ -118,10 +122,9 @@ def batch_jacobian(
             ``func`` draws random numbers and ``randomness`` is ``"error"``. What ``func``
             raises itself is passed on as it is.
 
-    Cost: ``rev`` runs ``func`` once and pulls back as many cotangents as a row of the output has
-    elements; ``fwd`` pushes as many tangents as a row of the input has elements. A pass that
-    carries ``k`` of them holds ``k`` times the memory of one. The first call of a signature
-    takes three or four times as long, and the next few try other engines and modes.
+    Cost: one run of ``func`` and, in ``rev``, a backward pass for each element of a row of the
+    output; in ``fwd`` one more than a row of the input has elements. A pass that carries ``k``
+    basis vectors holds ``k`` times the memory of one. A verified call takes one more pass.
 
     Sources: torch.func (vmap, vjp, jvp); the sum trick of pytorch/functorch issue 328 and
     TensorFlow's ``batch_jacobian``; pytorch/pytorch issue 23475, which asked for this.

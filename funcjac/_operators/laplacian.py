@@ -201,8 +201,8 @@ def batch_laplacian(
         return_value: also return the Jacobian and ``func``'s output, which come for free; from
             ``samples`` only the output does.
         randomness: ``"different"``, ``"same"`` or ``"error"``, as in :func:`batch_jacobian`.
-        check: ``"auto"`` verifies the first call of each signature, ``True`` every call,
-            ``False`` none.
+        check: ``"auto"`` verifies calls 1, 2, 4, 8, … of each key, ``True`` every call,
+            ``False`` none; as in :func:`batch_jacobian`.
 
     Returns:
         A function of the same arguments. It returns ``lap`` in the structure of the output;
@@ -218,8 +218,8 @@ def batch_laplacian(
 
     Cost: ``func`` once, and ``N + 1`` times its linear operations (``samples + 1`` for an
     estimate, up to ``2 N + 1`` with a matrix for each row); memory likewise. The nested modes hold
-    all pairs of the directions of a chunk. The first call of a signature verifies by as many
-    passes backward.
+    all pairs of the directions of a chunk. A verified call takes as many
+    passes backward more.
 
     Sources: R. Li et al., "A computational framework for neural network-based variational Monte
     Carlo with forward Laplacian", 2024; M. F. Hutchinson, 1989; pytorch/pytorch issue 53903.

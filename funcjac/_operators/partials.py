@@ -226,18 +226,20 @@ def batch_partials(
         func: a batched function of rows ``(d,)``.
         indices: the coordinates of each derivative; their order within one does not matter,
             negative ones count from the end, and ``()`` is the value.
-        argnums: the positional argument to differentiate.
+        argnums: the positional argument or arguments to differentiate, each of rows ``(d,)`` or
+            ``()``. Coordinates are numbered through in their order: of ``u(x, t)`` with columns
+            ``x`` and ``t``, ``argnums=(0, 1)``, ``(0,)`` is ``u_x`` and ``(1,)`` is ``u_t``.
         in_dims: batch dimension of each positional argument, as in :func:`batch_jacobian`.
         out_dims: where ``func`` puts the batch dimension; results have it first.
         mode: ``"taylor"``; ``"rev"``, one differentiation nested in another for each entry; or
-            ``"auto"``: Taylor, if it works.
+            ``"auto"``: Taylor where it takes fewer operations and can follow ``func``.
         engine: how rows are kept apart in the nested modes, as in :func:`batch_jacobian`.
         chunk_size: derivatives in one pass.
         has_aux: ``func`` returns ``(output, aux)``; ``aux`` is any object.
         return_value: also return ``func``'s output, from the same run.
         randomness: ``"different"``, ``"same"`` or ``"error"``, as in :func:`batch_jacobian`.
-        check: ``"auto"`` verifies the first call of each signature, ``True`` every call,
-            ``False`` none.
+        check: ``"auto"`` verifies calls 1, 2, 4, 8, … of each key, ``True`` every call,
+            ``False`` none; as in :func:`batch_jacobian`.
 
     Returns:
         A function of the same arguments. It returns a tuple ``partials``, each in the structure
@@ -252,8 +254,8 @@ def batch_partials(
         RuntimeError: the engine and mode that were asked for cannot differentiate ``func``.
 
     Cost: ``func`` once, and its linear operations once for each derivative and each one of lower
-    order that it needs; memory likewise. The first call of a signature verifies by a backward
-    pass for each.
+    order that it needs; memory likewise. A verified call takes a backward
+    pass for each more.
 
     Sources: the formula of Faà di Bruno; see :mod:`funcjac._taylor`.
 

@@ -47,7 +47,7 @@ class Transform:
         self.func, self.options, self.extras = func, options, extras
         self.__funcjac_key__ = _token(options)
         functools.update_wrapper(self, func, updated=())
-        del self.__wrapped__  # it would be copied and pickled a second time
+        vars(self).pop("__wrapped__", None)  # it would be copied and pickled a second time
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.options.engine == "vmap" and "fwd" in self.options.mode
@@ -71,7 +71,8 @@ class Transform:
 
     def _without_inference(self, args: Any, kwargs: Any, outcome: Outcome) -> Any:
         with torch.inference_mode(False), torch.no_grad():
-            return self.evaluate(*usable((args, kwargs)), outcome)
+            args, kwargs = usable((args, kwargs))
+            return self.evaluate(args, kwargs, outcome)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         call = bind(self.func, self.options, args, kwargs)

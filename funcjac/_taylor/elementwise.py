@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def elementwise(site: Site) -> list[Jet | None]:
     return site.jet(derivative)
 
 
-def _terms(summands: Sequence[tuple[Tensor | None, Tensor | None, int]]) -> list[Term]:
+def _terms(summands: Iterable[tuple[Tensor | None, Tensor | None, int]]) -> list[Term]:
     """Summands that are not zero."""
     return [(a, b, times) for a, b, times in summands if a is not None and b is not None]
 
@@ -68,7 +69,8 @@ def _bends(scheme: Scheme, jets: list[Jet], partial: _Partials) -> list[Term]:
         factor = None if a is None or b is None else partial(i, j)
         if factor is not None:
             rule = functools.partial(scheme.second, product=torch.mul, cross=i != j)
-            terms.append((factor, on_one_row(rule, a, b), 1))
+            stacks: Any = (a, b)
+            terms.append((factor, on_one_row(rule, *stacks), 1))
     return terms
 
 

@@ -71,7 +71,7 @@ def _depends_on(grads: list[Tensor | None], inputs: list[Tensor]) -> bool:
 
 def _bends(site: Site, places: list[int]) -> list[Tensor | None]:
     """Second derivatives of each result, each pair of directions with copies of its own."""
-    scheme, nothing = site.scheme, [None] * len(places)
+    scheme, nothing = site.scheme, list["Tensor | None"]([None] * len(places))
     if all(stack is None for stack in site.level(1)):
         return nothing
     slots = site.node.slots

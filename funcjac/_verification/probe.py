@@ -51,9 +51,14 @@ def make_probe(run: Run, number: int, scale: float = 1.0) -> Probe:
     """Pull a random cotangent back; ``number`` draws another one."""
     generator = torch.Generator("cpu").manual_seed(_SEED + number)
     outs = run.output.leaves
-    seeds = [scale * random_like(out, generator) / output_sizes(out) for out in outs]
     again = run.create_graph or run.call.options.operator.is_second_order
-    grads = vjp(outs, run.inputs, seeds, create_graph=again)
+    drawn = [scale * random_like(out, generator) for out in outs]
+    seeds = [seed / output_sizes(out) for seed, out in zip(drawn, outs)]
+    try:
+        grads = vjp(outs, run.inputs, seeds, create_graph=again)
+    except RuntimeError:  # an operation may refuse a large cotangent
+        seeds = drawn
+        grads = vjp(outs, run.inputs, seeds, create_graph=again)
     return Probe(seeds, grads, generator, scale)
 
 

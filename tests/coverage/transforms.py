@@ -157,7 +157,9 @@ TRANSFORMS = [
         {"engine": "vmap", "mode": "fwd", "check": False},
         calls=1,
     ),
-    Transform("fwd in torch.vmap", batch_jacobian, JACOBIAN, {"mode": "fwd"}, inside="vmap", calls=1),
+    Transform(
+        "fwd in torch.vmap", batch_jacobian, JACOBIAN, {"mode": "fwd"}, inside="vmap", calls=1
+    ),
     Transform("backward", batch_jacobian, JACOBIAN, {}, promised=True, backward=True, calls=3),
     Transform("backward rev", batch_jacobian, JACOBIAN, {"mode": "rev"}, backward=True, calls=1),
     Transform("backward fwd", batch_jacobian, JACOBIAN, {"mode": "fwd"}, backward=True, calls=1),

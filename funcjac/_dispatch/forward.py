@@ -1,0 +1,54 @@
+"""Torch's forward formulas, which ``engine="vmap", mode="fwd"`` asks for: refused if wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from funcjac._batched import Call
+from funcjac._environment import rng_state, set_rng_state
+from funcjac._native import with_memory
+from funcjac._torch_faults import forward_faults
+
+
+class _Names(TorchDispatchMode):
+    """Collects the names of the operations that run, with and without overload."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing of this is compiled; torch's own guard against it imports the compiler."""
+        return False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.overloadpacket.__name__
+        self.names |= {name, f"{name}.{func._overloadname}"}
+        return func(*with_memory(args), **with_memory(kwargs or {}))
+
+
+def check_forward_formulas(call: Call, *, again: bool) -> None:
+    """Raise if ``func`` runs an operation whose forward formula torch has wrong.
+
+    Runs ``func`` once more, with replacements.
+
+    Raises:
+        RuntimeError: it does, and nothing replaces it.
+    """
+    state, recorder = rng_state(), _Names()
+    call = call._replace(clone=True, replaced=True)
+    with torch.enable_grad(), recorder:
+        call(call.inputs)
+    set_rng_state(state)
+    wrong: Any = sorted(forward_faults(recorder.names, again=again))
+    if wrong:
+        raise RuntimeError(
+            f"{call.options.name}: expected func to have forward formulas that are right with "
+            f"mode={call.options.mode!r} and engine='vmap', got {', '.join(wrong)}, of which "
+            "torch's are wrong. Use a reverse mode, or engine='sum', whose forward mode is the "
+            "transpose of a vector-Jacobian product."
+        )
