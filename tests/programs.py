@@ -1107,6 +1107,8 @@ def _compare(program, check, scope, transform, point, right) -> Failure | None:
     for die, n in zip(dice(scope), ran):
         if runs_once(program, check) and n != 1:
             return Failure(program, check, "runs", f"{n} runs of func in one call")
+        if check.inside or dict(check.words).get("engine") == "vmap":
+            continue  # what func keeps belongs to a transform
         if die.count != die.runs or type(die.last) is not Tensor:
             return Failure(program, check, "state", "what func counts or keeps is not there")
         if torch._C._functorch.is_functorch_wrapped_tensor(die.last):
@@ -1122,7 +1124,9 @@ def _compare(program, check, scope, transform, point, right) -> Failure | None:
     if text is not None and any(len(index) > 2 for index in check.indices):
         draw = max([die.runs for die in dice(scope)], default=1)
         with program.running(twin=True, draw=draw) as other:
-            text = difference(found, third(program, check, other, args), 1e-5)
+            # Differences see through what autograd is kept from.
+            right = found if is_blind(program) else third(program, check, other, args)
+            text = difference(found, right, 1e-5)
     return None if text is None else Failure(program, check, "wrong", text)
 
 
@@ -1251,7 +1255,8 @@ def _further(program: Program, rng: random.Random, unchecked: bool) -> Iterator[
             ):  # forward mode sees through no_grad; verification says so
                 yield Check("batch_jacobian", (*words, ("check", False)), points=(1,))
     yield Check("batch_jacobian", (("check", False),), points=(0, 1, 2))
-    yield Check("batch_jacobian", inside=True, points=(0, 1, 2))
+    if "None" not in program.output:  # of which torch.func makes no aux
+        yield Check("batch_jacobian", inside=True, points=(0, 1, 2))
     yield Check("batch_jacobian", backward=True, points=(0, 1, 2, 0, 1))
     if program.mixing:
         return

@@ -127,7 +127,7 @@ class Attempt:
         self.outcome.runs += 1
         call, again = run.call._replace(replaced=True), run
         try:
-            again = run_once(call, None if run.recorder is None else make_recorder)
+            again = run_once(call, None if run.recorder is None else Recorder)
             pairs = zip(run.output.leaves, again.output.leaves)
             limit = tolerance_of(run)
             same = all(is_alike(a.detach(), b.detach(), limit) for a, b in pairs)
@@ -167,10 +167,6 @@ def asks_for_graph(call: Call) -> bool:
         if leaves[i].requires_grad:
             return True
     return any(x.requires_grad for x in call.extras) if call.extra else False
-
-
-def make_recorder(inputs: Any) -> Recorder:
-    return Recorder(inputs, create_graph=torch.is_grad_enabled())
 
 
 def lean(error: Exception) -> Exception:

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from funcjac._dispatch.attempt import Attempt, lean, make_recorder
+from funcjac._dispatch.attempt import Attempt, lean
 from funcjac._dispatch.rule import Sizes
 from funcjac._dispatch.verify import NOT_CAUGHT, verify
 from funcjac._engines.graph import Route
 from funcjac._engines.run import Derivatives, Run, detached
 from funcjac._environment import rng_state
+from funcjac._taylor import Recorder
 from funcjac.errors import RefusedError, UntraceableError, brief
 
 _MOST_ROUTES = 256
@@ -25,7 +26,7 @@ def by_sum(attempt: Attempt) -> Derivatives:
         decision.records = _may_record(attempt)
     if decision.outputs is None:
         attempt.start = rng_state()  # for a run of replacements to draw the same numbers
-    run = attempt.plain = attempt.read(attempt.run(make_recorder if decision.records else None))
+    run = attempt.plain = attempt.read(attempt.run(Recorder if decision.records else None))
     sizes = attempt.sizes(run)
     facts, outcome = attempt.facts, attempt.outcome
     assert facts is not None

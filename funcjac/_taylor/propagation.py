@@ -46,6 +46,9 @@ def make_recording(
     """
     if recorder.failure is not None:
         raise recorder.failure
+    recorder.settle()
+    for slot in recorder.copies if create_graph else ():
+        recorder.values[slot] = recorder.values[slot]._replace(tensor=None)
     slots = [recorder.slot(out) for out in outputs]
     steps = _needed(recorder, slots)
     bent: set[int] = set()
@@ -114,7 +117,7 @@ def _taken_apart(site: Site) -> list[Jet | None]:
     function: Callable[..., Any] | None = decomposition(site.node.op)
     assert function is not None
     values = variables(site)
-    recorder = Recorder(list(values.values()), create_graph=site.create_graph)
+    recorder = Recorder(list(values.values()))
     with torch.enable_grad(), recorder:
         out = rerun(site.node._replace(op=function), values)
     outs: Sequence[Any] = out if isinstance(out, (tuple, list)) else [out]

@@ -90,20 +90,21 @@ class Recorder(TorchDispatchMode):
     Args:
         inputs: leaves that require grad, or aliases that have a ``grad_fn``; strided, and
             materialized (``resolve_neg``).
-        create_graph: whether the derivatives will be differentiated.
 
     Attributes:
+        copies: slots of values that were overwritten, and are in no graph.
         failure: why the run cannot be followed, from the first operation that could not be
             recorded on.
     """
 
-    def __init__(self, inputs: Sequence[Tensor], *, create_graph: bool) -> None:
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.failure: UntraceableError | None = None
         self.nodes: list[Node] = []
         self.values: list[Value] = []
-        self.create_graph = create_graph
+        self.copies: set[int] = set()
         self._slots: dict[int, int] = {}
+        self._fresh: list[int] = []
         self._alive: list[Any] = []  # an id must not be given out twice
         self._inputs = list(inputs)
         if any(x.is_neg() for x in inputs):  # made up for above this mode: a constant below
@@ -141,6 +142,7 @@ class Recorder(TorchDispatchMode):
 
     def _before(self, func: Any, args: Any, kwargs: Any) -> Callable[[Any], None]:
         """What to note of an operation once it has run."""
+        self.settle()
         if func is _DETACH:  # autograd's copies of results, which get their history back later
             mark = self._slots.get(id(args[0]), _CONSTANT)
             return lambda out: self._mark(out, mark)
@@ -159,6 +161,14 @@ class Recorder(TorchDispatchMode):
             return lambda out: self._record(func, args, kwargs, active, out)
         mark = _CONSTANT if recording else _HIDDEN
         return lambda out: self._mark_all(out, mark)
+
+    def settle(self) -> None:
+        """Take down versions of what the last operation made: they count up only after it."""
+        for slot in self._fresh:
+            value = self.values[slot]
+            if value.tensor is not None:
+                self.values[slot] = value._replace(version=value.tensor._version)
+        self._fresh.clear()
 
     def _mark_all(self, out: Any, mark: int) -> None:
         for tensor in _tensors(out):
@@ -198,6 +208,7 @@ class Recorder(TorchDispatchMode):
 
     def _new(self, tensor: Tensor) -> int:
         self.values.append(Value(tensor, tensor.shape, tensor.dtype, tensor._version))
+        self._fresh.append(len(self.values) - 1)
         self._mark(tensor, len(self.values) - 1)
         return len(self.values) - 1
 
@@ -250,16 +261,16 @@ def _in_place(
     def note(_: Any) -> None:
         if (0, None) in active.places:
             slot = active.slots[active.places.index((0, None))]
-            # The old value belongs to a graph, to which a copy made here would not.
-            tensor = None if recorder.create_graph and not reshapes else old
-            recorder.values[slot] = recorder.values[slot]._replace(
-                tensor=tensor, version=old._version
-            )
+            value = recorder.values[slot]
+            recorder.values[slot] = value._replace(tensor=old, version=old._version)
+            if not reshapes:
+                recorder.copies.add(slot)
+        if reshapes:  # which moves no number
+            slots = enumerate(recorder.values)
+            recorder._fresh += [slot for slot, value in slots if value.tensor is target]
         constants = [old if tensor is target else tensor for tensor in active.constants]
         changed = active._replace(constants=constants)
         recorder._record(functional, (old, *args[1:]), kwargs, changed, target)
-        # The version counts up only after this mode, in the kernel of in-place operations.
-        recorder.values[-1] = recorder.values[-1]._replace(version=target._version + 1)
 
     return note
 
