@@ -68,3 +68,21 @@ def has_lazy(modules: Iterable[nn.Module]) -> bool:
         for module in every
         for tensor in (*module._parameters.values(), *module._buffers.values())
     )
+
+
+def buffers_in_training(modules: Iterable[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """Buffers that modules in training mode may move, with copies of their values."""
+    return [
+        (buffer, buffer.clone())
+        for module in modules
+        for child in module.modules()
+        if child.training
+        for buffer in child._buffers.values()
+        if buffer is not None and not nn.parameter.is_lazy(buffer)
+    ]
+
+
+def put_back(values: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for tensor, value in values:
+            tensor.copy_(value)

@@ -285,6 +285,8 @@ def expected_gradients(case_name: str, draw: str) -> list[Tensor]:
 @by_route
 @by_name([case for case in RIGHT if case.twice])
 def test_jacobian_can_be_differentiated(case: Case, route: str) -> None:
+    if case.moves and route.startswith("vmap"):
+        pytest.skip("func runs twice, and writes to what the first graph keeps")
     for before, call, wrt in calls_of(case, route, 2, grad=True):
         try:
             found = call()
@@ -323,7 +325,7 @@ def test_jacobian_inside_torch_func_is_right_if_it_runs(case: Case, mode: str) -
     setup = case.build()
     leaves, spec = optree.tree_flatten(setup.args, none_is_leaf=True, namespace="funcjac")
     first = next(i for i, x in enumerate(leaves) if x is not None and x.is_floating_point())
-    before = Snapshot(setup)
+    before = Snapshot(setup, moves=case.moves)
     jac = batch_jacobian(setup.func, mode=mode, **case.words)
 
     def loss(x: Tensor) -> Tensor:
@@ -346,7 +348,7 @@ INPLACE = [case for case in RIGHT if case.group == "inplace"]
 
 
 @by_route
-@by_name(INPLACE)
+@by_name([case for case in INPLACE if not case.moves])
 def test_inplace_spares_inputs_that_are_not_leaves(case: Case, route: str) -> None:
     setup = case.build()
     args = tuple(x.clone().requires_grad_() * 1 for x in setup.args)

@@ -282,11 +282,6 @@ def test_partials_of_rows_that_are_matrices(mode):
         call(batch_partials, [(0,)], x=randn(B, 3, 2), mode=mode)
 
 
-def test_partials_of_a_tree():
-    with pytest.raises(ValueError, match=r"^batch_partials: expected "):
-        batch_partials(lambda d: d["x"] * d["y"], [(0,)])({"x": randn(B, 3), "y": randn(B, 3)})
-
-
 @pytest.mark.parametrize("mode", FIRST)
 @pytest.mark.parametrize("samples", [None, 2])
 @pytest.mark.parametrize(

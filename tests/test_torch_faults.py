@@ -553,7 +553,8 @@ def test_every_fault_is_on_the_table(findings):
 
 @pytest.mark.parametrize("row", OPS, ids=lambda row: row.op)
 def test_everything_on_the_table_is_wrong(row, findings):
-    mended = row.wrong - findings.kinds.get(packet(row), set())
+    # That a graph serves one pass is tested in test_plain_wrong.
+    mended = row.wrong - {"single_pass"} - findings.kinds.get(packet(row), set())
     assert not mended, f"torch {torch.__version__}: {row.op} has these right by now"
 
 

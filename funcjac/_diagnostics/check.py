@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from funcjac._dispatch.solve import solve
 from funcjac._engines.run import Derivatives, plain_values, run_once
 from funcjac._environment import rng_state, same_rng_state, set_rng_state
 from funcjac._operators.jacobian import Jacobian
-from funcjac._operators.transform import looks, transform_of, usable
+from funcjac._operators.transform import DUAL_LEVELS, looks, transform_of, usable
 from funcjac._verification.compare import tolerance
 from funcjac._verification.finite_differences import largest_difference
 from funcjac._verification.rows import check_rows, mixing_error
@@ -258,8 +259,10 @@ def _run(call: Call, engine: str, mode: str) -> Derivatives | Exception:
     if engine == "sum" and None in call.layout.diff_dims:
         return ValueError("the sum trick has no per-sample derivative of what rows share")
     keywords = replace(call.options, engine=engine, mode=mode, check=False, randomness="different")
+    forward = engine == "vmap" and "fwd" in mode
     try:
-        return solve(call._replace(options=keywords), ("check_derivative",), Outcome())
+        with DUAL_LEVELS if forward else nullcontext():
+            return solve(call._replace(options=keywords), ("check_derivative",), Outcome())
     except Exception as raised:  # whatever it is belongs into the report
         return raised
 

@@ -16,7 +16,14 @@ from funcjac._dispatch.rule import Sizes
 from funcjac._engines.basis import row_shape
 from funcjac._engines.graph import Route
 from funcjac._engines.run import ChangedInputError, Facts, Run, read_graph, run_once
-from funcjac._environment import RngState, rng_state, set_rng_state
+from funcjac._environment import (
+    RngState,
+    buffers_in_training,
+    put_back,
+    rng_state,
+    set_rng_state,
+)
+from funcjac._native import CONTROL_FLOW
 from funcjac._taylor import Recorder
 from funcjac._torch_faults import graph_names, needs_replacement
 from funcjac._verification.compare import is_alike, tolerance_of
@@ -71,12 +78,15 @@ class Attempt:
         self.facts: Facts | None = None
         self.start: RngState | None = None
         self.draws = False
+        self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.in_func = False
 
     def run(self, recorder_of: Callable[..., Any] | None = None) -> Run:
         """Run ``func``; once more if it writes into its input."""
         self.in_func = True
         self.outcome.runs += 1
+        if self.decision.outputs is None:
+            self.buffers = buffers_in_training(self.function.modules)
         try:
             run = run_once(self.call, recorder_of)
         except ChangedInputError:
@@ -125,16 +135,21 @@ class Attempt:
         if self.start is not None:
             set_rng_state(self.start)
         self.outcome.runs += 1
+        moved = [(buffer, buffer.clone()) for buffer, _ in self.buffers]
+        put_back(self.buffers)  # running statistics move once
         call, again = run.call._replace(replaced=True), run
         try:
             again = run_once(call, None if run.recorder is None else Recorder)
             pairs = zip(run.output.leaves, again.output.leaves)
             limit = tolerance_of(run)
             same = all(is_alike(a.detach(), b.detach(), limit) for a, b in pairs)
+        except CONTROL_FLOW:
+            raise
         except Exception:
             same = False
         if not same:
             set_rng_state(after)
+            put_back(moved)
             return run
         self.decision.replaced, self.call = True, call
         self.outcome.reasons.append("replacements ran for what torch differentiates wrongly")

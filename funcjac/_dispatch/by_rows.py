@@ -17,7 +17,7 @@ from funcjac._dispatch.verify import verify
 from funcjac._engines import loop, vmap
 from funcjac._engines.basis import row_shape
 from funcjac._engines.graph import Route
-from funcjac._engines.run import Derivatives, Run, detached, read_graph, run_once
+from funcjac._engines.run import Derivatives, Run, detached, read_graph, retire, run_once
 from funcjac._environment import (
     RngState,
     WrappedAttributes,
@@ -115,14 +115,14 @@ def by_loop(attempt: Attempt) -> Derivatives:
     before, draws = rng_state(), False
     if attempt.is_due or attempt.decision.outputs is None:
         draws = reference(attempt, before)
-    plain, call = attempt.plain, attempt.call
+    plain, call, start = attempt.plain, attempt.call, rng_state()
     graph = torch.is_grad_enabled() and (plain is None or plain.create_graph)
     if plain is not None and graph:
         call = call.with_inputs(plain.inputs)
     attempt.outcome.runs += 1
     result = loop.by_loop(call, functools.partial(_one_row, attempt), create_graph=graph)
-    if attempt.options.randomness == "error" and not same_rng_state(before, rng_state()):
-        set_rng_state(before)
+    if attempt.options.randomness == "error" and not same_rng_state(start, rng_state()):
+        set_rng_state(start)
         raise drew(attempt.options)
     if plain is not None and attempt.is_due and not draws:
         with suppress(torch.linalg.LinAlgError):  # of a singular row, which stops no other
@@ -143,4 +143,7 @@ def _one_row(attempt: Attempt, call: Call) -> Derivatives:
     attempt.outcome.route = route
     with torch.set_grad_enabled(create_graph or operator.is_second_order):
         result = operator.compute(run, route)
-    return result if create_graph else detached(result)
+    if create_graph:
+        retire(run)
+        return result
+    return detached(result)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from funcjac._dispatch.attempt import Attempt, lean
+from funcjac._dispatch.messages import is_out_of_memory
 from funcjac._dispatch.rule import Sizes
 from funcjac._dispatch.verify import NOT_CAUGHT, verify
 from funcjac._engines.graph import Route
@@ -38,6 +39,8 @@ def by_sum(attempt: Attempt) -> Derivatives:
         return _first_that_works(attempt, run, sizes, check)
     try:
         result = _computed(attempt, run, route)
+    except NOT_CAUGHT:
+        raise
     except Exception:  # values may decide: everything is tried
         decision.routes.clear()
         return _first_that_works(attempt, run, sizes, check)
@@ -69,6 +72,8 @@ def _first_that_works(attempt: Attempt, run: Run, sizes: Sizes, check: bool) -> 
             raise
         except Exception as raised:
             error = lean(raised)
+            if is_out_of_memory(error):
+                raise error from None
             _leave(attempt, route, error)
             continue
         if len(decision.routes) >= _MOST_ROUTES:

@@ -42,13 +42,26 @@ def drew(options: Options) -> RuntimeError:
     )
 
 
-def failure(options: Options, errors: list[tuple[str, Exception]]) -> Exception:
+def is_out_of_memory(error: Exception) -> bool:
+    words = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def failure(options: Options, errors: list[tuple[str, Exception]], sizes: Any) -> Exception:
     """What to raise when no engine works: the first that was verified tells, else the first."""
     found = [error for _, error in errors]
     verified = [error for error in found if isinstance(error, VerificationError)]
     error = (verified or found)[0]
     if isinstance(error, VerificationError):
         return error
+    if sizes is not None and is_out_of_memory(error):
+        rows = f"{sizes.batch} rows, {sizes.outputs} outputs by {sizes.inputs} inputs"
+        raised = RuntimeError(
+            f"{options.name}: expected derivatives of {rows}, to fit in memory, got "
+            f"{brief(error)}. Pass fewer rows at once, or a smaller chunk_size."
+        )
+        raised.__cause__ = error
+        return raised
     kind = ValueError if isinstance(error, RefusedError) else RuntimeError
     raised = kind(
         f"{options.name}: engine={options.engine!r} with mode={options.mode!r} cannot "

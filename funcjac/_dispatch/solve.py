@@ -11,9 +11,9 @@ from funcjac._batched import ENGINES, Call
 from funcjac._dispatch.attempt import Attempt, Outcome, lean
 from funcjac._dispatch.by_rows import by_loop, by_vmap, reference
 from funcjac._dispatch.by_sum import by_sum
-from funcjac._dispatch.messages import failure, warn_of_fallback
+from funcjac._dispatch.messages import failure, is_out_of_memory, warn_of_fallback
 from funcjac._dispatch.verify import NOT_CAUGHT
-from funcjac._engines.run import Derivatives
+from funcjac._engines.run import Derivatives, retire
 from funcjac._environment import rng_state
 from funcjac._verification.rows import check_rows
 from funcjac.errors import RefusedError, brief
@@ -41,10 +41,14 @@ def solve(call: Call, token: Any, outcome: Outcome) -> Derivatives:
             if attempt.plain is None:
                 reference(attempt, rng_state())  # raises what func itself raises
             errors.append((engine, lean(error)))
+            if is_out_of_memory(error):
+                raise failure(options, errors, outcome.sizes) from None
             if not isinstance(error, torch.linalg.LinAlgError):  # which is a matter of values
                 attempt.decision.left[engine] = brief(error)
             outcome.reasons.append(f"{engine}: {brief(error)}")
             continue
+        if attempt.plain is not None and attempt.plain.create_graph:
+            retire(attempt.plain)
         for left, error in errors[:1]:
             if left in attempt.decision.left:
                 warn_of_fallback(options, attempt.function, left, error, engine)
@@ -56,7 +60,7 @@ def solve(call: Call, token: Any, outcome: Outcome) -> Derivatives:
     if attempt.plain is not None:
         with suppress(RuntimeError):  # of a graph that cannot be used again
             check_rows(attempt.plain, attempt.function.modules)
-    raise failure(options, errors)
+    raise failure(options, errors, outcome.sizes)
 
 
 def engines_of(call: Call) -> tuple[tuple[str, ...], str]:
@@ -74,7 +78,7 @@ def engines_of(call: Call) -> tuple[tuple[str, ...], str]:
     elif options.randomness == "same":
         reason = "the sum trick cannot give all rows the same draw"
     if reason and (options.engine == "sum" or options.mode == "taylor"):
-        raise failure(options, [("sum", RefusedError(reason))])
+        raise failure(options, [("sum", RefusedError(reason))], None)
     if options.engine != "auto":
         return (options.engine,), ""
     if options.mode == "taylor":

@@ -97,3 +97,64 @@ def added(total: Tensor | None, piece: Tensor | None, *, graph: bool) -> Tensor 
         return total if piece is None else piece if graph else piece.clone()
     alone = not graph and total.dtype == piece.dtype
     return total.add_(piece) if alone else total + piece
+
+
+class Columns:
+    """Tensors of one shape, stacked; without a graph they are written to one place.
+
+    Small tensors that live on among large ones that come and go would keep the C library from
+    using the memory of those again.
+    """
+
+    def __init__(self, shape: tuple[int, ...], *, create_graph: bool) -> None:
+        self.shape, self.create_graph = shape, create_graph
+        self.count = 0
+        self.whole: Tensor | None = None
+        self.pieces: list[Tensor] = []
+
+    def add(self, piece: Tensor) -> None:
+        if self.create_graph:
+            self.pieces.append(piece)
+            return
+        if self.whole is None:
+            self.whole = piece.new_empty(self.shape)
+        self.whole[self.count].copy_(piece.detach())
+        self.count += 1
+
+    def result(self, like: Tensor) -> Tensor:
+        if self.pieces:
+            return torch.stack(self.pieces)
+        return like.new_zeros(self.shape) if self.whole is None else self.whole
+
+
+class Chunks:
+    """Stacks ``(k, ...)`` joined along their first dimension; ``None`` stands for zeros."""
+
+    def __init__(self, count: int, create_graph: bool) -> None:
+        self.count, self.create_graph = count, create_graph
+        self.start = 0
+        self.whole: Tensor | None = None
+        self.pieces: list[tuple[int, int, Tensor]] = []
+
+    def add(self, piece: Tensor | None, size: int) -> None:
+        start, self.start = self.start, self.start + size
+        if piece is None:
+            return
+        if self.create_graph:
+            self.pieces.append((start, self.start, piece))
+            return
+        if self.whole is None:
+            self.whole = piece.new_zeros(self.count, *piece.shape[1:])
+        self.whole[start : self.start].copy_(piece.detach())
+
+    def result(self) -> Tensor | None:
+        if not self.pieces:
+            return self.whole
+        like, end, parts = self.pieces[0][2], 0, []
+        for start, stop, piece in [*self.pieces, (self.count, self.count, None)]:
+            if start > end:
+                parts.append(like.new_zeros(start - end, *like.shape[1:]))
+            if piece is not None:
+                parts.append(piece)
+            end = stop
+        return torch.cat(parts)

@@ -61,6 +61,17 @@ class ChangedInputError(RuntimeError):
     """``func`` wrote into its input; part of the dispatch, never shown."""
 
 
+# Marks leaves of the library's own once their call is over: nobody differentiates by them.
+_DONE = "_funcjac_done"
+
+
+def retire(run: Run) -> None:
+    """Mark what a run differentiated by, in a graph that outlives the call."""
+    for x in run.inputs:
+        if x.is_leaf:
+            x.__dict__[_DONE] = True
+
+
 def make_inputs(call: Call) -> list[Tensor]:
     """Inputs to differentiate by: never the caller's own tensors, whose hooks would run."""
     keeps_graph = torch.is_grad_enabled()
@@ -120,7 +131,8 @@ def read_graph(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Facts:
         names.append(name)
         if name == "torch::autograd::AccumulateGrad":
             variable = node.variable
-            has_leaves = has_leaves or not any(variable is x for x in inputs)
+            if not has_leaves and _DONE not in variable.__dict__:
+                has_leaves = not any(variable is x for x in inputs)
             continue
         for metadata in node._input_metadata:
             size = 1
@@ -151,7 +163,7 @@ def graph_leaves(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[
     """The leaf tensors that require grad and that lead to ``roots``, not through ``inputs``."""
     for node in graph_nodes(roots, inputs):
         variable = getattr(node, "variable", None)
-        if variable is not None:
+        if variable is not None and _DONE not in variable.__dict__:
             yield variable
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funcjac._engines.assemble import Chunks
 from funcjac._engines.basis import coordinates, row_shape
 from funcjac._engines.graph import Blocks, Pushforward, Route, column_root, jacobian_blocks
 from funcjac._engines.run import Run
@@ -87,7 +88,7 @@ def _of_gradient(
     firsts = _dot(grad.unsqueeze(0), given, 0, dim, given.left)
     right = given.left if given.right is None else given.right
     step = outer.chunk or max(len(given.left), 1)
-    pieces: list[Maybe] = []
+    pieces = Chunks(len(given.left), run.create_graph)
     for start in range(0, len(given.left), step):
         stop = min(start + step, len(given.left))
         cotangents = given.left[start:stop]
@@ -103,11 +104,11 @@ def _of_gradient(
             rows = None if row is None else row.unsqueeze(0)
         else:
             (rows,) = over_basis(pull, cotangents)
-        if rows is not None:
-            pieces.append(_dot(rows, given, start, dim, right[start:stop]))
-        else:
-            pieces.append(None)
-    return firsts, _joined(pieces, given, step, grad.new_zeros(run.call.batch))
+        part = None if rows is None else _dot(rows, given, start, dim, right[start:stop])
+        if stop - start == len(given.left):
+            return firsts, part
+        pieces.add(part, stop - start)
+    return firsts, pieces.result()
 
 
 def _dot(rows: Tensor, given: Directions, start: int, dim: int | None, right: Tensor) -> Tensor:
@@ -121,17 +122,6 @@ def _dot(rows: Tensor, given: Directions, start: int, dim: int | None, right: Te
     product = rows * right
     flat = product.movedim((dim or 0) + 1, 1) if dim is not None else product.unsqueeze(1)
     return flat.flatten(2).sum(2) if flat.ndim > 2 else flat
-
-
-def _joined(pieces: list[Maybe], given: Directions, step: int, zero: Tensor) -> Maybe:
-    if all(piece is None for piece in pieces):
-        return None
-    if len(pieces) == 1:
-        return pieces[0]
-    sizes = [min(step, len(given.left) - start) for start in range(0, len(given.left), step)]
-    return torch.cat(
-        [zero.expand(n, *zero.shape) if p is None else p for p, n in zip(pieces, sizes)]
-    )
 
 
 def _stacked(columns: list[Maybe], out: Tensor, count: int) -> Maybe:

@@ -92,7 +92,8 @@ class Divergence(Operator):
         factors, _ = row_factors(run, probe)
         factors = probe.scale * factors.to(outs[0].dtype)  # they are its seeds
         shared = None in run.dims  # then only the sum over rows is known
-        terms = []
+        total = outs[0].new_zeros(() if shared else batch)
+        size = total.detach()
         for i, (x, dim) in enumerate(zip(run.inputs, run.dims)):
             flat = outs[i].reshape(batch, -1)
             samples = self.spec.samples
@@ -104,12 +105,9 @@ class Divergence(Operator):
                     continue
                 rows = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
                 rows = rows.reshape(len(rows), -1)
-                terms.append(rows[:, n] if sample is None else (rows * sample).sum(1) / samples)
-        total = outs[0].new_zeros(() if shared else batch)
-        size = total.detach()
-        for term in terms:
-            total = total + (term.sum() if shared else term)
-            size = size + (term.detach().abs().sum() if shared else term.detach().abs())
+                term = rows[:, n] if sample is None else (rows * sample).sum(1) / samples
+                term = term.sum() if shared else term
+                total, size = total + term, size + term.detach().abs()
         return [Entry([factors], total, total.detach(), None if shared else 0, size)]
 
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:

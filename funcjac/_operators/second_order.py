@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from funcjac._engines.assemble import Chunks, added
 from funcjac._engines.graph import Route
 from funcjac._engines.run import Run
 from funcjac._engines.second_order import Along, Directions, along
 from funcjac._taylor import Recording, directional, largest, make_recording
 
-# Derivatives of one tensor that are propagated together: 2**23 floats are 32 MiB.
-_PASS_ELEMENTS = 2**23
+# Derivatives of one tensor that are propagated together: 2**21 floats are 8 MiB.
+_PASS_ELEMENTS = 2**21
 
 
 def recording_of(run: Run) -> Recording:
@@ -56,37 +57,22 @@ def _by_taylor(
 ) -> Along:
     count = len(given.left)
     step = chunk or max(_PASS_ELEMENTS // max(largest(recording), 1), 1)
-    pieces = []
+    if count <= step:
+        weights = given.weights if total else None
+        pair = directional(recording, j, given.left, given.right, weights, firsts=firsts)
+        return Along(*pair)
+    outs = len(recording.slots)
+    slopes = [Chunks(count, recording.create_graph) for _ in range(outs)]
+    bends = [Chunks(count, recording.create_graph) for _ in range(outs)]
+    sums: list[Tensor | None] = [None] * outs
     for start in range(0, count, step):
         part = given.narrow(start, min(start + step, count))
         weights = part.weights if total else None
-        pair = directional(recording, j, part.left, part.right, weights, firsts=firsts)
-        pieces.append(Along(*pair))
-    if len(pieces) == 1:
-        return pieces[0]
-    if not pieces:
-        return Along([None] * len(recording.slots), [None] * len(recording.slots))
-    outs = range(len(pieces[0].seconds))
-    sizes = [min(step, count - start) for start in range(0, count, step)]
-    joined = [_concatenated([piece.firsts[i] for piece in pieces], sizes) for i in outs]
-    seconds = [[piece.seconds[i] for piece in pieces] for i in outs]
-    if total:
-        return Along(joined, [_added(columns) for columns in seconds])
-    return Along(joined, [_concatenated(columns, sizes) for columns in seconds])
-
-
-def _concatenated(columns: list[Tensor | None], sizes: list[int]) -> Tensor | None:
-    like = next((column for column in columns if column is not None), None)
-    if like is None:
-        return None
-    zero = like.new_zeros(())
-    pieces = zip(columns, sizes)
-    return torch.cat([zero.expand(n, *like.shape[1:]) if c is None else c for c, n in pieces])
-
-
-def _added(columns: list[Tensor | None]) -> Tensor | None:
-    total = None
-    for column in columns:
-        if column is not None:
-            total = column if total is None else total + column
-    return total
+        first, second = directional(recording, j, part.left, part.right, weights, firsts=firsts)
+        for i in range(outs):
+            slopes[i].add(first[i], len(part.left))
+            if total:
+                sums[i] = added(sums[i], second[i], graph=recording.create_graph)
+            else:
+                bends[i].add(second[i], len(part.left))
+    return Along([c.result() for c in slopes], sums if total else [c.result() for c in bends])

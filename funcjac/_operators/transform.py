@@ -20,7 +20,7 @@ from funcjac._dispatch.attempt import Outcome
 from funcjac._dispatch.inside import solve_inside
 from funcjac._dispatch.solve import solve
 from funcjac._kinds import is_uninitialized
-from funcjac._native import is_transformed
+from funcjac._native import is_functional, is_transformed
 from funcjac._words import check_options
 
 P = ParamSpec("P")
@@ -28,7 +28,7 @@ R = TypeVar("R")
 # What an operator needs beside the arguments: tensors and their batch dimensions.
 Extras = Callable[..., tuple[list[Tensor], tuple["int | None", ...]]]
 # Levels of torch's forward mode belong to the process: one thread at a time.
-_DUAL_LEVELS = threading.RLock()
+DUAL_LEVELS = threading.RLock()
 
 
 class Transform:
@@ -53,7 +53,7 @@ class Transform:
         forward = self.options.engine == "vmap" and "fwd" in self.options.mode
         if not forward or torch.compiler.is_compiling():
             return self.evaluate(args, kwargs, Outcome())
-        with _DUAL_LEVELS:
+        with DUAL_LEVELS:
             return self.evaluate(args, kwargs, Outcome())
 
     def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any], outcome: Outcome) -> Any:
@@ -176,7 +176,7 @@ def looks(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def outside(*args: P.args, **kwargs: P.kwargs) -> R:
-        if is_transformed():
+        if is_functional():
             raise RuntimeError(
                 f"{function.__name__}: expected to be called outside of torch.func transforms and "
                 "torch.compile, where values can be looked at. Call it on plain tensors."

@@ -8,6 +8,7 @@ from typing import Any
 
 # What an operation may have wrong.
 KINDS = {
+    "single_pass": "its backward runs once and frees what it needs: a graph serves one pass",
     "forward": "the forward formula",
     "forward_vmap": "the forward formula under torch.vmap",
     "forward_again": "forward formulas of second order: over reverse, over forward, under reverse",
@@ -19,7 +20,7 @@ KINDS = {
     "reverse_3": "the plain third reverse derivative, or there is none",
     "argnums": "a transform of torch.func, for negative argnums",
 }
-FIRST_ORDER = frozenset({"reverse_1", "batching", "vmap"})
+FIRST_ORDER = frozenset({"reverse_1", "batching", "vmap", "single_pass"})
 HIGHER_ORDER = frozenset({"batching_again", "reverse_2", "reverse_3"})
 FORWARD = frozenset({"forward", "forward_vmap"})
 

@@ -241,7 +241,7 @@ _OTHERS = (
     *(
         fault(
             op,
-            f"forward forward_again reverse_1 reverse_2{kinds}",
+            f"forward forward_again single_pass reverse_2{kinds}",
             f"GeneratedBackwardFor_torch_nn_{op}_defaultBackward",
             {getattr(F, "linear_cross_entropy", None): others.linear_cross_entropy},
             since="2.13",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from funcjac._engines.assemble import Columns
 from funcjac._engines.run import Run
 from funcjac._native import vector_jacobian
 
@@ -118,15 +119,13 @@ def curvature(
     x, dim = run.inputs[j], run.dims[j]
     if dim is not None and factors is not None:
         factors = factors.view(*[1] * dim, -1, *[1] * (x.ndim - 1 - dim))
-    columns = []
+    shape = (len(left),) if dim is None else (len(left), x.shape[dim])
+    columns = Columns(shape, create_graph=run.create_graph)
     for one, two in zip(left, right):
         tangent = one if dim is None or factors is None else one * factors
         (row,) = vjp([grad], [x], [tangent], create_graph=run.create_graph)
-        row = torch.zeros_like(x) if row is None else row
-        product = row * two
-        if dim is None:
-            columns.append(product.sum())
-        else:
-            columns.append(product.movedim(dim, 0).reshape(x.shape[dim], -1).sum(1))
-    shape = () if dim is None else (x.shape[dim],)
-    return torch.stack(columns) if columns else x.new_zeros(0, *shape)
+        product = torch.zeros_like(x) if row is None else row * two
+        if dim is not None:
+            product = product.movedim(dim, 0).reshape(x.shape[dim], -1).sum(1)
+        columns.add(product.sum() if dim is None else product)
+    return columns.result(x)

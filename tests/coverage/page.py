@@ -49,7 +49,8 @@ def write(records: list[Record]) -> str:
 
 def _head(records: list[Record], cases: dict) -> list[str]:
     ends = [r for r in records if "end" in r]
-    minutes = sum({r["unit"]: r["seconds"] for r in ends}.values()) / 60
+    taken = {(r["unit"], r["case"], r.get("transform")): r for r in records if "end" not in r}
+    minutes = sum(r.get("seconds", 0) for r in taken.values()) / 60
     samples = max((r["end"][0] for r in ends), default=0)
     seeds = {r["end"][1] for r in ends}
     units = {unit for unit, _ in cases}
