@@ -604,7 +604,7 @@ def test_nodes_show_the_operation(row):
     names = graph_names(outs)
     assert names & set(row.nodes)
     kinds = row.wrong
-    once = bool(kinds & {"reverse_1", "batching", "vmap"})
+    once = bool(kinds & {"reverse_1", "batching", "vmap", "single_pass"})
     assert needs_replacement(names, again=False) == once
     assert needs_replacement(names, again=True)
     with UseReplacements():

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from funcjac._batched import Call
 from funcjac._environment import rng_state, set_rng_state
 from funcjac._native import with_memory
-from funcjac._torch_faults import forward_faults
+from funcjac._torch_faults import UseReplacements, forward_faults
 
 
 class _Names(TorchDispatchMode):
@@ -40,8 +40,8 @@ def check_forward_formulas(call: Call, *, again: bool) -> None:
         RuntimeError: it does, and nothing replaces it.
     """
     state, recorder = rng_state(), _Names()
-    call = call._replace(clone=True, replaced=True)
-    with torch.enable_grad(), recorder:
+    call = call._replace(clone=True, replaced=False)
+    with torch.enable_grad(), UseReplacements(forward=True), recorder:
         call(call.inputs)
     set_rng_state(state)
     wrong: Any = sorted(forward_faults(recorder.names, again=again))

@@ -7,6 +7,7 @@ compiler traces, rows are kept apart by ``torch.vmap`` itself, and one by one wh
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from funcjac._dispatch.rule import Sizes
 from funcjac._dispatch.solve import engines_of
 from funcjac._engines.basis import row_shape
 from funcjac._engines.loop import by_loop
-from funcjac._engines.run import Derivatives, Run
+from funcjac._engines.run import ChangedInputError, Derivatives, Run
 from funcjac._engines.vmap import by_vmap, in_result_type, join_tensors, split_tensors
 from funcjac._environment import WrappedAttributes
 from funcjac._native import CONTROL_FLOW, sees_values
@@ -72,7 +73,13 @@ def _by_rows(call: Call) -> Derivatives:
         except Exception:
             if call.options.engine == "vmap":
                 raise
-    return by_loop(call, lambda one: _through_graph(one, None)[0], create_graph=True)
+    return by_loop(call, _one_row, create_graph=True)
+
+
+def _one_row(call: Call) -> Derivatives:
+    """One basis vector at a time, whatever ``torch.vmap`` cannot do."""
+    options = replace(call.options, chunk_size=call.options.chunk_size or 1)
+    return _through_graph(call._replace(options=options), None)[0]
 
 
 def _by_sum(call: Call, key: Any, function: FunctionKey) -> Derivatives:
@@ -84,10 +91,12 @@ def _by_sum(call: Call, key: Any, function: FunctionKey) -> Derivatives:
         result, problem = _through_graph(call, function if is_due else None)
     except (BatchMixingError, *CONTROL_FLOW):
         raise
-    except RuntimeError as error:
-        if "leaf Variable" not in str(error) or call.clone:
-            raise
+    except ChangedInputError:
         return _by_sum(call._replace(clone=True), key, function)
+    except Exception:
+        if call.options.engine == "sum":
+            raise
+        return _by_rows(call)  # which raises what func itself raises
     if problem is None:
         decision.rows |= is_due and call.batch > 1
         return result
@@ -102,7 +111,12 @@ def _through_graph(call: Call, verify: FunctionKey | None) -> tuple[Derivatives,
     rest: list[Any] = []
 
     def primal(*inputs: Tensor) -> Any:
-        output = call(inputs)
+        try:
+            output = call(inputs)
+        except RuntimeError as error:
+            if "leaf Variable" not in str(error) or call.clone:
+                raise
+            raise ChangedInputError from error
         run = Run(call, list(inputs), output, create_graph=True)
         result, problem = _computed(run, verify)
         aux, kept = split_tensors(output.aux)
