@@ -69,7 +69,7 @@ def retire(run: Run) -> None:
     """Mark what a run differentiated by, in a graph that outlives the call."""
     for x in run.inputs:
         if x.is_leaf:
-            setattr(x, _DONE, True)
+            vars(x)[_DONE] = True
 
 
 def make_inputs(call: Call) -> list[Tensor]:
