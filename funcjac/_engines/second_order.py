@@ -292,7 +292,8 @@ def _joined_outputs(columns: list[Maybe], out: Tensor) -> Maybe:
         return only if only.shape == out.shape else only.reshape(out.shape)
     zero = out.new_zeros(out.shape[0])
     whole = [zero if c is None else c.squeeze(1) if c.ndim > 1 else c for c in columns]
-    return torch.stack(whole, -1).reshape(out.shape)
+    stack = torch.stack(whole, -1)  # a further level enters it column by column
+    return stack if stack.shape == out.shape else stack.reshape(out.shape)
 
 
 def _partials_of_one(
