@@ -70,19 +70,25 @@ def has_lazy(modules: Iterable[nn.Module]) -> bool:
     )
 
 
-def buffers_in_training(modules: Iterable[nn.Module]) -> list[tuple[Tensor, Tensor]]:
-    """Buffers that modules in training mode may move, with copies of their values."""
+# Module, name, the buffer itself, and a copy of its values.
+Buffers = list[tuple[nn.Module, str, Tensor, Tensor]]
+
+
+def buffers_in_training(modules: Iterable[nn.Module]) -> Buffers:
+    """Buffers that modules in training mode may move or replace, with copies of their values."""
     return [
-        (buffer, buffer.clone())
+        (child, name, buffer, buffer.clone())
         for module in modules
         for child in module.modules()
         if child.training
-        for buffer in child._buffers.values()
+        for name, buffer in child._buffers.items()
         if buffer is not None and not nn.parameter.is_lazy(buffer)
     ]
 
 
-def put_back(values: list[tuple[Tensor, Tensor]]) -> None:
+def put_back(buffers: Buffers) -> None:
     with torch.no_grad():
-        for tensor, value in values:
-            tensor.copy_(value)
+        for module, name, buffer, values in buffers:
+            if not torch.equal(buffer, values):
+                buffer.copy_(values)
+            module._buffers[name] = buffer

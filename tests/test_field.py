@@ -987,3 +987,88 @@ def test_nested_partials_of_several_outputs_run_what_they_run_by_hand():
         columns.append(out)
     torch.testing.assert_close(result, torch.stack(columns, 1).detach())
     assert ours <= 1.5 * CountedSine.calls
+
+
+class Counting(nn.Module):
+    """Moves its statistics by assignment, and counts its calls in place."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, x):
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.body(x)
+
+
+def with_a_constant(x):
+    return x.sin(), torch.ones(len(x), 1, dtype=x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("transform", "body"),
+    [
+        (batch_jacobian, nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2))),
+        (batch_laplacian, nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 1))),
+        (batch_jacobian, with_a_constant),
+    ],
+    ids=["writes into its input", "replacements", "constant output"],
+)
+def test_statistics_move_once_whatever_runs_again(transform, body):
+    module = Counting(body).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    transform(module)(x)
+    assert module.calls == 1
+    torch.testing.assert_close(module.mean, 0.1 * x.mean(0))
+
+
+def test_aux_trains_what_only_it_depends_on():
+    head = nn.Linear(3, 1).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    _, aux = batch_jacobian(lambda x: (x**2, head(x)), has_aux=True)(x)
+    aux.square().mean().backward()
+    expected = torch.autograd.grad(head(x).square().mean(), head.weight)[0]
+    torch.testing.assert_close(head.weight.grad, expected)
+
+
+def test_a_write_under_no_grad_stays_out_of_the_callers_tensor():
+    def func(x):
+        with torch.no_grad():
+            x.mul_(2)
+        return x.sin()
+
+    x = torch.randn(5, 3, dtype=torch.float64)
+    given = x.clone()
+    result = batch_jacobian(func)(given)
+    torch.testing.assert_close(given, x)
+    torch.testing.assert_close(result, torch.diag_embed((2 * x).cos()))
+
+
+def test_a_copy_follows_functions_inside_of_functions():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 1).double()
+            inner = lambda x: self.layer(x).tanh()
+            self.slope = batch_jacobian(lambda x: inner(x))
+
+    x = torch.randn(5, 3, dtype=torch.float64)
+    copied = copy.deepcopy(Model())
+    with torch.no_grad():
+        copied.layer.weight.mul_(3)
+    expected = batch_jacobian(lambda x: copied.layer(x).tanh())(x)
+    torch.testing.assert_close(copied.slope(x), expected)
+
+
+def test_a_write_into_the_input_inside_torch_func():
+    def func(x):
+        x.mul_(2)
+        return x.sin()
+
+    penalty = lambda x: batch_jacobian(func)(x).square().sum()
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    expected = (2 * (2 * x).cos()).square().sum((1, 2))
+    torch.testing.assert_close(torch.vmap(penalty)(x), expected)

@@ -15,8 +15,9 @@ from funcjac._dispatch.key import FunctionKey, look_again, make_key
 from funcjac._dispatch.rule import Sizes
 from funcjac._engines.basis import row_shape
 from funcjac._engines.graph import Route
-from funcjac._engines.run import ChangedInputError, Facts, Run, read_graph, run_once
+from funcjac._engines.run import ChangedInputError, Facts, Run, attached, read_graph, run_once
 from funcjac._environment import (
+    Buffers,
     RngState,
     buffers_in_training,
     put_back,
@@ -78,7 +79,7 @@ class Attempt:
         self.facts: Facts | None = None
         self.start: RngState | None = None
         self.draws = False
-        self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.buffers: Buffers = []
         self.in_func = False
 
     def run(self, recorder_of: Callable[..., Any] | None = None) -> Run:
@@ -88,22 +89,25 @@ class Attempt:
         if self.decision.outputs is None:
             self.buffers = buffers_in_training(self.function.modules)
         try:
-            run = run_once(self.call, recorder_of)
+            run = run_once(self.call, recorder_of, copy=self.decision.outputs is None)
         except ChangedInputError:
+            put_back(self.buffers)
+            if self.start is not None:
+                set_rng_state(self.start)
             self.decision.clone = True
             self.call = self.call._replace(clone=True)
             self.outcome.runs += 1
             run = run_once(self.call, recorder_of)
         self.operator.check_output(run.call, run.output.leaves)
-        if self.is_due:
-            check_attached(run)
+        if self.is_due and not self.decision.signatures:
+            self.outcome.runs += check_attached(run, self.function.modules)
         self.in_func = False
         return run
 
     def read(self, run: Run) -> Run:
         """Look at the graph of a run; run again with replacements where torch is wrong."""
         outs = run.output.leaves
-        facts = self.facts = read_graph(outs, run.inputs)
+        facts = self.facts = read_graph(attached(run.output), run.inputs)
         create_graph = torch.is_grad_enabled() and (facts.has_leaves or asks_for_graph(run.call))
         if create_graph:
             run = run._replace(create_graph=True)
@@ -116,7 +120,7 @@ class Attempt:
                 if self.is_due and not needs_replacement(names, again=False):
                     self._check_rows(run)  # rather than run again for nothing
                 run = self._replaced(run)
-                self.facts = read_graph(run.output.leaves, run.inputs)
+                self.facts = read_graph(attached(run.output), run.inputs)
         return run
 
     def _check_rows(self, run: Run) -> None:
@@ -135,7 +139,7 @@ class Attempt:
         if self.start is not None:
             set_rng_state(self.start)
         self.outcome.runs += 1
-        moved = [(buffer, buffer.clone()) for buffer, _ in self.buffers]
+        moved = buffers_in_training(self.function.modules)
         put_back(self.buffers)  # running statistics move once
         call, again = run.call._replace(replaced=True), run
         try:

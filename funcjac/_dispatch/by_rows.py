@@ -17,7 +17,7 @@ from funcjac._dispatch.verify import verify
 from funcjac._engines import loop, vmap
 from funcjac._engines.basis import row_shape
 from funcjac._engines.graph import Route
-from funcjac._engines.run import Derivatives, Run, detached, read_graph, retire, run_once
+from funcjac._engines.run import Derivatives, Run, attached, detached, read_graph, retire, run_once
 from funcjac._environment import (
     RngState,
     WrappedAttributes,
@@ -132,7 +132,7 @@ def by_loop(attempt: Attempt) -> Derivatives:
 
 def _one_row(attempt: Attempt, call: Call) -> Derivatives:
     run = run_once(call)
-    facts = read_graph(run.output.leaves, run.inputs)
+    facts = read_graph(attached(run.output), run.inputs)
     create_graph = torch.is_grad_enabled() and (facts.has_leaves or asks_for_graph(call))
     run = run._replace(create_graph=create_graph)
     inputs = sum([row_shape(x, dim).numel() for x, dim in zip(run.inputs, run.dims)])

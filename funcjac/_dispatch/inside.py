@@ -91,8 +91,6 @@ def _by_sum(call: Call, key: Any, function: FunctionKey) -> Derivatives:
         result, problem = _through_graph(call, function if is_due else None)
     except (BatchMixingError, *CONTROL_FLOW):
         raise
-    except ChangedInputError:
-        return _by_sum(call._replace(clone=True), key, function)
     except Exception:
         if call.options.engine == "sum":
             raise
@@ -108,6 +106,13 @@ def _by_sum(call: Call, key: Any, function: FunctionKey) -> Derivatives:
 
 def _through_graph(call: Call, verify: FunctionKey | None) -> tuple[Derivatives, str | None]:
     """Derivatives through the graph of one run at a level of torch.func of its own."""
+    try:
+        return _at_a_level(call, verify)
+    except ChangedInputError:
+        return _at_a_level(call._replace(clone=True), verify)
+
+
+def _at_a_level(call: Call, verify: FunctionKey | None) -> tuple[Derivatives, str | None]:
     rest: list[Any] = []
 
     def primal(*inputs: Tensor) -> Any:

@@ -65,6 +65,13 @@ class ChangedInputError(RuntimeError):
 _DONE = "_funcjac_done"
 
 
+def attached(output: Output) -> list[Tensor]:
+    """Outputs, and tensors of the aux that have a graph."""
+    if output.aux is None:
+        return output.leaves
+    return [*output.leaves, *[x for x in _tree.tensors(output.aux) if x.requires_grad]]
+
+
 def retire(run: Run) -> None:
     """Mark what a run differentiated by, in a graph that outlives the call."""
     for x in run.inputs:
@@ -72,22 +79,27 @@ def retire(run: Run) -> None:
             vars(x)[_DONE] = True
 
 
-def make_inputs(call: Call) -> list[Tensor]:
-    """Inputs to differentiate by: never the caller's own tensors, whose hooks would run."""
+def make_inputs(call: Call, *, copy: bool = False) -> list[Tensor]:
+    """Inputs to differentiate by: never the caller's own tensors, whose hooks would run.
+
+    ``copy`` keeps them from a ``func`` that nobody has seen, which may write into its input.
+    """
     keeps_graph = torch.is_grad_enabled()
     return [
-        x.clone() if keeps_graph and x.requires_grad else x.detach().requires_grad_()
+        x.clone()
+        if keeps_graph and x.requires_grad
+        else (x.detach().clone() if copy else x.detach()).requires_grad_()
         for x in call.inputs
     ]
 
 
-def run_once(call: Call, recorder_of: Any = None) -> Run:
+def run_once(call: Call, recorder_of: Any = None, *, copy: bool = False) -> Run:
     """Run ``func`` on the whole batch under autograd.
 
     Raises:
         ChangedInputError: it wrote into its input.
     """
-    inputs = make_inputs(call)
+    inputs = make_inputs(call, copy=copy)
     if recorder_of is not None:  # a negation that is a mere bit would look like a constant
         inputs = [x.resolve_neg().detach().requires_grad_() if x.is_neg() else x for x in inputs]
     versions = [x._version for x in inputs]

@@ -128,6 +128,9 @@ def _copied_cell(cell: types.CellType, memo: dict[int, Any]) -> types.CellType:
         content = cell.cell_contents
     except ValueError:  # a name that is bound later
         return cell
+    if isinstance(content, types.FunctionType):
+        copied = _copied(content, memo)
+        return cell if copied is content else types.CellType(copied)
     if isinstance(content, nn.Module) or id(content) in memo:
         return types.CellType(copy.deepcopy(content, memo))
     return cell

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from funcjac._engines.run import Run
-from funcjac._environment import rng_state, set_rng_state
+from funcjac._environment import buffers_in_training, put_back, rng_state, set_rng_state
 from funcjac.errors import VerificationError
 
 
@@ -15,27 +17,30 @@ def _differ(before: Tensor, after: Tensor) -> bool:
     return bool((before.detach() != after).double().mean() > 0.5)
 
 
-def check_attached(run: Run) -> None:
+def check_attached(run: Run, modules: Iterable[nn.Module]) -> int:
     """Raise if an output has no graph, and most of it moves with the inputs.
 
-    This runs ``func`` once more, at a point nearby, if an output has no graph at all.
+    This runs ``func`` again, at a point nearby, if an output has no graph; returns how often.
 
     Raises:
         VerificationError: it does.
     """
     loose = [i for i, out in enumerate(run.output.leaves) if not out.requires_grad and out.numel()]
-    if not loose or hasattr(run.call.func, "__funcjac_key__"):  # which has seen to it itself
-        return
+    batch = run.call.batch
+    # A transform has seen to it itself; one row alone cannot tell draws apart.
+    if not loose or batch == 1 or hasattr(run.call.func, "__funcjac_key__"):
+        return 0
+    buffers = buffers_in_training(modules)
     state = rng_state()
     with torch.no_grad():
         there = run.call(_moved(run)).leaves
     set_rng_state(state)
-    batch = run.call.batch
+    put_back(buffers)
     even = torch.arange(batch, device=run.inputs[0].device) % 2 == 0
     for i in loose:
         before, after = run.output.leaves[i], there[i]
         # What changes in the rows that did not move is a draw of func's own.
-        draws = batch > 1 and None not in run.dims and _differ(before[~even], after[~even])
+        draws = None not in run.dims and _differ(before[~even], after[~even])
         if not draws and _differ(before[even], after[even]):
             raise VerificationError(
                 f"{run.call.options.name}: expected autograd to see how func's output depends on "
@@ -43,6 +48,7 @@ def check_attached(run: Run) -> None:
                 "detach(), .item(), NumPy, torch.tensor(...) or a no_grad block in func; pass "
                 "check=False if the derivative is meant to be zero."
             )
+    return 1
 
 
 def _moved(run: Run) -> list[Tensor]:
