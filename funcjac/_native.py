@@ -15,6 +15,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch._functorch import pyfunctorch
 from torch.autograd.graph import GradientEdge
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 Tensors = Sequence[Tensor | None]
@@ -71,6 +72,15 @@ def with_memory(args: Any) -> Any:
     if torch.autograd.forward_ad._current_level < 0:
         return args
     return tree_map_only(Tensor, lambda x: torch.zeros_like(x) if _is_zero(x) else x, args)
+
+
+class EagerMode(TorchDispatchMode):
+    """A mode of what is never compiled."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """``False``: torch's own guard against being compiled imports the compiler."""
+        return False
 
 
 _is_zero: Any = getattr(Tensor, "_is_zerotensor", lambda _: False)

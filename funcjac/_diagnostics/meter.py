@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcjac import _tree
-from funcjac._native import with_memory
+from funcjac._native import EagerMode, with_memory
 
 
-class Meter(TorchDispatchMode):
+class Meter(EagerMode):
     """Counts what runs under it.
 
     Attributes:
@@ -40,11 +39,6 @@ class Meter(TorchDispatchMode):
             yield
         finally:
             self._is_paused = False
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing of this is compiled; torch's own guard against it imports the compiler."""
-        return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         args, kwargs = with_memory(args), with_memory(kwargs or {})

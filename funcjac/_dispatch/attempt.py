@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from funcjac._batched import Call
 from funcjac._dispatch.decisions import Decision, decision_of
 from funcjac._dispatch.key import FunctionKey, look_again, make_key
 from funcjac._dispatch.rule import Sizes
-from funcjac._engines.basis import row_shape
+from funcjac._engines.basis import elements_of_rows, row_sizes
 from funcjac._engines.graph import Route
 from funcjac._engines.run import ChangedInputError, Facts, Run, attached, read_graph, run_once
 from funcjac._environment import (
@@ -108,7 +108,7 @@ class Attempt:
         """Look at the graph of a run; run again with replacements where torch is wrong."""
         outs = run.output.leaves
         facts = self.facts = read_graph(attached(run.output), run.inputs)
-        create_graph = torch.is_grad_enabled() and (facts.has_leaves or asks_for_graph(run.call))
+        create_graph = keeps_graph(facts, run.call)
         if create_graph:
             run = run._replace(create_graph=True)
         decision = self.decision
@@ -163,8 +163,7 @@ class Attempt:
         """What the rule goes by."""
         decision = self.decision
         if decision.inputs is None:
-            rows = zip(run.inputs, run.dims)
-            decision.inputs = sum([row_shape(x, dim).numel() for x, dim in rows])
+            decision.inputs = sum(row_sizes(run.inputs, run.dims))
             decision.on_cpu = all(x.device.type == "cpu" for x in run.inputs)
         outputs = elements_of_rows(run.output.leaves)
         decision.outputs = outputs
@@ -174,12 +173,12 @@ class Attempt:
         )
 
 
-def elements_of_rows(outs: Sequence[torch.Tensor]) -> int:
-    """Elements of one row of all outputs together."""
-    return sum([out.shape[1:].numel() for out in outs])
+def keeps_graph(facts: Facts, call: Call) -> bool:
+    """Whether the result has a graph of its own."""
+    return torch.is_grad_enabled() and (facts.has_leaves or _asks_for_graph(call))
 
 
-def asks_for_graph(call: Call) -> bool:
+def _asks_for_graph(call: Call) -> bool:
     """Whether what is differentiated, or weighs the result, requires grad."""
     leaves, layout = call.leaves, call.layout
     for i in layout.diff:

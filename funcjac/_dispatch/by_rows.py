@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from funcjac._batched import Call
-from funcjac._dispatch.attempt import Attempt, asks_for_graph, elements_of_rows
+from funcjac._dispatch.attempt import Attempt, keeps_graph
 from funcjac._dispatch.forward import check_forward_formulas
 from funcjac._dispatch.messages import drew
 from funcjac._dispatch.rule import Sizes
 from funcjac._dispatch.verify import verify
 from funcjac._engines import loop, vmap
-from funcjac._engines.basis import row_shape
+from funcjac._engines.basis import elements_of_rows, row_sizes
 from funcjac._engines.graph import Route
 from funcjac._engines.run import Derivatives, Run, attached, detached, read_graph, retire, run_once
 from funcjac._environment import (
@@ -133,9 +133,9 @@ def by_loop(attempt: Attempt) -> Derivatives:
 def _one_row(attempt: Attempt, call: Call) -> Derivatives:
     run = run_once(call)
     facts = read_graph(attached(run.output), run.inputs)
-    create_graph = torch.is_grad_enabled() and (facts.has_leaves or asks_for_graph(call))
+    create_graph = keeps_graph(facts, call)
     run = run._replace(create_graph=create_graph)
-    inputs = sum([row_shape(x, dim).numel() for x, dim in zip(run.inputs, run.dims)])
+    inputs = sum(row_sizes(run.inputs, run.dims))
     outputs = elements_of_rows(run.output.leaves)
     sizes = Sizes(1, outputs, inputs, facts.widest, create_graph, True)
     operator = attempt.operator

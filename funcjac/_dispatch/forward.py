@@ -5,25 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcjac._batched import Call
 from funcjac._environment import rng_state, set_rng_state
-from funcjac._native import with_memory
+from funcjac._native import EagerMode, with_memory
 from funcjac._torch_faults import UseReplacements, forward_faults
 
 
-class _Names(TorchDispatchMode):
+class _Names(EagerMode):
     """Collects the names of the operations that run, with and without overload."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing of this is compiled; torch's own guard against it imports the compiler."""
-        return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         name = func.overloadpacket.__name__

@@ -19,7 +19,7 @@ from funcjac._dispatch.forward import check_forward_formulas
 from funcjac._dispatch.key import FunctionKey, make_key
 from funcjac._dispatch.rule import Sizes
 from funcjac._dispatch.solve import engines_of
-from funcjac._engines.basis import row_shape
+from funcjac._engines.basis import elements_of_rows, row_sizes
 from funcjac._engines.loop import by_loop
 from funcjac._engines.run import ChangedInputError, Derivatives, Run
 from funcjac._engines.vmap import by_vmap, in_result_type, join_tensors, split_tensors
@@ -143,8 +143,8 @@ def _at_a_level(call: Call, verify: FunctionKey | None) -> tuple[Derivatives, st
 def _computed(run: Run, verify: FunctionKey | None) -> tuple[Derivatives, str | None]:
     operator, outs = run.call.options.operator, run.output.leaves
     operator.check_output(run.call, outs)
-    inputs = sum(row_shape(x, dim).numel() for x, dim in zip(run.inputs, run.dims))
-    outputs = sum(out.shape[1:].numel() for out in outs)
+    inputs = sum(row_sizes(run.inputs, run.dims))
+    outputs = elements_of_rows(outs)
     widest = max([x.numel() for x in (*run.inputs, *outs)], default=1)
     sizes = Sizes(run.call.batch, outputs, inputs, widest, True, True)
     route = operator.route(run.call, sizes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,16 @@ _KEPT: dict[Any, Tensor] = {}
 
 def row_shape(x: Tensor, dim: int | None) -> torch.Size:
     return x.shape if dim is None else x.shape[:dim] + x.shape[dim + 1 :]
+
+
+def row_sizes(inputs: Sequence[Tensor], dims: Sequence[int | None]) -> list[int]:
+    """Elements of one row of each input."""
+    return [row_shape(x, dim).numel() for x, dim in zip(inputs, dims)]
+
+
+def elements_of_rows(outs: Sequence[Tensor]) -> int:
+    """Elements of one row of all outputs together."""
+    return sum([out.shape[1:].numel() for out in outs])
 
 
 def identity(count: int, like: Tensor) -> Tensor:

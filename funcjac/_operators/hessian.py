@@ -12,7 +12,7 @@ from torch import Tensor
 from funcjac import _tree
 from funcjac._batched import Call, Options
 from funcjac._engines import vmap
-from funcjac._engines.basis import coordinates, row_shape
+from funcjac._engines.basis import coordinates, row_shape, row_sizes
 from funcjac._engines.graph import Blocks, Route
 from funcjac._engines.run import Derivatives, Run
 from funcjac._engines.second_order import hessian_blocks
@@ -115,9 +115,8 @@ class Hessian(SecondOrder):
 
 def _by_taylor(run: Run) -> tuple[list[Blocks], Blocks]:
     """All pairs of coordinates, each once."""
-    inputs, dims = run.inputs, run.dims
-    sizes = [row_shape(x, dim).numel() for x, dim in zip(inputs, dims)]
-    total, device = sum(sizes), inputs[0].device
+    sizes = row_sizes(run.inputs, run.dims)
+    total, device = sum(sizes), run.inputs[0].device
     left, right = torch.triu_indices(total, total, device=device)
     place = torch.empty(total, total, dtype=torch.long, device=device)
     place[left, right] = place[right, left] = torch.arange(len(left), device=device)
@@ -136,7 +135,7 @@ def stacked_coordinates(run: Run) -> dict[int, Tensor]:
     """The basis of all inputs together: ``(N, *x.shape)`` for each, zero for other inputs."""
     if len(run.inputs) == 1:
         return {0: coordinates(run.inputs[0], run.dims[0])}
-    sizes = [row_shape(x, dim).numel() for x, dim in zip(run.inputs, run.dims)]
+    sizes = row_sizes(run.inputs, run.dims)
     start, total = 0, sum(sizes)
     seeds = {}
     for j, (x, dim, size) in enumerate(zip(run.inputs, run.dims, sizes)):

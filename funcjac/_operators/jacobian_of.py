@@ -11,7 +11,7 @@ from funcjac._batched import Call, Options, as_output
 from funcjac._bind import batch_size, check_inputs, make_layout
 from funcjac._dispatch.decisions import decision_of
 from funcjac._dispatch.rule import Sizes
-from funcjac._engines.basis import row_shape
+from funcjac._engines.basis import elements_of_rows, row_shape, row_sizes
 from funcjac._engines.run import Derivatives, Run, detached, read_graph
 from funcjac._kinds import check_arguments
 from funcjac._native import sees_values
@@ -134,8 +134,8 @@ def _solved(run: Run) -> Derivatives:
     facts = read_graph(outs, run.inputs)
     sizes = Sizes(
         run.call.batch,
-        sum(out.shape[1:].numel() for out in outs),
-        sum(row_shape(x, dim).numel() for x, dim in zip(run.inputs, run.dims)),
+        elements_of_rows(outs),
+        sum(row_sizes(run.inputs, run.dims)),
         facts.widest,
         run.create_graph,
         all(x.device.type == "cpu" for x in run.inputs),

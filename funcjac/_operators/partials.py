@@ -13,7 +13,7 @@ from torch import Tensor
 
 from funcjac._batched import Call, Options
 from funcjac._engines import vmap
-from funcjac._engines.basis import coordinates, row_shape
+from funcjac._engines.basis import coordinates, row_shape, row_sizes
 from funcjac._engines.graph import Route
 from funcjac._engines.run import Derivatives, Run
 from funcjac._engines.second_order import Index, by_order, nested_partials
@@ -170,7 +170,7 @@ class _Fields:
 
 def _places(run: Run) -> list[tuple[int, int]]:
     """The input of each coordinate, and its number there."""
-    sizes = [row_shape(x, dim).numel() for x, dim in zip(run.inputs, run.dims)]
+    sizes = row_sizes(run.inputs, run.dims)
     return [(j, n) for j, size in enumerate(sizes) for n in range(size)]
 
 

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from funcjac._native import with_memory
+from funcjac._native import EagerMode, with_memory
 from funcjac._taylor.operations import is_mutable, out_of_place
 from funcjac.errors import UntraceableError
 
@@ -82,7 +81,7 @@ class Value(NamedTuple):
         return self.tensor is not None and self.tensor._version == self.version
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(EagerMode):
     """Records the operations of one run of ``func``, as far as they depend on ``inputs``.
 
     ``func`` is run under ``torch.enable_grad()`` and this mode, once.
@@ -112,11 +111,6 @@ class Recorder(TorchDispatchMode):
         else:
             for x in inputs:
                 self._new(x)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing here is compiled; PyTorch's guard would import torch._dynamo."""
-        return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         args, kwargs = with_memory(args), kwargs or {}

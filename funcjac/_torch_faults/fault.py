@@ -59,11 +59,6 @@ class Fault:
         """The Python calls to intercept."""
         return tuple({**self.replacements, **self.in_transforms})
 
-    @property
-    def replacement(self) -> Callable[..., Any] | None:
-        """What runs instead of the first of ``calls``, ``None`` if there is nothing."""
-        return next(iter({**self.replacements, **self.in_transforms}.values()), None)
-
 
 def fault(
     op: str,
