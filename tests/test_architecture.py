@@ -35,26 +35,20 @@ PUBLIC = {
     "VerificationError",
     "EngineFallbackWarning",
 }
-# The stages, from the ground up. A stage may import from those before it.
+# The stages, from the ground up: a folder may import from those before it.
 STAGES = [
     "errors",
-    "_native",
     "_environment",
     "_torch_faults",
-    "_tree",
-    "_kinds",
-    "_batched",
-    "_words",
-    "_bind",
+    "_arguments",
     "_engines",
     "_taylor",
     "_verification",
     "_dispatch",
-    "_plan",
     "_operators",
     "_diagnostics",
     "__init__",
-    "_digits",
+    "_demo",
     "__main__",
 ]
 
@@ -147,7 +141,7 @@ def test_one_module_imports_optree():
 
 # What is private to torch and stands in one place of its own, where a comment says why.
 _NAMED_WHERE_USED = {
-    "_tree.py": {"torch.utils._pytree"},
+    "_arguments/pytree.py": {"torch.utils._pytree"},
     "_taylor/operations.py": {"torch._decomp"},
     "_diagnostics/explain.py": {"torch.utils._pytree"},
 }
@@ -155,7 +149,7 @@ _NAMED_WHERE_USED = {
 
 @every_file
 def test_private_torch_in_one_place(name):
-    """``torch._C`` and the like are used in ``_native``, where a comment says why."""
+    """``torch._C`` and the like are used in ``torch_private``, where a comment says why."""
     private = {
         ast.unparse(node)
         for node in ast.walk(tree_of(name))
@@ -166,7 +160,7 @@ def test_private_torch_in_one_place(name):
     }
     private |= {module for module in imports(name) if module.startswith("torch._")}
     private -= {"torch.utils._pytree", "torch._decomp"} & _NAMED_WHERE_USED.get(name, set())
-    assert not private or name == "_native.py", private
+    assert not private or name == "_environment/torch_private.py", private
 
 
 def test_importing_is_light():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from funcjac._digits import digits, make_networks
+from funcjac._demo.digits import digits, make_networks
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

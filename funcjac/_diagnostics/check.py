@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._batched import ENGINES, Call, Options
-from funcjac._bind import bind
+from funcjac._arguments.bind import bind
+from funcjac._arguments.call import ENGINES, Call, Options
+from funcjac._arguments.check_keywords import check_options
 from funcjac._dispatch.attempt import Outcome
-from funcjac._dispatch.key import FunctionKey
+from funcjac._dispatch.decisions import FunctionKey
 from funcjac._dispatch.solve import solve
 from funcjac._engines.run import Derivatives, plain_values, run_once
-from funcjac._environment import rng_state, same_rng_state, set_rng_state
+from funcjac._environment.state import rng_state, same_rng_state, set_rng_state
 from funcjac._operators.jacobian import Jacobian
 from funcjac._operators.transform import DUAL_LEVELS, looks, transform_of, usable
 from funcjac._verification.compare import tolerance
 from funcjac._verification.finite_differences import largest_difference
 from funcjac._verification.rows import check_rows, mixing_error
-from funcjac._words import check_options
 from funcjac.errors import brief, refuse
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from funcjac import _tree
+from funcjac._arguments import pytree
 from funcjac._diagnostics.meter import Meter
 from funcjac._dispatch.attempt import Outcome
 from funcjac._operators.transform import Transform, looks, transform_of
@@ -191,7 +191,7 @@ def _passes(mode: str, outputs: int, inputs: int) -> int:
 
 
 def _has_graph(result: Any) -> bool:
-    return any(leaf.requires_grad for leaf in _tree.tensors(result))
+    return any(leaf.requires_grad for leaf in pytree.tensors(result))
 
 
 def _measured(

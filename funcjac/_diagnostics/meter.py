@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac import _tree
-from funcjac._native import EagerMode, with_memory
+from funcjac._arguments import pytree
+from funcjac._environment.torch_private import EagerMode, with_memory
 
 
 class Meter(EagerMode):
@@ -64,5 +64,5 @@ class Meter(EagerMode):
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    leaves = _tree.flatten(tree)[0]
+    leaves = pytree.flatten(tree)[0]
     return [t for t in leaves if isinstance(t, Tensor) and t.layout == torch.strided]

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from funcjac._batched import Call
-from funcjac._dispatch.decisions import Decision, decision_of
-from funcjac._dispatch.key import FunctionKey, look_again, make_key
+from funcjac._arguments.call import Call
+from funcjac._dispatch.decisions import Decision, FunctionKey, decision_of, look_again, make_key
 from funcjac._dispatch.rule import Sizes
 from funcjac._engines.basis import elements_of_rows, row_sizes
 from funcjac._engines.graph import Route
 from funcjac._engines.run import ChangedInputError, Facts, Run, attached, read_graph, run_once
-from funcjac._environment import (
+from funcjac._environment.state import (
     Buffers,
     RngState,
     buffers_in_training,
@@ -24,7 +23,7 @@ from funcjac._environment import (
     rng_state,
     set_rng_state,
 )
-from funcjac._native import CONTROL_FLOW
+from funcjac._environment.torch_private import CONTROL_FLOW
 from funcjac._taylor import Recorder
 from funcjac._torch_faults import graph_names, needs_replacement
 from funcjac._verification.compare import is_alike, tolerance_of

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from funcjac._batched import Call
+from funcjac._arguments.call import Call
 from funcjac._dispatch.attempt import Attempt, keeps_graph
-from funcjac._dispatch.forward import check_forward_formulas
 from funcjac._dispatch.messages import drew
 from funcjac._dispatch.rule import Sizes
 from funcjac._dispatch.verify import verify
@@ -18,7 +17,7 @@ from funcjac._engines import loop, vmap
 from funcjac._engines.basis import elements_of_rows, row_sizes
 from funcjac._engines.graph import Route
 from funcjac._engines.run import Derivatives, Run, attached, detached, read_graph, retire, run_once
-from funcjac._environment import (
+from funcjac._environment.state import (
     RngState,
     WrappedAttributes,
     has_lazy,
@@ -26,6 +25,7 @@ from funcjac._environment import (
     same_rng_state,
     set_rng_state,
 )
+from funcjac._verification.forward_formulas import check_forward_formulas
 from funcjac._verification.rows import check_rows
 from funcjac.errors import RefusedError
 

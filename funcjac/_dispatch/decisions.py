@@ -1,11 +1,21 @@
-"""What is remembered of calls, by key, for all transforms of the process."""
+"""What is remembered of calls, by key: no batch size, no values, for all transforms."""
 
 from __future__ import annotations
 
+import enum
+import functools
 import threading
+import types
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funcjac._arguments import pytree
+from funcjac._arguments.call import Call
 
 _MOST = 1024
 _TABLE: OrderedDict[Any, Decision] = OrderedDict()
@@ -65,3 +75,167 @@ def decision_of(key: Any) -> Decision:
             while len(_TABLE) > _MOST:
                 _TABLE.popitem(last=False)
     return decision
+
+
+# --- the key ---------------------------------------------------------------------------
+
+# Functions behind functions are looked into this deep; longer containers hold data.
+_DEPTH = 4
+_LONGEST = 16
+_AUTOCAST = ("cpu", "cuda")
+_SWITCHES = (bool, int, str)
+# What names in a function's module are looked up for.
+_NAMED = (nn.Module, types.FunctionType, torch.jit.ScriptFunction, *_SWITCHES)
+
+_NAMES: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
+_CHILDREN: weakref.WeakKeyDictionary[nn.Module, list[nn.Module]] = weakref.WeakKeyDictionary()
+_SCRIPTED: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+class FunctionKey:
+    """What is found behind a function: code, modules, switches.
+
+    Attributes:
+        parts: what goes into the key.
+        modules: that were met, not their children.
+        scripted: whether TorchScript is among them.
+    """
+
+    __slots__ = ("modules", "parts", "scripted")
+
+    def __init__(self, func: Any) -> None:
+        self.parts: list[Any] = []
+        self.modules: list[nn.Module] = []
+        self.scripted = False
+        self._describe(func, 0)
+
+    def _describe(self, item: Any, depth: int) -> None:
+        kind = type(item)
+        if kind in _SWITCHES:
+            self.parts.append(item if kind is not bool else (item,))
+        elif kind is types.FunctionType:
+            self._describe_function(item, depth)
+        elif isinstance(item, nn.Module):
+            self.modules.append(item)
+            self.parts.append(weakref.ref(item))  # an id may be given out again
+            children = _children(item)
+            self.parts.append(bytes([item.training, *[m.training for m in children]]))
+            self.scripted = self.scripted or _SCRIPTED.get(item, False)
+        elif kind is types.MethodType:
+            self._describe(item.__func__, depth)
+            self._describe(item.__self__, depth + 1)
+        elif kind is functools.partial:
+            self._describe(item.func, depth)
+            for value in (*item.args, *item.keywords.values()):
+                self._describe(value, depth + 1)
+        elif isinstance(item, enum.Enum):
+            self.parts.append((kind, item.name))
+        elif kind in (list, tuple, dict):
+            values = item.values() if kind is dict else item
+            if depth < _DEPTH and len(values) <= _LONGEST:
+                for value in values:
+                    self._describe(value, depth + 1)
+        elif isinstance(item, Tensor):
+            pass  # it may be fresh at each call
+        elif hasattr(item, "__funcjac_key__"):
+            self.parts.append(item.__funcjac_key__)
+            self._describe(item.func, depth + 1)
+        else:
+            self._describe_object(item, depth)
+
+    def _describe_object(self, item: Any, depth: int) -> None:
+        self.scripted = self.scripted or isinstance(item, torch.jit.ScriptFunction)
+        if isinstance(item, (types.BuiltinFunctionType, type)) or not hasattr(item, "__dict__"):
+            self.parts.append(type(item) if depth else _reference(item))
+            return
+        if depth == 0:
+            self.parts.append(_reference(item))
+        self.parts.append(type(item))
+        if (depth < _DEPTH and callable(item)) or depth == 1:
+            for value in list(vars(item).values())[:_LONGEST]:
+                if isinstance(value, (nn.Module, bool, str)):  # an int may count calls
+                    self._describe(value, depth + 1)
+
+    def _describe_function(self, func: types.FunctionType, depth: int) -> None:
+        code = func.__code__
+        if code in self.parts:
+            return
+        self.parts.append(code)
+        if depth >= _DEPTH:
+            return
+        for cell in func.__closure__ or ():
+            try:
+                content = cell.cell_contents
+            except ValueError:  # a name that is bound later
+                continue
+            self._describe(content, depth + 1)
+        for value in func.__defaults__ or ():
+            self._describe(value, depth + 1)
+        scope = func.__globals__
+        if not str(scope.get("__name__", "")).startswith(("torch.", "funcjac.")):
+            for name in _names(code):
+                value = scope.get(name)
+                if isinstance(value, _NAMED):
+                    self._describe(value, depth + 1)
+
+
+def _reference(item: Any) -> Any:
+    try:
+        return weakref.ref(item)
+    except TypeError:
+        return item if isinstance(item, types.BuiltinFunctionType) else type(item)
+
+
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """Names that ``code`` and the functions defined in it look up."""
+    names = _NAMES.get(code)
+    if names is None:
+        inner = [_names(const) for const in code.co_consts if isinstance(const, types.CodeType)]
+        names = _NAMES[code] = tuple({*code.co_names, *[name for part in inner for name in part]})
+    return names
+
+
+def _children(module: nn.Module) -> list[nn.Module]:
+    children = _CHILDREN.get(module)
+    if children is None:
+        children = [child for child in module.modules() if child is not module]
+        _CHILDREN[module] = children  # without the module itself, which would never go
+        kinds = (module, *children)
+        _SCRIPTED[module] = any(isinstance(m, torch.jit.ScriptModule) for m in kinds)
+    return children
+
+
+def look_again(modules: list[nn.Module]) -> None:
+    """Forget which children modules had."""
+    for module in modules:
+        _CHILDREN.pop(module, None)
+
+
+def make_key(token: Any, function: FunctionKey, call: Call) -> Any:
+    """The key of a call; hashable."""
+    layout = call.layout
+    metas = tuple([_meta(leaf, dim) for leaf, dim in zip(call.leaves, layout.dims)])
+    kwargs: Any = None
+    if call.kwargs:
+        leaves, spec = pytree.flatten_args(call.kwargs)
+        kwargs = (spec, *[_meta(leaf, None) for leaf in leaves])
+    modes: Any = torch.is_grad_enabled()
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        modes = tuple(
+            [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _AUTOCAST]
+        )
+        modes = (torch.is_grad_enabled(), *modes)
+    spec = None if layout.plain else layout.spec
+    return token, tuple(function.parts), spec, layout.dims, layout.diff, metas, kwargs, modes
+
+
+def _meta(leaf: Any, dim: int | None) -> Any:
+    if isinstance(leaf, Tensor):
+        shape = leaf.shape
+        row = shape[1:] if dim == 0 else shape if dim is None else shape[:dim] + shape[dim + 1 :]
+        return row, leaf.dtype, leaf.device, leaf.requires_grad
+    if isinstance(leaf, enum.Enum):  # which may have no hash
+        return type(leaf), leaf.name
+    if callable(leaf):
+        return tuple(FunctionKey(leaf).parts)
+    return (type(leaf), leaf) if isinstance(leaf, (bool, int, str, type(None))) else type(leaf)

@@ -6,8 +6,8 @@ import sys
 import warnings
 from typing import Any
 
-from funcjac._batched import Options
-from funcjac._dispatch.key import FunctionKey
+from funcjac._arguments.call import Options
+from funcjac._dispatch.decisions import FunctionKey
 from funcjac.errors import EngineFallbackWarning, RefusedError, VerificationError, brief
 
 _WARNED: set[Any] = set()

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from funcjac._batched import ENGINES, Call
+from funcjac._arguments.call import ENGINES, Call
 from funcjac._dispatch.attempt import Attempt, Outcome, lean
 from funcjac._dispatch.by_rows import by_loop, by_vmap, reference
 from funcjac._dispatch.by_sum import by_sum
 from funcjac._dispatch.messages import failure, is_out_of_memory, warn_of_fallback
 from funcjac._dispatch.verify import NOT_CAUGHT
 from funcjac._engines.run import Derivatives, retire
-from funcjac._environment import rng_state
+from funcjac._environment.state import rng_state
 from funcjac._verification.rows import check_rows
 from funcjac.errors import RefusedError, brief
 

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from funcjac._dispatch.attempt import Attempt
 from funcjac._engines.run import Derivatives, Run
-from funcjac._native import CONTROL_FLOW
+from funcjac._environment.torch_private import CONTROL_FLOW
 from funcjac._verification.backward import backward_mismatch
 from funcjac._verification.compare import (
     agrees_with_units,

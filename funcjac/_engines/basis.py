@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._native import is_functional
+from funcjac._environment.torch_private import is_functional
 
 # A basis larger than this many elements is built chunk by chunk, a smaller one is kept.
 _MOST_ELEMENTS = 2**20

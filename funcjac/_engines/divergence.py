@@ -12,7 +12,7 @@ from funcjac._engines.assemble import Block, added
 from funcjac._engines.basis import chunks, row_shape
 from funcjac._engines.graph import Pushforward, Route
 from funcjac._engines.run import Run
-from funcjac._native import backward, over_basis
+from funcjac._environment.torch_private import backward, over_basis
 
 # (start, stop, vectors) of the basis, or of probes
 Vectors = Iterator[tuple[int, int, Tensor]]

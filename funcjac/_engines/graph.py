@@ -21,7 +21,13 @@ from torch.autograd.graph import GradientEdge
 from funcjac._engines.assemble import Block
 from funcjac._engines.basis import chunks, identity, row_shape, spread
 from funcjac._engines.run import Derivatives, Run
-from funcjac._native import Tensors, backward, is_functional, over_basis, vector_jacobian
+from funcjac._environment.torch_private import (
+    Tensors,
+    backward,
+    is_functional,
+    over_basis,
+    vector_jacobian,
+)
 
 Blocks = list[list[Tensor]]
 Product = Callable[[Tensor], Tensors]

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._batched import Call, Output
+from funcjac._arguments.call import Call, Output
 from funcjac._engines.run import Derivatives
 from funcjac._engines.vmap import join_tensors, split_tensors
-from funcjac._environment import rng_state, set_rng_state
+from funcjac._environment.state import rng_state, set_rng_state
 
 
 def by_loop(call: Call, compute: Callable[[Call], Derivatives], *, create_graph: bool) -> Any:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funcjac import _tree
-from funcjac._batched import Call, Output
+from funcjac._arguments import pytree
+from funcjac._arguments.call import Call, Output
 
 
 class Derivatives(NamedTuple):
@@ -69,7 +69,7 @@ def attached(output: Output) -> list[Tensor]:
     """Outputs, and tensors of the aux that have a graph."""
     if output.aux is None:
         return output.leaves
-    return [*output.leaves, *[x for x in _tree.tensors(output.aux) if x.requires_grad]]
+    return [*output.leaves, *[x for x in pytree.tensors(output.aux) if x.requires_grad]]
 
 
 def retire(run: Run) -> None:
@@ -183,6 +183,6 @@ def detached(result: Derivatives) -> Derivatives:
     """A result without its graph, which would outlive the call."""
     blocks = [[b.detach() if b.requires_grad else b for b in row] for row in result.blocks]
     output = result.output
-    aux = None if output.aux is None else _tree.map_tensors(Tensor.detach, output.aux)
+    aux = None if output.aux is None else pytree.map_tensors(Tensor.detach, output.aux)
     leaves = [out.detach() for out in output.leaves]
     return Derivatives(blocks, Output(leaves, output.spec, aux))

@@ -19,7 +19,7 @@ from funcjac._engines.assemble import Chunks
 from funcjac._engines.basis import coordinates, row_shape
 from funcjac._engines.graph import Blocks, Pushforward, Route, column_root, jacobian_blocks
 from funcjac._engines.run import Run
-from funcjac._native import backward, over_basis
+from funcjac._environment.torch_private import backward, over_basis
 
 Index = tuple[int, ...]
 Maybe = Tensor | None

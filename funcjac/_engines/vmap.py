@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac import _tree
-from funcjac._batched import Call, Output
+from funcjac._arguments import pytree
+from funcjac._arguments.call import Call, Output
 from funcjac._engines.run import Derivatives
-from funcjac._native import load_forward_formulas, quiet_fallback
+from funcjac._environment.torch_private import load_forward_formulas, quiet_fallback
 
 # (*rows) -> (outputs of a row, what comes along)
 RowFunction = Callable[..., tuple[tuple[Tensor, ...], Any]]
@@ -112,7 +112,7 @@ def split_tensors(tree: Any) -> tuple[list[Tensor], Any]:
     """The tensors of a tree, and what is needed to put it together again."""
     if tree is None:
         return [], None
-    leaves, spec = _tree.flatten(tree)
+    leaves, spec = pytree.flatten(tree)
     is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
     others = [None if yes else leaf for leaf, yes in zip(leaves, is_tensor)]
     return [leaf for leaf, yes in zip(leaves, is_tensor) if yes], (spec, is_tensor, others)
@@ -124,7 +124,7 @@ def join_tensors(kept: Any, tensors: Iterable[Tensor]) -> Any:
     spec, is_tensor, others = kept
     remaining = iter(tensors)
     leaves = [next(remaining) if yes else other for yes, other in zip(is_tensor, others)]
-    return _tree.unflatten(spec, leaves)
+    return pytree.unflatten(spec, leaves)
 
 
 # --- derivatives of a function of one row ------------------------------------------------------

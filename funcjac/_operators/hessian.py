@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcjac import _tree
-from funcjac._batched import Call, Options
+from funcjac._arguments import pytree
+from funcjac._arguments.call import Call, Options
 from funcjac._engines import vmap
 from funcjac._engines.basis import coordinates, row_shape, row_sizes
 from funcjac._engines.graph import Blocks, Route
 from funcjac._engines.run import Derivatives, Run
 from funcjac._engines.second_order import hessian_blocks
+from funcjac._operators.directions import recording_of
 from funcjac._operators.operator import (
     NESTED,
     SecondOrder,
@@ -24,7 +25,6 @@ from funcjac._operators.operator import (
     finished,
     first_entries,
 )
-from funcjac._operators.second_order import recording_of
 from funcjac._operators.transform import Transform
 from funcjac._taylor import all_pairs
 from funcjac._verification.finite_differences import Pair, difference, random_moves, times
@@ -107,8 +107,8 @@ class Hessian(SecondOrder):
         spec, n = call.layout.in_spec, len(call.layout.diff)
 
         def square(blocks: list[Any]) -> Any:
-            rows = [_tree.unflatten(spec, blocks[j * n : (j + 1) * n]) for j in range(n)]
-            return _tree.unflatten(spec, rows)
+            rows = [pytree.unflatten(spec, blocks[j * n : (j + 1) * n]) for j in range(n)]
+            return pytree.unflatten(spec, rows)
 
         return finished(call, result, by_output(result, square), n * n)
 

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcjac import _tree
-from funcjac._batched import Call, Options
+from funcjac._arguments import pytree
+from funcjac._arguments.call import Call, Options
 from funcjac._engines import vmap
 from funcjac._engines.basis import coordinates, row_shape
 from funcjac._engines.graph import Route
 from funcjac._engines.run import Derivatives, Run
 from funcjac._engines.second_order import Directions
-from funcjac._operators.directions import Spec, of_row
+from funcjac._operators.directions import Spec, derivatives_along, of_row
 from funcjac._operators.operator import (
     NESTED,
     SecondOrder,
@@ -25,7 +25,6 @@ from funcjac._operators.operator import (
     finished,
     first_entries,
 )
-from funcjac._operators.second_order import derivatives_along
 from funcjac._operators.transform import Transform
 from funcjac._verification.finite_differences import Pair, difference
 from funcjac._verification.probe import Entry, Probe, curvature, row_factors
@@ -107,7 +106,7 @@ class HessianDiagonal(SecondOrder):
 
     def assemble(self, call: Call, result: Derivatives) -> Any:
         spec, n = call.layout.in_spec, len(call.layout.diff)
-        tree = by_output(result, lambda blocks: _tree.unflatten(spec, blocks[:n]))
+        tree = by_output(result, lambda blocks: pytree.unflatten(spec, blocks[:n]))
         return finished(call, result, tree, n)
 
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from funcjac import _tree
-from funcjac._batched import Call, Options
+from funcjac._arguments import pytree
+from funcjac._arguments.call import Call, Options
 from funcjac._engines import vmap
 from funcjac._engines.graph import Route, jacobian
 from funcjac._engines.run import Derivatives, Run
@@ -45,8 +45,8 @@ class Jacobian(Operator):
 
     def assemble(self, call: Call, result: Derivatives) -> Any:
         spec = call.layout.in_spec
-        trees = [_tree.unflatten(spec, blocks) for blocks in result.blocks]
-        return finished(call, result, _tree.unflatten(result.output.spec, trees), None)
+        trees = [pytree.unflatten(spec, blocks) for blocks in result.blocks]
+        return finished(call, result, pytree.unflatten(result.output.spec, trees), None)
 
 
 def batch_jacobian(

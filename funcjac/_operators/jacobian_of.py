@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 
-from funcjac import _tree
-from funcjac._batched import Call, Options, as_output
-from funcjac._bind import batch_size, check_inputs, make_layout
+from funcjac._arguments import pytree
+from funcjac._arguments.bind import batch_size, check_inputs, make_layout
+from funcjac._arguments.call import Call, Options, as_output
+from funcjac._arguments.check_keywords import check_options
+from funcjac._arguments.check_tensors import check_arguments
 from funcjac._dispatch.decisions import decision_of
 from funcjac._dispatch.rule import Sizes
 from funcjac._engines.basis import elements_of_rows, row_shape, row_sizes
 from funcjac._engines.run import Derivatives, Run, detached, read_graph
-from funcjac._kinds import check_arguments
-from funcjac._native import sees_values
+from funcjac._environment.torch_private import sees_values
 from funcjac._operators.jacobian import Jacobian
 from funcjac._verification.backward import backward_mismatch
 from funcjac._verification.compare import agrees_with_units, mismatch
 from funcjac._verification.rows import check_rows
-from funcjac._words import check_options
 from funcjac.errors import VerificationError, refuse
 
 _NAME = "batch_jacobian_of"
@@ -112,7 +112,7 @@ def batch_jacobian_of(
 
 
 def _as_run(options: Options, outputs: Any, inputs: Any) -> Run:
-    leaves, spec = _tree.flatten_args((inputs,))
+    leaves, spec = pytree.flatten_args((inputs,))
     check_arguments(_NAME, leaves)
     layout = make_layout(options, (inputs,), leaves, spec)
     batch = batch_size(_NAME, layout, leaves)

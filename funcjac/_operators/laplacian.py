@@ -9,12 +9,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcjac._batched import Call, Options
+from funcjac._arguments.call import Call, Options
 from funcjac._engines import vmap
 from funcjac._engines.basis import row_shape
 from funcjac._engines.graph import Route
 from funcjac._engines.run import Derivatives, Run
-from funcjac._operators.directions import Spec, check_spec, directions, extras_of, of_row
+from funcjac._operators.directions import (
+    Spec,
+    check_spec,
+    derivatives_along,
+    directions,
+    extras_of,
+    of_row,
+)
 from funcjac._operators.operator import (
     NESTED,
     SecondOrder,
@@ -23,7 +30,6 @@ from funcjac._operators.operator import (
     finished,
     first_entries,
 )
-from funcjac._operators.second_order import derivatives_along
 from funcjac._operators.transform import Transform
 from funcjac._verification.finite_differences import Pair, difference
 from funcjac._verification.probe import Entry, Probe, curvature, row_factors

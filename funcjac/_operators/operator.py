@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcjac import _tree
-from funcjac._batched import Call
+from funcjac._arguments import pytree
+from funcjac._arguments.call import Call
 from funcjac._dispatch.rule import Sizes, first_order_route, prefers_taylor, second_order_route
 from funcjac._engines.graph import Route
 from funcjac._engines.run import Derivatives, Run
@@ -104,7 +104,7 @@ def first_entries(run: Run, probe: Probe) -> list[Entry]:
 
 
 def by_output(result: Derivatives, pick: Any) -> Any:
-    return _tree.unflatten(result.output.spec, [pick(blocks) for blocks in result.blocks])
+    return pytree.unflatten(result.output.spec, [pick(blocks) for blocks in result.blocks])
 
 
 def finished(call: Call, result: Derivatives, tree: Any, slopes: int | None) -> Any:
@@ -112,12 +112,12 @@ def finished(call: Call, result: Derivatives, tree: Any, slopes: int | None) -> 
     options, output = call.options, result.output
     if not options.return_value:
         return (tree, output.aux) if options.has_aux else tree
-    value = _tree.unflatten(output.spec, output.leaves)
+    value = pytree.unflatten(output.spec, output.leaves)
     more = (value, output.aux) if options.has_aux else value
     if slopes is None:
         return tree, more
     spec, n = call.layout.in_spec, len(call.layout.diff)
-    jac = by_output(result, lambda blocks: _tree.unflatten(spec, blocks[slopes : slopes + n]))
+    jac = by_output(result, lambda blocks: pytree.unflatten(spec, blocks[slopes : slopes + n]))
     return tree, (jac, more)
 
 

@@ -13,15 +13,15 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from funcjac import _tree
-from funcjac._batched import Call, Options
-from funcjac._bind import bind, check_inputs, with_extras
+from funcjac._arguments import pytree
+from funcjac._arguments.bind import bind, check_inputs, with_extras
+from funcjac._arguments.call import Call, Options
+from funcjac._arguments.check_keywords import check_options
+from funcjac._arguments.check_tensors import is_uninitialized
 from funcjac._dispatch.attempt import Outcome
-from funcjac._dispatch.inside import solve_inside
+from funcjac._dispatch.inside_transforms import solve_inside
 from funcjac._dispatch.solve import solve
-from funcjac._kinds import is_uninitialized
-from funcjac._native import is_functional, is_transformed
-from funcjac._words import check_options
+from funcjac._environment.torch_private import is_functional, is_transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -191,4 +191,4 @@ def looks(function: Callable[P, R]) -> Callable[P, R]:
 
 def usable(tree: Any) -> Any:
     """Copies of inference tensors, which autograd cannot save."""
-    return _tree.map_tensors(lambda x: x.clone() if _is_inference(x) else x, tree)
+    return pytree.map_tensors(lambda x: x.clone() if _is_inference(x) else x, tree)

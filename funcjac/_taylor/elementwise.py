@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._native import backward
+from funcjac._environment.torch_private import backward
 from funcjac._taylor.jets import Index, Jet, Scheme, Site, add, aligned, on_one_row, splits
 from funcjac._taylor.opaque import rerun, variables
 

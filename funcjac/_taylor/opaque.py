@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._native import over_basis, vector_jacobian
+from funcjac._environment.torch_private import over_basis, vector_jacobian
 from funcjac._taylor.jets import Jet, Site, add
 from funcjac._taylor.recorder import Node
 from funcjac.errors import UntraceableError

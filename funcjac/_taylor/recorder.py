@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funcjac._native import EagerMode, with_memory
+from funcjac._environment.torch_private import EagerMode, with_memory
 from funcjac._taylor.operations import is_mutable, out_of_place
 from funcjac.errors import UntraceableError
 

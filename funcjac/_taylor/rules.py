@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._native import over_basis
+from funcjac._environment.torch_private import over_basis
 from funcjac._taylor.elementwise import elementwise
 from funcjac._taylor.jets import Jet, Scheme, Site, add, aligned, on_one_row, splits, spread
 from funcjac._taylor.opaque import opaque

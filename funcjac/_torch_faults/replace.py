@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from funcjac import _native
+from funcjac._environment import torch_private
 from funcjac._torch_faults.fault import FIRST_ORDER, FORWARD, HIGHER_ORDER
 from funcjac._torch_faults.table import FAULTS, nodes_with, ops_with
 
@@ -63,7 +63,7 @@ class UseReplacements(TorchFunctionMode):
     def _replacements(self) -> dict[Any, Any]:
         if torch.compiler.is_compiling():
             return _COMPILED
-        return _IN_TRANSFORMS if self.forward or _native.is_functional() else _PLAIN
+        return _IN_TRANSFORMS if self.forward or torch_private.is_functional() else _PLAIN
 
 
 def graph_names(tensors: Iterable[Tensor]) -> frozenset[str]:

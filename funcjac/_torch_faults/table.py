@@ -15,7 +15,7 @@ import funcjac._torch_faults.attention as attention
 import funcjac._torch_faults.linalg as linalg
 import funcjac._torch_faults.norms as norms
 import funcjac._torch_faults.others as others
-from funcjac import _native
+from funcjac._environment import torch_private
 from funcjac._torch_faults.fault import Fault, fault
 
 _UMBRELLA = 198017  # torch's own list of wrong formulas
@@ -56,14 +56,14 @@ _NORMS = (
         "_native_batch_norm_legit",
         _NORM,
         "NativeBatchNormLegitBackward0 NativeBatchNormLegitBackward1",
-        {_native.legit_batch_norm: norms.legit_batch_norm},
+        {torch_private.legit_batch_norm: norms.legit_batch_norm},
         issue=186256,
     ),
     fault(
         "_batch_norm_with_update",
         "forward_again reverse_3",
         "BatchNormWithUpdateBackward0",
-        {_native.updating_batch_norm: norms.updating_batch_norm},
+        {torch_private.updating_batch_norm: norms.updating_batch_norm},
         issue=186256,
     ),
     fault("cudnn_batch_norm", _NORM, "CudnnBatchNormBackward0", _BATCH_NORM, issue=186256),
@@ -72,7 +72,7 @@ _NORMS = (
         "_weight_norm_interface",
         "reverse_2",
         "WeightNormInterfaceBackward0",
-        {_native.fused_weight_norm: norms.weight_norm},
+        {torch_private.fused_weight_norm: norms.weight_norm},
     ),
 )
 _POWERS = {

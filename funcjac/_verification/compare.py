@@ -24,7 +24,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from funcjac import _tree
+from funcjac._arguments import pytree
 from funcjac._engines.basis import identity, spread
 from funcjac._engines.run import Derivatives, Run, graph_nodes
 from funcjac._verification.probe import Entry, Probe, make_probe, vjp
@@ -250,8 +250,8 @@ def extras_mismatch(run: Run, result: Derivatives) -> str | None:
             return "its value is not that of the batch"
     if not options.has_aux:
         return None
-    wanted, spec = _tree.flatten(run.output.aux)
-    given, other = _tree.flatten(result.output.aux)
+    wanted, spec = pytree.flatten(run.output.aux)
+    given, other = pytree.flatten(result.output.aux)
     if spec != other:
         return "its aux has another structure than that of the batch"
     for one, two in zip(wanted, given):

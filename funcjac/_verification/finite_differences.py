@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from funcjac._batched import Call
+from funcjac._arguments.call import Call
 from funcjac._engines.run import Derivatives, plain_values
-from funcjac._environment import rng_state, set_rng_state
+from funcjac._environment.state import rng_state, set_rng_state
 
 Moves = dict[int, Tensor]  # of inputs by their number
 # For each output what differences say, and what was computed, each ``(B, *out)``.

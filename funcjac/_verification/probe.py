@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcjac._engines.assemble import Columns
 from funcjac._engines.run import Run
-from funcjac._native import vector_jacobian
+from funcjac._environment.torch_private import vector_jacobian
 
 # No number that a user would seed with: the cotangent must not be the input itself.
 _SEED = 0x6A61_636F_6269

@@ -13,19 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._batched import Call, Output
-from funcjac._dispatch.decisions import decision_of
-from funcjac._dispatch.forward import check_forward_formulas
-from funcjac._dispatch.key import FunctionKey, make_key
+from funcjac._arguments.call import Call, Output
+from funcjac._dispatch.decisions import FunctionKey, decision_of, make_key
 from funcjac._dispatch.rule import Sizes
 from funcjac._dispatch.solve import engines_of
 from funcjac._engines.basis import elements_of_rows, row_sizes
 from funcjac._engines.loop import by_loop
 from funcjac._engines.run import ChangedInputError, Derivatives, Run
 from funcjac._engines.vmap import by_vmap, in_result_type, join_tensors, split_tensors
-from funcjac._environment import WrappedAttributes
-from funcjac._native import CONTROL_FLOW, sees_values
+from funcjac._environment.state import WrappedAttributes
+from funcjac._environment.torch_private import CONTROL_FLOW, sees_values
 from funcjac._verification.compare import agrees_with_units, mismatch
+from funcjac._verification.forward_formulas import check_forward_formulas
 from funcjac._verification.rows import check_rows
 from funcjac.errors import BatchMixingError, VerificationError
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from funcjac._native import is_wrapped
+from funcjac._environment.torch_private import is_wrapped
 
 RngState = tuple[Tensor, list[Tensor]]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from funcjac._native import is_transformed
+from funcjac._environment.torch_private import is_transformed
 from funcjac.errors import refuse
 
 # What can be computed with: of narrower types PyTorch only knows how to store them.

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac import _tree
-from funcjac._batched import Call, Layout, Options
-from funcjac._kinds import check_arguments, check_input
-from funcjac._tree import TreeSpec
+from funcjac._arguments import pytree
+from funcjac._arguments.call import Call, Layout, Options
+from funcjac._arguments.check_tensors import check_arguments, check_input
+from funcjac._arguments.pytree import TreeSpec
 from funcjac.errors import refuse
 
 # What the structure of arguments settles, for all transforms of the process.
@@ -28,19 +28,19 @@ def bind(
         TypeError, ValueError: the arguments are not those of a batched function.
     """
     if torch.compiler.is_compiling():  # the compiler remembers by itself, and cannot hash a spec
-        leaves, spec = _tree.flatten_args(args)
+        leaves, spec = pytree.flatten_args(args)
         layout = make_layout(options, args, leaves, spec)
     elif all(type(arg) is Tensor for arg in args):
         leaves = list(args)
         check_arguments(options.name, leaves)
         layout = _remembered(options, tuple([arg.ndim for arg in args]), args, None)
     else:
-        leaves, spec = _tree.flatten_args(args)
+        leaves, spec = pytree.flatten_args(args)
         check_arguments(options.name, leaves)
         key = (spec, *[_kind(leaf) for leaf in leaves])
         layout = _remembered(options, key, args, (leaves, spec))
     if kwargs and not torch.compiler.is_compiling():
-        check_arguments(options.name, _tree.tensors(kwargs))
+        check_arguments(options.name, pytree.tensors(kwargs))
     return Call(func, options, layout, leaves, kwargs, batch_size(options.name, layout, leaves))
 
 
@@ -59,7 +59,7 @@ def _remembered(options: Options, kinds: Any, args: tuple[Any, ...], flat: Any) 
     key = (options.argnums, dims if type(dims) is int else repr(dims), kinds)
     layout = _LAYOUTS.get(key)
     if layout is None:
-        leaves, spec = _tree.flatten_args(args) if flat is None else flat
+        leaves, spec = pytree.flatten_args(args) if flat is None else flat
         layout = make_layout(options, args, leaves, spec)
         if len(_LAYOUTS) >= _MOST_LAYOUTS:
             _LAYOUTS.clear()
@@ -90,7 +90,7 @@ def make_layout(
 ) -> Layout:
     dims = _leaf_dims(options, args, leaves)
     argnums = _as_argnums(options, len(args))
-    sizes = [len(_tree.flatten_args(arg)[0]) for arg in args]
+    sizes = [len(pytree.flatten_args(arg)[0]) for arg in args]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     diff = tuple(
         i
@@ -99,7 +99,7 @@ def make_layout(
         if leaves[i] is not None and not (args[a] is not leaves[i] and _is_left_out(leaves[i]))
     )
     trees = [_differentiated(args[a]) for a in argnums]
-    in_spec = _tree.flatten(trees[0] if isinstance(options.argnums, int) else tuple(trees))[1]
+    in_spec = pytree.flatten(trees[0] if isinstance(options.argnums, int) else tuple(trees))[1]
     batched = tuple(i for i, dim in enumerate(dims) if dim is not None)
     if not batched:
         raise _nothing_batched(options, leaves)
@@ -129,7 +129,7 @@ def _differentiated(arg: Any) -> Any:
     """An argument with ``None`` for its constants."""
     if isinstance(arg, Tensor):
         return arg
-    return _tree.map_leaves(lambda leaf: None if _is_left_out(leaf) else leaf, arg)
+    return pytree.map_leaves(lambda leaf: None if _is_left_out(leaf) else leaf, arg)
 
 
 def _nothing_batched(options: Options, leaves: list[Any]) -> Exception:
@@ -156,14 +156,14 @@ def _leaf_dims(options: Options, args: tuple[Any, ...], leaves: list[Any]) -> li
             "Give None for an argument that all rows share.",
         )
     try:
-        dims = _tree.broadcast(in_dims if isinstance(in_dims, int) else tuple(in_dims), args)
+        dims = pytree.broadcast(in_dims if isinstance(in_dims, int) else tuple(in_dims), args)
     except ValueError:
         raise refuse(
             options.name,
             ValueError,
             "in_dims to be an int or a prefix tree of the arguments",
             repr(in_dims),
-            f"The arguments are {_tree.sketch(args)}.",
+            f"The arguments are {pytree.sketch(args)}.",
         ) from None
     return [_leaf_dim(options.name, leaf, dim) for leaf, dim in zip(leaves, dims)]
 

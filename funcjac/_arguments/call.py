@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funcjac import _tree
-from funcjac._kinds import check_output
+from funcjac._arguments import pytree
+from funcjac._arguments.check_tensors import check_output
+from funcjac._arguments.pytree import Tree, TreeSpec
 from funcjac._torch_faults import UseReplacements
-from funcjac._tree import Tree, TreeSpec
 from funcjac.errors import refuse
 
 ENGINES = ("sum", "vmap", "loop")
@@ -118,8 +118,8 @@ class Call(NamedTuple):
         if self.extra:
             leaves = leaves[: -self.extra]
         if self.clone:
-            leaves, kwargs = _tree.map_tensors(Tensor.clone, (leaves, kwargs))
-        args = leaves if self.layout.plain else _tree.unflatten(self.layout.spec, leaves)
+            leaves, kwargs = pytree.map_tensors(Tensor.clone, (leaves, kwargs))
+        args = leaves if self.layout.plain else pytree.unflatten(self.layout.spec, leaves)
         if self.replaced:
             with UseReplacements():
                 out = self.func(*args, **kwargs)
@@ -143,7 +143,7 @@ def as_output(options: Options, out: Any, batch: int) -> Output:
                 "Return the pair, or drop has_aux.",
             )
         out, aux = out
-    leaves, spec = _tree.flatten(out)
+    leaves, spec = pytree.flatten(out)
     dims = _out_dims(options, out, len(leaves))
     tensors = [_as_batch_first(options.name, leaf, dim, batch) for leaf, dim in zip(leaves, dims)]
     if not tensors:
@@ -161,14 +161,14 @@ def _out_dims(options: Options, out: Tree, count: int) -> list[int]:
     if type(options.out_dims) is int:
         return [options.out_dims] * count
     try:
-        dims = _tree.broadcast(options.out_dims, out)
+        dims = pytree.broadcast(options.out_dims, out)
     except ValueError:
         raise refuse(
             options.name,
             ValueError,
             "out_dims to be an int or a prefix tree of func's output",
             repr(options.out_dims),
-            f"The output is {_tree.sketch(out)}.",
+            f"The output is {pytree.sketch(out)}.",
         ) from None
     return dims
 

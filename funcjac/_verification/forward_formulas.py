@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from funcjac._batched import Call
-from funcjac._environment import rng_state, set_rng_state
-from funcjac._native import EagerMode, with_memory
+from funcjac._arguments.call import Call
+from funcjac._environment.state import rng_state, set_rng_state
+from funcjac._environment.torch_private import EagerMode, with_memory
 from funcjac._torch_faults import UseReplacements, forward_faults
 
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from funcjac import _tree
-from funcjac._batched import ENGINES, Options
+from funcjac._arguments import pytree
+from funcjac._arguments.call import ENGINES, Options
 from funcjac.errors import refuse
 
 _RANDOMNESS = ("error", "different", "same")
@@ -64,7 +64,7 @@ def _check_dims(name: str, options: Options) -> None:
             repr(in_dims),
             "Write None in the tuple for what all rows share.",
         )
-    leaves, _ = _tree.flatten_args(out_dims)
+    leaves, _ = pytree.flatten_args(out_dims)
     if any(type(leaf) is not int for leaf in leaves):
         raise refuse(
             name,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 def digits() -> tuple[Tensor, Tensor]:
     """Images ``(256, 1, 8, 8)`` with values from 0 to 1, and their labels ``(256,)``."""
-    lines = (files("funcjac") / "data" / "digits.txt").read_text("ascii").splitlines()
+    lines = (files("funcjac._demo") / "data" / "digits.txt").read_text("ascii").splitlines()
     pairs = [line.split() for line in lines]
     # A character is a pixel: how many of the 16 points of its cell are ink, in base 17.
     pixels = [[int(character, 17) for character in image] for _, image in pairs]

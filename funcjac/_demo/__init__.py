@@ -1,0 +1,1 @@
+"""The demonstration that ``python -m funcjac`` runs, with its data and networks."""
