@@ -14,7 +14,6 @@ from torch import Tensor
 from funcjac._arguments.bind import bind
 from funcjac._arguments.call import ENGINES, Call, Options
 from funcjac._arguments.check_keywords import check_options
-from funcjac._dispatch.attempt import Outcome
 from funcjac._dispatch.decisions import FunctionKey
 from funcjac._dispatch.solve import solve
 from funcjac._engines.run import Derivatives, plain_values, run_once
@@ -262,7 +261,7 @@ def _run(call: Call, engine: str, mode: str) -> Derivatives | Exception:
     forward = engine == "vmap" and "fwd" in mode
     try:
         with DUAL_LEVELS if forward else nullcontext():
-            return solve(call._replace(options=keywords), ("check_derivative",), Outcome())
+            return solve(call._replace(options=keywords), ("check_derivative",))
     except Exception as raised:  # whatever it is belongs into the report
         return raised
 

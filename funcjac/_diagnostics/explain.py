@@ -219,7 +219,7 @@ def _timed(transform: Transform, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         for _ in range(_REPEATS):
             _synchronize()
             start = time.perf_counter()
-            transform.evaluate(args, kwargs, Outcome())
+            transform.evaluate(args, kwargs)
             _synchronize()
             times.append(time.perf_counter() - start)
     except Exception as error:  # it is not to be had in this way

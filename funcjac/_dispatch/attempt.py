@@ -1,20 +1,29 @@
-"""One call on its way: what is known of it, its run of ``func``, and what the graph tells."""
+"""The long way of one call: first calls, verified ones, and those that take another turn."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from funcjac._arguments.call import Call
-from funcjac._dispatch.decisions import Decision, FunctionKey, decision_of, look_again, make_key
+from funcjac._dispatch.decisions import Decision, FunctionKey, forget_children
 from funcjac._dispatch.rule import Sizes
 from funcjac._engines.basis import elements_of_rows, row_sizes
 from funcjac._engines.graph import Route
-from funcjac._engines.run import ChangedInputError, Facts, Run, attached, read_graph, run_once
+from funcjac._engines.run import (
+    ChangedInputError,
+    Derivatives,
+    Facts,
+    Run,
+    attached,
+    read_graph,
+    run_once,
+)
 from funcjac._environment.state import (
     Buffers,
     RngState,
@@ -26,9 +35,21 @@ from funcjac._environment.state import (
 from funcjac._environment.torch_private import CONTROL_FLOW
 from funcjac._taylor import Recorder
 from funcjac._torch_faults import graph_names, needs_replacement
-from funcjac._verification.compare import is_alike, tolerance_of
+from funcjac._verification.backward import backward_mismatch
+from funcjac._verification.compare import (
+    agrees_with_units,
+    extras_mismatch,
+    is_alike,
+    is_lost_in_run,
+    mismatch,
+    tolerance_of,
+)
 from funcjac._verification.detached import check_attached
 from funcjac._verification.rows import check_rows
+from funcjac.errors import BatchMixingError, VerificationError
+
+NO_ROUTE, NO_SIZES = Route(""), Sizes(0, 0, 0, 1, False, True)
+NOT_CAUGHT = (BatchMixingError, *CONTROL_FLOW)
 
 
 @dataclass
@@ -42,8 +63,8 @@ class Outcome:
     """
 
     engine: str = ""
-    route: Route = field(default_factory=lambda: Route(""))
-    sizes: Sizes = field(default_factory=lambda: Sizes(0, 0, 0, 1, False, True))
+    route: Route = NO_ROUTE
+    sizes: Sizes = NO_SIZES
     operations: int = 0
     verified: bool = False
     runs: int = 0
@@ -52,28 +73,31 @@ class Outcome:
 
 
 class Attempt:
-    """One call, what earlier ones of its key have shown, and what this one shows.
+    """One call, what earlier calls of its key have shown, and what this one shows.
 
     Attributes:
         is_due: whether its result is verified.
+        settled: the run of a settled call that turned out to be of another kind.
         plain: the run of the whole batch under plain autograd.
         draws: whether that run drew random numbers, where this is known.
         in_func: whether an exception is ``func``'s own, or about what it returned.
     """
 
-    def __init__(self, call: Call, token: Any, outcome: Outcome) -> None:
+    def __init__(
+        self,
+        call: Call,
+        function: FunctionKey,
+        decision: Decision,
+        outcome: Outcome,
+        settled: Run | None,
+    ) -> None:
         self.options, self.operator = call.options, call.options.operator
-        self.function = FunctionKey(call.func)
-        decision: Decision = decision_of(make_key(token, self.function, call))
-        check = self.options.check
-        decision.calls += check is not False
-        self.decision, self.outcome = decision, outcome
-        self.is_due = decision.is_due(check, call.batch)
+        self.function, self.decision, self.outcome = function, decision, outcome
+        self.is_due = decision.is_due(self.options.check, call.batch)
         if self.is_due:
-            look_again(self.function.modules)
-        if decision.clone or decision.replaced:
-            call = call._replace(clone=decision.clone, replaced=decision.replaced)
-        self.call = call
+            forget_children(function.modules)
+        self.call = call._replace(clone=decision.clone, replaced=decision.replaced)
+        self.settled = settled
         self.plain: Run | None = None
         self.facts: Facts | None = None
         self.start: RngState | None = None
@@ -83,12 +107,16 @@ class Attempt:
 
     def run(self, recorder_of: Callable[..., Any] | None = None) -> Run:
         """Run ``func``; once more if it writes into its input."""
-        self.in_func = True
         self.outcome.runs += 1
-        if self.decision.outputs is None:
+        if self.settled is not None:
+            run, self.settled = self.settled, None
+            return run
+        self.in_func = True
+        is_first = self.decision.outputs is None
+        if is_first:
             self.buffers = buffers_in_training(self.function.modules)
         try:
-            run = run_once(self.call, recorder_of, copy=self.decision.outputs is None)
+            run = run_once(self.call, recorder_of, copy=is_first)
         except ChangedInputError:
             put_back(self.buffers)
             if self.start is not None:
@@ -107,19 +135,19 @@ class Attempt:
         """Look at the graph of a run; run again with replacements where torch is wrong."""
         outs = run.output.leaves
         facts = self.facts = read_graph(attached(run.output), run.inputs)
-        create_graph = keeps_graph(facts, run.call)
-        if create_graph:
+        if keeps_graph(facts, run.call):
             run = run._replace(create_graph=True)
         decision = self.decision
-        if not run.call.replaced and facts.signature not in decision.graphs:
-            decision.graphs.add(facts.signature)
-            again = create_graph or self.operator.is_second_order or self._goes_forward(run)
-            names = graph_names(outs)
-            if needs_replacement(names, again=again):
-                if self.is_due and not needs_replacement(names, again=False):
-                    self._check_rows(run)  # rather than run again for nothing
-                run = self._replaced(run)
-                self.facts = read_graph(attached(run.output), run.inputs)
+        if run.call.replaced or facts.signature in decision.graphs:
+            return run
+        decision.graphs.add(facts.signature)
+        again = run.create_graph or self.operator.is_second_order or self._goes_forward(run)
+        names = graph_names(outs)
+        if needs_replacement(names, again=again):
+            if self.is_due and not needs_replacement(names, again=False):
+                self._check_rows(run)  # rather than run again for nothing
+            run = self._replaced(run)
+            self.facts = read_graph(attached(run.output), run.inputs)
         return run
 
     def _check_rows(self, run: Run) -> None:
@@ -140,48 +168,52 @@ class Attempt:
         self.outcome.runs += 1
         moved = buffers_in_training(self.function.modules)
         put_back(self.buffers)  # running statistics move once
-        call, again = run.call._replace(replaced=True), run
+        call = run.call._replace(replaced=True)
         try:
-            again = run_once(call, None if run.recorder is None else Recorder)
-            pairs = zip(run.output.leaves, again.output.leaves)
+            replaced = run_once(call, None if run.recorder is None else Recorder)
+            pairs = zip(run.output.leaves, replaced.output.leaves)
             limit = tolerance_of(run)
             same = all(is_alike(a.detach(), b.detach(), limit) for a, b in pairs)
         except CONTROL_FLOW:
             raise
         except Exception:
-            same = False
+            replaced, same = run, False
         if not same:
             set_rng_state(after)
             put_back(moved)
             return run
         self.decision.replaced, self.call = True, call
         self.outcome.reasons.append("replacements ran for what torch differentiates wrongly")
-        return again._replace(create_graph=run.create_graph)
+        return replaced._replace(create_graph=run.create_graph)
 
     def sizes(self, run: Run) -> Sizes:
-        """What the rule goes by."""
-        decision = self.decision
-        if decision.inputs is None:
-            decision.inputs = sum(row_sizes(run.inputs, run.dims))
-            decision.on_cpu = all(x.device.type == "cpu" for x in run.inputs)
-        outputs = elements_of_rows(run.output.leaves)
-        decision.outputs = outputs
-        widest = self.facts.widest if self.facts is not None else 1
-        return Sizes(
-            run.call.batch, outputs, decision.inputs, widest, run.create_graph, decision.on_cpu
-        )
+        return sizes_of(run, self.facts, self.decision)
+
+
+def sizes_of(run: Run, facts: Facts | None, decision: Decision) -> Sizes:
+    """What the rule goes by."""
+    if decision.inputs is None:
+        decision.inputs = sum(row_sizes(run.inputs, run.dims))
+        decision.on_cpu = all(x.device.type == "cpu" for x in run.inputs)
+    decision.outputs = elements_of_rows(run.output.leaves)
+    return Sizes(
+        run.call.batch,
+        decision.outputs,
+        decision.inputs,
+        facts.widest if facts is not None else 1,
+        run.create_graph,
+        decision.on_cpu,
+    )
 
 
 def keeps_graph(facts: Facts, call: Call) -> bool:
     """Whether the result has a graph of its own."""
-    return torch.is_grad_enabled() and (facts.has_leaves or _asks_for_graph(call))
-
-
-def _asks_for_graph(call: Call) -> bool:
-    """Whether what is differentiated, or weighs the result, requires grad."""
-    leaves, layout = call.leaves, call.layout
-    for i in layout.diff:
-        if leaves[i].requires_grad:
+    if not torch.is_grad_enabled():
+        return False
+    if facts.has_leaves:
+        return True
+    for i in call.layout.diff:
+        if call.leaves[i].requires_grad:
             return True
     return any(x.requires_grad for x in call.extras) if call.extra else False
 
@@ -190,3 +222,58 @@ def lean(error: Exception) -> Exception:
     """An exception without its traceback, which would keep the batch alive."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
+
+
+# --- verification -----------------------------------------------------------------------------
+
+
+def verify(attempt: Attempt, run: Run, result: Derivatives, engine: str) -> None:
+    """Hold a result against plain autograd through the graph of a run.
+
+    Raises:
+        BatchMixingError: rows depend on one another.
+        VerificationError: the result is wrong.
+    """
+    decision, outcome = attempt.decision, attempt.outcome
+    outcome.verified = True
+    if not run.call.batch or not any(x.numel() for x in run.inputs):
+        return
+    failed, decision.failed = decision.failed, True
+    unseen = outcome.meter.paused() if outcome.meter else nullcontext()
+    with unseen, saved_tensors_hooks(_as_it_is, _as_it_is):  # checkpoints count what is saved
+        problem, compared = _problem(attempt, run, result, engine)
+    if problem is not None:
+        text = f"{attempt.options.name}: {engine} was verified and refused: {problem}."
+        raise VerificationError(text)
+    if not compared:
+        decision.calls -= 1  # all was NaN: nothing was seen
+        decision.failed = failed
+        return
+    decision.failed = False
+    decision.rows |= run.call.batch > 1
+    if attempt.facts is not None:
+        decision.signatures.add(attempt.facts.signature)
+
+
+def _problem(
+    attempt: Attempt, run: Run, result: Derivatives, engine: str
+) -> tuple[str | None, bool]:
+    """What is wrong with a result, and whether anything was compared."""
+    number = attempt.decision.calls
+    problem, compared = mismatch(run, result, number)
+    bent = False
+    if problem is not None:
+        check_rows(run, attempt.function.modules)
+        # A backward pass that is not linear (a hook that clamps) has no double backward to compare.
+        bent = attempt.operator.is_jacobian and agrees_with_units(run, result)
+        if bent or is_lost_in_run(run, result, number):
+            problem = None
+    if problem is None and engine != "sum":
+        problem = extras_mismatch(run, result)
+    if problem is None and run.create_graph and not bent:
+        problem = backward_mismatch(run, result, number)
+    return problem, compared
+
+
+def _as_it_is(tensor: Any) -> Any:
+    return tensor

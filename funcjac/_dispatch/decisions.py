@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import operator
 import threading
 import types
 import weakref
@@ -84,6 +85,7 @@ _DEPTH = 4
 _LONGEST = 16
 _AUTOCAST = ("cpu", "cuda")
 _SWITCHES = (bool, int, str)
+_is_training = operator.attrgetter("training")
 # What names in a function's module are looked up for.
 _NAMED = (nn.Module, types.FunctionType, torch.jit.ScriptFunction, *_SWITCHES)
 
@@ -118,8 +120,8 @@ class FunctionKey:
         elif isinstance(item, nn.Module):
             self.modules.append(item)
             self.parts.append(weakref.ref(item))  # an id may be given out again
-            children = _children(item)
-            self.parts.append(bytes([item.training, *[m.training for m in children]]))
+            children = _CHILDREN.get(item) or _children(item)
+            self.parts.append(bytes((item.training, *map(_is_training, children))))
             self.scripted = self.scripted or _SCRIPTED.get(item, False)
         elif kind is types.MethodType:
             self._describe(item.__func__, depth)
@@ -196,16 +198,14 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
 
 
 def _children(module: nn.Module) -> list[nn.Module]:
-    children = _CHILDREN.get(module)
-    if children is None:
-        children = [child for child in module.modules() if child is not module]
-        _CHILDREN[module] = children  # without the module itself, which would never go
-        kinds = (module, *children)
-        _SCRIPTED[module] = any(isinstance(m, torch.jit.ScriptModule) for m in kinds)
+    children = [child for child in module.modules() if child is not module]
+    _CHILDREN[module] = children  # without the module itself, which would never go
+    kinds = (module, *children)
+    _SCRIPTED[module] = any(isinstance(m, torch.jit.ScriptModule) for m in kinds)
     return children
 
 
-def look_again(modules: list[nn.Module]) -> None:
+def forget_children(modules: list[nn.Module]) -> None:
     """Forget which children modules had."""
     for module in modules:
         _CHILDREN.pop(module, None)
@@ -214,7 +214,12 @@ def look_again(modules: list[nn.Module]) -> None:
 def make_key(token: Any, function: FunctionKey, call: Call) -> Any:
     """The key of a call; hashable."""
     layout = call.layout
-    metas = tuple([_meta(leaf, dim) for leaf, dim in zip(call.leaves, layout.dims)])
+    metas = []
+    for leaf, dim in zip(call.leaves, layout.dims):
+        if dim == 0 and type(leaf) is Tensor:
+            metas.append((leaf.shape[1:], leaf.dtype, leaf.device, leaf.requires_grad))
+        else:
+            metas.append(_meta(leaf, dim))
     kwargs: Any = None
     if call.kwargs:
         leaves, spec = pytree.flatten_args(call.kwargs)
@@ -226,13 +231,13 @@ def make_key(token: Any, function: FunctionKey, call: Call) -> Any:
         )
         modes = (torch.is_grad_enabled(), *modes)
     spec = None if layout.plain else layout.spec
-    return token, tuple(function.parts), spec, layout.dims, layout.diff, metas, kwargs, modes
+    return token, tuple(function.parts), spec, layout.dims, layout.diff, tuple(metas), kwargs, modes
 
 
 def _meta(leaf: Any, dim: int | None) -> Any:
     if isinstance(leaf, Tensor):
         shape = leaf.shape
-        row = shape[1:] if dim == 0 else shape if dim is None else shape[:dim] + shape[dim + 1 :]
+        row = shape if dim is None else shape[:dim] + shape[dim + 1 :]
         return row, leaf.dtype, leaf.device, leaf.requires_grad
     if isinstance(leaf, enum.Enum):  # which may have no hash
         return type(leaf), leaf.name

@@ -1,4 +1,4 @@
-"""Which engine runs a call, and what comes next where one cannot, in plain code."""
+"""The way of a call in plain code: a settled call first, then the engines one after the other."""
 
 from __future__ import annotations
 
@@ -8,59 +8,121 @@ from typing import Any
 import torch
 
 from funcjac._arguments.call import ENGINES, Call
-from funcjac._dispatch.attempt import Attempt, Outcome, lean
-from funcjac._dispatch.by_rows import by_loop, by_vmap, reference
-from funcjac._dispatch.by_sum import by_sum
+from funcjac._dispatch.attempt import NOT_CAUGHT, Attempt, Outcome, keeps_graph, lean, sizes_of
+from funcjac._dispatch.decisions import Decision, FunctionKey, decision_of, make_key
+from funcjac._dispatch.engines import BY_ENGINE, computed, reference
 from funcjac._dispatch.messages import failure, is_out_of_memory, warn_of_fallback
-from funcjac._dispatch.verify import NOT_CAUGHT
-from funcjac._engines.run import Derivatives, retire
+from funcjac._engines.run import (
+    ChangedInputError,
+    Derivatives,
+    Run,
+    attached,
+    detached,
+    read_graph,
+    retire,
+    run_once,
+)
 from funcjac._environment.state import rng_state
+from funcjac._taylor import Recorder
 from funcjac._verification.rows import check_rows
 from funcjac.errors import RefusedError, brief
 
-_BY_ENGINE = {"sum": by_sum, "vmap": by_vmap, "loop": by_loop}
 
-
-def solve(call: Call, token: Any, outcome: Outcome) -> Derivatives:
+def solve(call: Call, token: Any, outcome: Outcome | None = None) -> Derivatives:
     """The derivatives of ``call`` in plain (not transformed, not compiled) code."""
-    attempt = Attempt(call, token, outcome)
-    options, errors = call.options, []
-    order, reason = engines_of(call)
+    function = FunctionKey(call.func)
+    decision = decision_of(make_key(token, function, call))
+    check = call.options.check
+    decision.calls += check is not False
+    run = None
+    if outcome is None and decision.routes and not decision.is_due(check, call.batch):
+        run, result = _settled(call, decision)
+        if result is not None:
+            return result
+    return _by_engines(Attempt(call, function, decision, outcome or Outcome(), run))
+
+
+def _settled(call: Call, decision: Decision) -> tuple[Run | None, Derivatives | None]:
+    """One run and the passes of the known route, or the run of a graph of another kind."""
+    if decision.clone or decision.replaced:
+        call = call._replace(clone=decision.clone, replaced=decision.replaced)
+    try:
+        run = run_once(call, Recorder if decision.records else None)
+    except ChangedInputError:
+        decision.clone = True
+        return None, None
+    call.options.operator.check_output(call, run.output.leaves)
+    facts = read_graph(attached(run.output), run.inputs)
+    if keeps_graph(facts, call):
+        run = run._replace(create_graph=True)
+    if call.options.check is False:
+        is_known = call.replaced or facts.signature in decision.graphs
+    else:
+        is_known = facts.signature in decision.signatures
+    sizes = sizes_of(run, facts, decision)
+    route = decision.routes.get(sizes) if is_known else None
+    if route is None:
+        return run, None
+    try:
+        result = computed(run, route, sizes)
+    except NOT_CAUGHT:
+        raise
+    except Exception:  # values may decide: everything is tried
+        decision.routes.clear()
+        return run, None
+    if not run.create_graph:
+        return run, detached(result)
+    retire(run)
+    return run, result
+
+
+def _by_engines(attempt: Attempt) -> Derivatives:
+    """Try one engine after the other."""
+    options, decision, outcome = attempt.options, attempt.decision, attempt.outcome
+    errors: list[tuple[str, Exception]] = []
+    order, reason = engines_of(attempt.call)
     outcome.reasons += [reason] if reason else []
     for engine in order:
-        if engine in attempt.decision.left:
+        if engine in decision.left:
             continue
         outcome.engine = engine
         try:
-            result = _BY_ENGINE[engine](attempt)
+            result = BY_ENGINE[engine](attempt)
         except NOT_CAUGHT:
             raise
         except Exception as error:
-            if attempt.in_func:
-                raise
-            if attempt.plain is None:
-                reference(attempt, rng_state())  # raises what func itself raises
-            errors.append((engine, lean(error)))
-            if is_out_of_memory(error):
-                raise failure(options, errors, outcome.sizes) from None
-            if not isinstance(error, torch.linalg.LinAlgError):  # which is a matter of values
-                attempt.decision.left[engine] = brief(error)
-            outcome.reasons.append(f"{engine}: {brief(error)}")
+            _leave(attempt, engine, error, errors)
             continue
         if attempt.plain is not None and attempt.plain.create_graph:
             retire(attempt.plain)
-        for left, error in errors[:1]:
-            if left in attempt.decision.left:
-                warn_of_fallback(options, attempt.function, left, error, engine)
+        if errors and errors[0][0] in decision.left:
+            warn_of_fallback(options, attempt.function, *errors[0], engine)
         return result
-    attempt.decision.left.clear()
-    attempt.decision.calls = 0
+    decision.left.clear()
+    decision.calls = int(options.check is not False and not errors)
     if not errors:  # all failed before: tell again what they raise
-        return solve(call, token, outcome)
+        return _by_engines(Attempt(attempt.call, attempt.function, decision, outcome, None))
     if attempt.plain is not None:
         with suppress(RuntimeError):  # of a graph that cannot be used again
             check_rows(attempt.plain, attempt.function.modules)
     raise failure(options, errors, outcome.sizes)
+
+
+def _leave(
+    attempt: Attempt, engine: str, error: Exception, errors: list[tuple[str, Exception]]
+) -> None:
+    """Remember an engine that failed; raise what no other engine can mend."""
+    if attempt.in_func:
+        raise error
+    if attempt.plain is None:
+        reference(attempt, rng_state())  # raises what func itself raises
+    errors.append((engine, lean(error)))
+    if is_out_of_memory(error):
+        raise failure(attempt.options, errors, attempt.outcome.sizes) from None
+    if not isinstance(error, torch.linalg.LinAlgError):  # which is a matter of values
+        attempt.decision.left[engine] = brief(error)
+        attempt.decision.routes.clear()
+    attempt.outcome.reasons.append(f"{engine}: {brief(error)}")
 
 
 def engines_of(call: Call) -> tuple[tuple[str, ...], str]:

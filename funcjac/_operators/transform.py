@@ -52,12 +52,14 @@ class Transform:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.options.engine == "vmap" and "fwd" in self.options.mode
         if not forward or torch.compiler.is_compiling():
-            return self.evaluate(args, kwargs, Outcome())
+            return self.evaluate(args, kwargs)
         with DUAL_LEVELS:
-            return self.evaluate(args, kwargs, Outcome())
+            return self.evaluate(args, kwargs)
 
-    def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any], outcome: Outcome) -> Any:
-        """The result, with what happened on the way in ``outcome``."""
+    def evaluate(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], outcome: Outcome | None = None
+    ) -> Any:
+        """The result; ``outcome`` takes down what happened on the way."""
         token = self.__funcjac_key__
         if is_transformed():
             call = self.bind(args, kwargs)
@@ -69,7 +71,7 @@ class Transform:
             return self._without_inference(args, kwargs, outcome)
         return self.options.operator.assemble(call, solve(call, token, outcome))
 
-    def _without_inference(self, args: Any, kwargs: Any, outcome: Outcome) -> Any:
+    def _without_inference(self, args: Any, kwargs: Any, outcome: Outcome | None) -> Any:
         with torch.inference_mode(False), torch.no_grad():
             args, kwargs = usable((args, kwargs))
             return self.evaluate(args, kwargs, outcome)
