@@ -1,4 +1,4 @@
-"""What PyTorch differentiates wrongly, in one table, and what runs instead."""
+"""Operations that PyTorch differentiates wrongly, in one table, and their replacements."""
 
 from funcjac._torch_faults.replace import (
     UseReplacements,

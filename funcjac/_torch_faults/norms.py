@@ -64,7 +64,7 @@ def native_batch_norm(
     cudnn_enabled: bool = True,
     move_statistics: bool = False,
 ) -> Normalized:
-    """The formula alone, unless ``move_statistics``."""
+    """Running statistics stay as they are, unless ``move_statistics``."""
     del cudnn_enabled
     if training or running_mean is None or running_var is None:
         if x.numel() == x.shape[1]:

@@ -17,7 +17,7 @@ from funcjac._torch_faults.table import FAULTS
 _PLAIN = {call: run for row in FAULTS for call, run in row.replacements.items()}
 _IN_TRANSFORMS = _PLAIN | {call: run for row in FAULTS for call, run in row.in_transforms.items()}
 _COMPILED = {call: _IN_TRANSFORMS[call] for row in FAULTS if row.compiles for call in row.calls}
-# What torch's operations call their first argument.
+# Names of the first argument of torch's operations.
 _FIRST_ARGUMENTS = ("input", "self", "A")
 
 
@@ -104,7 +104,7 @@ def needs_replacement(node_names: Iterable[str], *, again: bool) -> bool:
 
 
 def forward_faults(op_names: Iterable[str], *, again: bool = False) -> frozenset[str]:
-    """Those of the ATen operations whose forward formulas are wrong.
+    """Names of the ATen operations, among ``op_names``, whose forward formulas are wrong.
 
     Args:
         op_names: names of operations, with and without overload, of a run with
