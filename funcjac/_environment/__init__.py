@@ -1,1 +1,1 @@
-"""What surrounds a call: the state of modules and generators, and torch's private API."""
+"""State of modules and random generators, and functions of torch's private API."""

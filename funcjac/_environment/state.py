@@ -1,4 +1,4 @@
-"""What surrounds a call: random state of torch's default generators."""
+"""Snapshots and restores random state, and the attributes and buffers of modules."""
 
 from __future__ import annotations
 
@@ -24,21 +24,24 @@ def set_rng_state(state: RngState) -> None:
         torch.cuda.set_rng_state_all(state[1])
 
 
-def same_rng_state(one: RngState, other: RngState) -> bool:
-    return torch.equal(one[0], other[0]) and all(map(torch.equal, one[1], other[1]))
+def same_rng_state(first: RngState, second: RngState) -> bool:
+    return torch.equal(first[0], second[0]) and all(map(torch.equal, first[1], second[1]))
+
+
+def _with_children(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return [child for module in modules for child in module.modules()]
 
 
 class WrappedAttributes:
-    """Takes tensors of a torch.func transform out of modules that kept them while it ran.
+    """Takes tensors of a torch.func transform out of modules that stored them while it ran.
 
-    They are dead once the transform is over; the attribute is what it was before, and so is what
-    stood in a list or a dict of the module's.
+    They are dead once the transform is over. Attributes get their earlier values, and so do entries
+    of lists and dicts that are attributes.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        every = [child for module in modules for child in module.modules()]
-        holders = [vars(module) for module in every]
-        inner = [v for held in holders for v in held.values() if type(v) in (dict, list)]
+        holders = [vars(module) for module in _with_children(modules)]
+        inner = [v for holder in holders for v in holder.values() if type(v) in (dict, list)]
         self.before = [(holder, holder.copy()) for holder in (*holders, *inner)]
 
     def __enter__(self) -> None:
@@ -46,26 +49,22 @@ class WrappedAttributes:
 
     def __exit__(self, *_: object) -> None:
         for holder, before in self.before:
-            values = holder.values() if isinstance(holder, dict) else holder
-            if not any(is_wrapped(value) for value in values):
-                continue
             if isinstance(holder, list):
-                holder[:] = before
+                if any(map(is_wrapped, holder)):
+                    holder[:] = before
                 continue
-            for name, value in list(holder.items()):
-                if is_wrapped(value) and name in before:
+            for name in [name for name, value in holder.items() if is_wrapped(value)]:
+                if name in before:
                     holder[name] = before[name]
-                elif is_wrapped(value):
+                else:
                     del holder[name]
 
 
 def has_lazy(modules: Iterable[nn.Module]) -> bool:
     """Whether a module's parameters take their shape, and their values, from the first input."""
-    is_lazy = nn.parameter.is_lazy
-    every = (child for module in modules for child in module.modules())
     return any(
-        tensor is not None and is_lazy(tensor)
-        for module in every
+        tensor is not None and nn.parameter.is_lazy(tensor)
+        for module in _with_children(modules)
         for tensor in (*module._parameters.values(), *module._buffers.values())
     )
 
@@ -77,11 +76,10 @@ Buffers = list[tuple[nn.Module, str, Tensor, Tensor]]
 def buffers_in_training(modules: Iterable[nn.Module]) -> Buffers:
     """Buffers that modules in training mode may move or replace, with copies of their values."""
     return [
-        (child, name, buffer, buffer.clone())
-        for module in modules
-        for child in module.modules()
-        if child.training
-        for name, buffer in child._buffers.items()
+        (module, name, buffer, buffer.clone())
+        for module in _with_children(modules)
+        if module.training
+        for name, buffer in module._buffers.items()
         if buffer is not None and not nn.parameter.is_lazy(buffer)
     ]
 

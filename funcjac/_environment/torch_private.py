@@ -1,7 +1,7 @@
-"""What funcjac uses of torch's private API.
+"""Functions of torch's private API.
 
 Whether a transform is at work (``peek_interpreter_stack``) and the switch of vmap's slow
-fallback are needed; what else is used only saves time, and says what runs without it.
+fallback are needed; the others only save time, and say what runs without them.
 """
 
 import functools
@@ -14,6 +14,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 from torch._functorch import pyfunctorch
+from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -22,16 +23,27 @@ Tensors = Sequence[Tensor | None]
 
 _FUNCTORCH: Any = getattr(torch._C, "_functorch", None)
 _ENGINE: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
-
+_VMAP: Any = getattr(getattr(_FUNCTORCH, "TransformType", None), "Vmap", None)
+_is_zero: Any = getattr(Tensor, "_is_zerotensor", lambda _: False)
 
 # Raised by torch inside of a function to leave it: no failure of the function.
 _STOP = getattr(torch.utils.checkpoint, "_StopRecomputationError", None)
 CONTROL_FLOW: tuple[type[Exception], ...] = () if _STOP is None else (_STOP,)
 
+# Wrong once differentiated twice, or three times. Without them, nothing is replaced.
+fused_weight_norm: Any = getattr(torch, "_weight_norm", None)
+legit_batch_norm: Any = getattr(torch, "_native_batch_norm_legit", None)
+updating_batch_norm: Any = getattr(torch.ops.aten, "_batch_norm_with_update", None)
+
 
 def is_transformed() -> bool:
     """Whether a torch.func transform, a dual level or a compiler is at work."""
-    return is_functional() or torch.autograd.forward_ad._current_level >= 0
+    return is_functional() or forward_ad._current_level >= 0
+
+
+def is_functional() -> bool:
+    """The same, but for dual levels, which belong to the process."""
+    return torch.compiler.is_compiling() or _FUNCTORCH.peek_interpreter_stack() is not None
 
 
 def sees_values() -> bool:
@@ -45,19 +57,11 @@ def sees_values() -> bool:
     return all(level.key() != _VMAP for level in stack())
 
 
-_VMAP: Any = getattr(getattr(_FUNCTORCH, "TransformType", None), "Vmap", None)
-
-
-def is_functional() -> bool:
-    """The same, but for dual levels, which belong to the process."""
-    return torch.compiler.is_compiling() or _FUNCTORCH.peek_interpreter_stack() is not None
-
-
 def is_wrapped(value: object) -> bool:
     """Whether a tensor belongs to a torch.func transform.
 
-    Without it nothing counts as wrapped, and a function that stores activations in a
-    plain list may find dead tensors there.
+    Without it no tensor counts as wrapped, and a function that stores activations in a plain list
+    may find dead tensors there.
     """
     probe = getattr(_FUNCTORCH, "is_functorch_wrapped_tensor", None)
     return probe is not None and isinstance(value, Tensor) and probe(value)
@@ -69,21 +73,18 @@ def with_memory(args: Any) -> Any:
     Forward mode makes zeros without memory, which operations below a mode read all the same:
     the process would die. Without this private API they do.
     """
-    if torch.autograd.forward_ad._current_level < 0:
+    if forward_ad._current_level < 0:
         return args
     return tree_map_only(Tensor, lambda x: torch.zeros_like(x) if _is_zero(x) else x, args)
 
 
 class EagerMode(TorchDispatchMode):
-    """A mode of what is never compiled."""
+    """A mode that is never compiled."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """``False``: torch's own guard against being compiled imports the compiler."""
         return False
-
-
-_is_zero: Any = getattr(Tensor, "_is_zerotensor", lambda _: False)
 
 
 @functools.cache
@@ -92,11 +93,9 @@ def load_forward_formulas() -> None:
 
     Without this private API the first pass loads it, and warns.
     """
-    load = getattr(torch.autograd.forward_ad, "_maybe_load_decompositions", None)
-    if load is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            load()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        getattr(forward_ad, "_maybe_load_decompositions", lambda: None)()
 
 
 def backward(
@@ -109,12 +108,7 @@ def backward(
 
 
 def vector_jacobian(
-    outs: Sequence[Any],
-    inputs: Sequence[Tensor],
-    cotangents: Sequence[Any],
-    *,
-    retain: bool,
-    graph: bool,
+    outs: Sequence[Any], inputs: Sequence[Tensor], cotangents: Tensors, *, retain: bool, graph: bool
 ) -> Tensors:
     """``torch.autograd.grad`` of tensors that require grad.
 
@@ -131,7 +125,7 @@ def vector_jacobian(
 
 @contextmanager
 def quiet_fallback() -> Iterator[None]:
-    """Where an operation without a batching rule runs as a loop inside torch, without a warning.
+    """Silence torch's warning of operations without a batching rule, which run as a loop.
 
     Torch cannot tell whether its warning was on; it is on afterwards.
     """
@@ -146,54 +140,30 @@ def quiet_fallback() -> Iterator[None]:
 def over_basis(function: Callable[..., Tensors], *vectors: Tensor) -> Tensors:
     """``function`` of each of ``vectors`` ``(k, ...)`` at once; ``None`` results stay ``None``.
 
-    Does what ``torch.vmap(function, randomness="same")`` does, without its handling of trees,
-    which costs more than the backward pass of a small network. Private API: without it
-    ``torch.vmap`` runs, as it does under ``torch.compile``.
+    Equals ``torch.vmap(function, randomness="same")`` without its handling of trees, which costs
+    more than the backward pass of a small network. Without this private API ``torch.vmap`` runs,
+    as it does under ``torch.compile``.
     """
-    if torch.compiler.is_compiling() or not _HAS_LEVELS:
+    if torch.compiler.is_compiling() or not hasattr(_FUNCTORCH, "_vmap_increment_nesting"):
         return _by_vmap(function, vectors)
     count = len(vectors[0])
     level = _FUNCTORCH._vmap_increment_nesting(count, "same")
-    # An operation without a batching rule runs as a loop inside torch, which needs no warning.
-    _FUNCTORCH._set_vmap_fallback_warning_enabled(False)
+    remove = _FUNCTORCH._remove_batch_dim
     try:
-        found = function(*[_FUNCTORCH._add_batch_dim(vector, 0, level) for vector in vectors])
-        return [
-            None if t is None else _FUNCTORCH._remove_batch_dim(t, level, count, 0) for t in found
-        ]
+        with quiet_fallback():
+            outs = function(*[_FUNCTORCH._add_batch_dim(vector, 0, level) for vector in vectors])
+        return [None if out is None else remove(out, level, count, 0) for out in outs]
     finally:
-        _FUNCTORCH._set_vmap_fallback_warning_enabled(True)
         _FUNCTORCH._vmap_decrement_nesting()
 
 
-_HAS_LEVELS = all(
-    hasattr(_FUNCTORCH, name)
-    for name in (
-        "_vmap_increment_nesting",
-        "_vmap_decrement_nesting",
-        "_add_batch_dim",
-        "_remove_batch_dim",
-        "_set_vmap_fallback_warning_enabled",
-    )
-)
-
-
 def _by_vmap(function: Callable[..., Tensors], vectors: tuple[Tensor, ...]) -> Tensors:
-    places: list[int] = []
+    is_absent: list[bool] = []
 
     def present(*vectors: Tensor) -> tuple[Tensor, ...]:
-        found = function(*vectors)
-        places[:] = [len(found), *[i for i, tensor in enumerate(found) if tensor is not None]]
-        return tuple(tensor for tensor in found if tensor is not None)
+        outs = function(*vectors)
+        is_absent[:] = [out is None for out in outs]
+        return tuple(out for out in outs if out is not None)
 
-    tensors = torch.vmap(present, randomness="same")(*vectors)
-    result: list[Tensor | None] = [None] * places[0]
-    for i, tensor in zip(places[1:], tensors):
-        result[i] = tensor
-    return result
-
-
-# Wrong once differentiated twice, or three times. Without them, nothing is replaced.
-fused_weight_norm: Any = getattr(torch, "_weight_norm", None)
-legit_batch_norm: Any = getattr(torch, "_native_batch_norm_legit", None)
-updating_batch_norm: Any = getattr(torch.ops.aten, "_batch_norm_with_update", None)
+    tensors = iter(torch.vmap(present, randomness="same")(*vectors))
+    return [None if absent else next(tensors) for absent in is_absent]

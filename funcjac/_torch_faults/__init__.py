@@ -1,21 +1,11 @@
-"""What PyTorch differentiates wrongly, in one table, and what runs instead."""
+"""Operations that PyTorch differentiates wrongly, in one table, and their replacements."""
 
-from funcjac._torch_faults.fault import Fault
 from funcjac._torch_faults.replace import (
     UseReplacements,
     forward_faults,
     graph_names,
     needs_replacement,
-    unreplaced,
 )
 from funcjac._torch_faults.table import FAULTS
 
-__all__ = [
-    "FAULTS",
-    "Fault",
-    "UseReplacements",
-    "forward_faults",
-    "graph_names",
-    "needs_replacement",
-    "unreplaced",
-]
+__all__ = ["FAULTS", "UseReplacements", "forward_faults", "graph_names", "needs_replacement"]

@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from funcjac._torch_faults.checks import refuse_unless
-
 
 def scaled_dot_product_attention(
     query: Tensor,
@@ -27,21 +25,22 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Torch: fused kernels have no second derivative; with dropout, forward mode crashes."""
+    """Softmax of ``scale * query @ key.mT``, times ``value``; zero where the mask hides all."""
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query * factor) @ key.transpose(-2, -1)
     if is_causal:
-        refuse_unless(attn_mask is None, "attn_mask should not be set with is_causal=True")
+        if attn_mask is not None:
+            raise RuntimeError("attn_mask should not be set with is_causal=True")
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
     if attn_mask is None:
         weights = scores.softmax(-1)
     else:
         is_visible = attn_mask.dtype == torch.bool
         scores = torch.where(attn_mask, scores, -math.inf) if is_visible else scores + attn_mask
-        is_blind = (scores == -math.inf).all(-1, keepdim=True)  # sees nothing: zero, not NaN
+        is_blind = (scores == -math.inf).all(-1, keepdim=True)
         weights = torch.where(is_blind, 0, torch.where(is_blind, 0, scores).softmax(-1))
     return F.dropout(weights, dropout_p, dropout_p > 0) @ value
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812  its usual name
 
 
 def select_scatter(x: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
-    """Torch: the gradient is wrong under vmap, and the forward formula."""
+    """Torch counts the gradient by ``src`` once for each of its entries, under vmap."""
     size = x.shape[dim]
     index = index % size if -size <= index < size else size  # which narrow refuses
     parts = [x.narrow(dim, 0, index), src.unsqueeze(dim % x.ndim).to(x.dtype)]
@@ -26,7 +26,7 @@ def as_strided_scatter(
     stride: Sequence[int],
     storage_offset: int | None = None,
 ) -> Tensor:
-    """Torch: the backward takes what was overwritten for what was kept."""
+    """Torch's backward takes overwritten entries for the others."""
     # The offset is that of the memory, in which ``x`` may begin later.
     start = 0 if storage_offset is None else storage_offset - x.storage_offset()
     if not x.is_contiguous() or start < 0:
@@ -37,10 +37,7 @@ def as_strided_scatter(
 
 
 def max_unpool(dims: int, unpool: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Torch: where windows overlap, several numbers go to one place, and all have a gradient.
-
-    Only the last one is in the result.
-    """
+    """Of numbers that go to one place the last one counts: torch gives all of them a gradient."""
 
     def run(x: Tensor, indices: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         like = unpool(x, indices, *args, **kwargs)
@@ -55,10 +52,7 @@ def max_unpool(dims: int, unpool: Callable[..., Tensor]) -> Callable[..., Tensor
 
 
 def normal(mean: Any, std: Any = 1.0, *args: Any, **kwargs: Any) -> Tensor:
-    """The same draw, which moves with mean and deviation.
-
-    Torch: the gradient of both is zero.
-    """
+    """The same draw, which moves with mean and deviation: torch's gradient of both is zero."""
     if args or not (isinstance(mean, Tensor) or isinstance(std, Tensor)):
         return torch.normal(mean, std, *args, **kwargs)
     if isinstance(std, Tensor):  # torch.vmap shows its values to operations alone: let one refuse
@@ -79,9 +73,9 @@ def ctc_loss(
     reduction: str = "mean",
     zero_infinity: bool = False,
 ) -> Tensor:
-    """Torch: the gradient takes the input for the output of ``log_softmax``.
+    """Torch's gradient takes the input for the output of ``log_softmax``.
 
-    So that is what it is given, and what it changes is taken off again.
+    So that is the input here, and the difference that it makes is subtracted again.
     """
     options = (targets, input_lengths, target_lengths, blank, "none", zero_infinity)
     losses = F.ctc_loss(log_probs.log_softmax(-1), *options)
@@ -97,13 +91,13 @@ def ctc_loss(
 
 
 def linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
-    """Not in chunks: torch's second derivatives of those are zero."""
+    """Without chunks, of which torch's second derivatives are zero."""
     del options
     return F.linear_cross_entropy(*args, **kwargs)
 
 
 def logcumsumexp(x: Tensor, dim: int) -> Tensor:
-    """Torch: the backward takes logarithms of the cotangent: once differentiated, NaN at 0."""
+    """Torch's backward takes logarithms of the cotangent: once differentiated, NaN at zero."""
     if not x.ndim:
         return x.clone()
     rows = x.movedim(dim, -1)
@@ -114,7 +108,7 @@ def logcumsumexp(x: Tensor, dim: int) -> Tensor:
 
 
 def logaddexp(x: Tensor, other: Tensor) -> Tensor:
-    """Torch: the second derivative is NaN where the arguments are far apart."""
+    """Torch's second derivative is NaN where the arguments are far apart."""
     is_less = x < other
     largest, smallest = torch.where(is_less, other, x), torch.where(is_less, x, other)
     is_nowhere = (largest == smallest) & largest.isinf()  # their difference is NaN
@@ -122,6 +116,6 @@ def logaddexp(x: Tensor, other: Tensor) -> Tensor:
 
 
 def hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
-    """Torch: no second derivative."""
+    """Torch has no second derivative."""
     out = F.relu6(x + 3) / 6
     return x.copy_(out) if inplace else out

@@ -1,4 +1,4 @@
-"""Runs replacements in the place of Python's calls, and says where they are needed."""
+"""Runs replacements in the place of Python's calls, and tells where they are needed."""
 
 from __future__ import annotations
 
@@ -10,35 +10,39 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from funcjac._environment import torch_private
-from funcjac._torch_faults.fault import FIRST_ORDER, FORWARD, HIGHER_ORDER
-from funcjac._torch_faults.table import FAULTS, nodes_with, ops_with
+from funcjac._torch_faults.table import FAULTS
 
-# What runs instead of each call: in plain code, in torch.func, and in what is compiled, where
-# the compiler cannot look up all that belongs to classes, such as x ** y.
-_PLAIN: dict[Any, Any] = {c: run for row in FAULTS for c, run in row.replacements.items()}
-_IN_TRANSFORMS: dict[Any, Any] = {
-    **_PLAIN,
-    **{c: run for row in FAULTS for c, run in row.in_transforms.items()},
-}
-_COMPILED: dict[Any, Any] = {
-    call: _IN_TRANSFORMS[call] for row in FAULTS if row.compiles for call in row.calls
-}
-# What torch's operations call their first argument.
+# Functions that run instead of each call: in plain code, in torch.func, and in compiled code, where
+# the compiler cannot look up calls that belong to classes, such as x ** y.
+_PLAIN = {call: run for row in FAULTS for call, run in row.replacements.items()}
+_IN_TRANSFORMS = _PLAIN | {call: run for row in FAULTS for call, run in row.in_transforms.items()}
+_COMPILED = {call: _IN_TRANSFORMS[call] for row in FAULTS if row.compiles for call in row.calls}
+# Names of the first argument of torch's operations.
 _FIRST_ARGUMENTS = ("input", "self", "A")
 
-_WRONG_ONCE = nodes_with(FIRST_ORDER)
-_WRONG_AGAIN = nodes_with(FIRST_ORDER | HIGHER_ORDER)
-_HOPELESS_ONCE = nodes_with(FIRST_ORDER, replaced=False)
-_HOPELESS_AGAIN = nodes_with(FIRST_ORDER | HIGHER_ORDER, replaced=False)
-_FORWARD_ONCE = ops_with(FORWARD)
-_FORWARD_AGAIN = ops_with(FORWARD | {"forward_again"})
+
+def _nodes(*derivatives: str) -> frozenset[str]:
+    """The autograd nodes of operations that have one of ``derivatives`` wrong."""
+    rows = (row for row in FAULTS if not row.wrong.isdisjoint(derivatives))
+    return frozenset(node for row in rows for node in row.nodes)
+
+
+def _ops(*derivatives: str) -> frozenset[str]:
+    """The operations that have one of ``derivatives`` wrong."""
+    return frozenset(row.op for row in FAULTS if not row.wrong.isdisjoint(derivatives))
+
+
+_WRONG_ONCE = _nodes("reverse_1", "batching", "vmap", "single_pass")
+_WRONG_AGAIN = _WRONG_ONCE | _nodes("batching_again", "reverse_2", "reverse_3")
+_FORWARD_ONCE = _ops("forward", "forward_vmap")
+_FORWARD_AGAIN = _FORWARD_ONCE | _ops("forward_again")
 
 
 class UseReplacements(TorchFunctionMode):
     """Runs simpler operations, of which all derivatives are right, for those on the table.
 
-    They stand in before autograd or torch.func see anything. Attention is always replaced: what
-    torch composes itself, where there is dropout, ends the process in forward mode under vmap.
+    They run before autograd or torch.func see anything. Attention is always replaced: torch's own
+    composition, where there is dropout, ends the process in forward mode under vmap.
 
     Args:
         forward: whether operations are replaced as in torch.func in plain code too, to see which
@@ -51,13 +55,14 @@ class UseReplacements(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        run: Any = self._replacements().get(func, func)
-        if run is func or "out" in kwargs:
+        run = self._replacements().get(func)
+        if run is None or "out" in kwargs:
             return func(*args, **kwargs)
-        name = next((name for name in _FIRST_ARGUMENTS if name in kwargs), None)
-        if name is not None:
-            kwargs = dict(kwargs)
-            args = (kwargs.pop(name), *args)
+        for name in _FIRST_ARGUMENTS:
+            if name in kwargs:
+                kwargs = dict(kwargs)
+                args = (kwargs.pop(name), *args)
+                break
         return run(*args, **kwargs)
 
     def _replacements(self) -> dict[Any, Any]:
@@ -98,13 +103,8 @@ def needs_replacement(node_names: Iterable[str], *, again: bool) -> bool:
     return not (_WRONG_AGAIN if again else _WRONG_ONCE).isdisjoint(node_names)
 
 
-def unreplaced(node_names: Iterable[str], *, again: bool = True) -> frozenset[str]:
-    """Those of the graph nodes whose derivatives are wrong and that nothing can replace."""
-    return (_HOPELESS_AGAIN if again else _HOPELESS_ONCE).intersection(node_names)
-
-
 def forward_faults(op_names: Iterable[str], *, again: bool = False) -> frozenset[str]:
-    """Those of the ATen operations whose forward formulas are wrong.
+    """Names of the ATen operations, among ``op_names``, whose forward formulas are wrong.
 
     Args:
         op_names: names of operations, with and without overload, of a run with

@@ -1,4 +1,4 @@
-"""The operations that PyTorch differentiates wrongly: one row each.
+"""Table of the operations that PyTorch differentiates wrongly: one row each.
 
 Every set that the library uses is derived from ``FAULTS``. ``tests/test_torch_faults.py`` derives
 the rows from torch's own database of operators: a release that mends or adds a fault fails there,
@@ -6,6 +6,10 @@ with the name of the operation.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +20,71 @@ import funcjac._torch_faults.linalg as linalg
 import funcjac._torch_faults.norms as norms
 import funcjac._torch_faults.others as others
 from funcjac._environment import torch_private
-from funcjac._torch_faults.fault import Fault, fault
+
+Calls = Mapping[Any, Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One operation that PyTorch differentiates wrongly.
+
+    The derivatives that may be wrong:
+
+    * ``reverse_1``, ``reverse_2``, ``reverse_3``: the plain first, second, third reverse
+      derivative, or there is none;
+    * ``batching``: the first one, where cotangents are batched; ``batching_again``: the second
+      one, where cotangents of the first are batched;
+    * ``vmap``: derivatives of reverse mode, where the operation itself runs under torch.vmap;
+    * ``single_pass``: backward runs once and frees what it needs: a graph serves one pass;
+    * ``forward``: the forward formula; ``forward_vmap``: the same under torch.vmap;
+      ``forward_again``: those of second order: over reverse, over forward, under reverse;
+    * ``argnums``: a transform of torch.func, for negative argnums.
+
+    Attributes:
+        op: name of the ATen operation, or name and overload.
+        derivatives: names of the wrong ones, of those above.
+        node_names: names of the autograd nodes that show the operation in a graph; with ``.k``
+            only where a gradient flows into output ``k`` of the node.
+        replacements: function that runs instead of each Python call, with right derivatives.
+        in_transforms: the same in torch.func alone, where plain derivatives are right or values
+            decide which function runs.
+        issue: number of an issue of pytorch/pytorch.
+        note: the fault itself, where ``derivatives`` do not say it.
+        since: first release of torch that has the fault, as far as known: none below 2.11 was
+            looked at.
+        compiles: whether torch.compile can look up the Python calls.
+    """
+
+    op: str
+    derivatives: str
+    node_names: str = ""
+    replacements: Calls = field(default_factory=dict)
+    in_transforms: Calls = field(default_factory=dict)
+    issue: int = 0
+    note: str = ""
+    since: str = "2.11"
+    compiles: bool = True
+
+    @property
+    def wrong(self) -> frozenset[str]:
+        """The names of the wrong derivatives."""
+        return frozenset(self.derivatives.split())
+
+    @property
+    def nodes(self) -> frozenset[str]:
+        """The names of the autograd nodes."""
+        return frozenset(self.node_names.split())
+
+    @property
+    def calls(self) -> frozenset[Any]:
+        """The Python calls to intercept: ``None`` stands for those that this release lacks."""
+        return frozenset((*self.replacements, *self.in_transforms)) - {None}
+
+
+def _calls(run: Callable[..., Any], *calls: Any) -> Calls:
+    """One replacement of several calls."""
+    return dict.fromkeys(calls, run)
+
 
 _UMBRELLA = 198017  # torch's own list of wrong formulas
 _NORM = "forward_again batching_again reverse_3"
@@ -26,292 +94,120 @@ _BATCH_NORM = {
     F.instance_norm: norms.instance_norm,
     torch.instance_norm: norms.torch_instance_norm,
 }
-_NORMS = (
-    fault(
-        "native_layer_norm",
-        _NORM,
-        "NativeLayerNormBackward0",
-        {
-            F.layer_norm: norms.layer_norm,
-            torch.layer_norm: norms.layer_norm,
-            torch.native_layer_norm: norms.native_layer_norm,
-        },
-        issue=175754,
-    ),
-    fault(
-        "native_group_norm",
-        "reverse_1",
-        "NativeGroupNormBackward0.1 NativeGroupNormBackward0.2",
-        {torch.native_group_norm: norms.native_group_norm},
-        note="the gradient of the mean or the deviation alone is zero",
-    ),
-    fault(
-        "native_batch_norm",
-        _NORM,
-        "NativeBatchNormBackward0",
-        {**_BATCH_NORM, torch.native_batch_norm: norms.tracked_batch_norm},
-        issue=186256,
-    ),
-    fault(
-        "_native_batch_norm_legit",
-        _NORM,
-        "NativeBatchNormLegitBackward0 NativeBatchNormLegitBackward1",
-        {torch_private.legit_batch_norm: norms.legit_batch_norm},
-        issue=186256,
-    ),
-    fault(
-        "_batch_norm_with_update",
-        "forward_again reverse_3",
-        "BatchNormWithUpdateBackward0",
-        {torch_private.updating_batch_norm: norms.updating_batch_norm},
-        issue=186256,
-    ),
-    fault("cudnn_batch_norm", _NORM, "CudnnBatchNormBackward0", _BATCH_NORM, issue=186256),
-    fault("miopen_batch_norm", _NORM, "MiopenBatchNormBackward0", _BATCH_NORM, issue=186256),
-    fault(
-        "_weight_norm_interface",
-        "reverse_2",
-        "WeightNormInterfaceBackward0",
-        {torch_private.fused_weight_norm: norms.weight_norm},
-    ),
-)
 _POWERS = {
-    torch.pow: linalg.power,
-    Tensor.pow: linalg.power,
-    Tensor.__pow__: linalg.power,
+    **_calls(linalg.power, torch.pow, Tensor.pow, Tensor.__pow__),
+    **_calls(linalg.pow_in_place, Tensor.pow_, Tensor.__ipow__),
+    **_calls(linalg.float_power, torch.float_power, Tensor.float_power),
     Tensor.__rpow__: linalg.reversed_power,
-    Tensor.pow_: linalg.pow_in_place,
-    Tensor.__ipow__: linalg.pow_in_place,
-    torch.float_power: linalg.float_power,
-    Tensor.float_power: linalg.float_power,
 }
-_LINALG = (
-    fault(
-        "pow.Tensor_Tensor",
-        "reverse_2",
-        "PowBackward1",
-        _POWERS,
-        note="what moves with an exponent of zero is lost",
-        compiles=False,
-    ),
-    fault(
-        "pow of a real and a complex argument",
-        "forward forward_again",
-        replacements=_POWERS,
-        note="the dtypes show it, no name does",
-        compiles=False,
-    ),
-    fault(
-        "_linalg_det",
-        "forward forward_vmap forward_again reverse_1",
-        "LinalgDetBackward0",
-        {torch.det: linalg.det, Tensor.det: linalg.det, torch.linalg.det: linalg.det},
-        {
-            torch.det: linalg.det_in_transforms,
-            Tensor.det: linalg.det_in_transforms,
-            torch.linalg.det: linalg.det_in_transforms,
-        },
-        note="the gradient of singular matrices; in torch.func, differentiated again, of all",
-        issue=192521,
-        compiles=False,
-    ),
-    fault(
-        "_linalg_slogdet",
-        "forward_vmap forward_again",
-        in_transforms={
-            torch.slogdet: linalg.slogdet,
-            Tensor.slogdet: linalg.slogdet,
-            torch.linalg.slogdet: linalg.slogdet,
-            torch.logdet: linalg.logdet,
-            Tensor.logdet: linalg.logdet,
-        },
-        issue=192540,
-        compiles=False,
-    ),
-    fault(
-        "_linalg_solve_ex",
-        "forward_vmap forward_again",
-        in_transforms={torch.linalg.solve: linalg.solve},
-        note="tensorsolve and solve_ex run it as well, and are not intercepted",
-        issue=192540,
-        compiles=False,
-    ),
-    fault(
-        "linalg_lu_solve",
-        "forward_vmap forward_again vmap",
-        in_transforms={
-            torch.linalg.lu_solve: linalg.lu_solve,
-            torch.lu_solve: linalg.torch_lu_solve,
-            Tensor.lu_solve: linalg.torch_lu_solve,
-        },
-    ),
-    fault(
-        "cholesky_inverse",
-        "forward forward_again reverse_1",
-        "CholeskyInverseBackward0",
-        {
-            torch.cholesky_inverse: linalg.cholesky_inverse,
-            Tensor.cholesky_inverse: linalg.cholesky_inverse,
-        },
-        note="the gradient by the triangle that is not read",
-        issue=_UMBRELLA,
-    ),
-    fault(
-        "_cdist_forward",
-        "batching vmap reverse_2",
-        "CdistBackward0",
-        {torch.cdist: linalg.cdist},
-        issue=83510,
-    ),
-    fault(
-        "_pdist_forward",
-        "reverse_2",
-        "PdistBackward0",
-        {torch.pdist: linalg.pdist, F.pdist: linalg.pdist},
-    ),
-    fault("linalg_householder_product", "forward_again", issue=196698),
-    fault("linalg_eig", "forward_again"),
-    fault("_linalg_eigh", "forward_again"),
-    fault("triangular_solve", "forward forward_again"),
+_DET = (torch.det, Tensor.det, torch.linalg.det)
+_ATTENTION = {
+    F.scaled_dot_product_attention: attention.scaled_dot_product_attention,
+    F.multi_head_attention_forward: attention.multi_head_attention_forward,
+}
+
+# fmt: off
+_NORMS = (
+    Fault("native_layer_norm", _NORM, "NativeLayerNormBackward0", {
+        **_calls(norms.layer_norm, F.layer_norm, torch.layer_norm),
+        torch.native_layer_norm: norms.native_layer_norm}, issue=175754),
+    Fault("native_group_norm", "reverse_1", "NativeGroupNormBackward0.1 NativeGroupNormBackward0.2",
+          {torch.native_group_norm: norms.native_group_norm},
+          note="the gradient of the mean or the deviation alone is zero"),
+    Fault("native_batch_norm", _NORM, "NativeBatchNormBackward0",
+          {**_BATCH_NORM, torch.native_batch_norm: norms.tracked_batch_norm}, issue=186256),
+    Fault("_native_batch_norm_legit", _NORM,
+          "NativeBatchNormLegitBackward0 NativeBatchNormLegitBackward1",
+          {torch_private.legit_batch_norm: norms.legit_batch_norm}, issue=186256),
+    Fault("_batch_norm_with_update", "forward_again reverse_3", "BatchNormWithUpdateBackward0",
+          {torch_private.updating_batch_norm: norms.updating_batch_norm}, issue=186256),
+    Fault("cudnn_batch_norm", _NORM, "CudnnBatchNormBackward0", _BATCH_NORM, issue=186256),
+    Fault("miopen_batch_norm", _NORM, "MiopenBatchNormBackward0", _BATCH_NORM, issue=186256),
+    Fault("_weight_norm_interface", "reverse_2", "WeightNormInterfaceBackward0",
+          {torch_private.fused_weight_norm: norms.weight_norm}),
 )
-_ATTENTION = tuple(
-    fault(
-        op,
-        "reverse_2",
-        node,
-        {
-            F.scaled_dot_product_attention: attention.scaled_dot_product_attention,
-            F.multi_head_attention_forward: attention.multi_head_attention_forward,
-        },
-        note="no forward formula either; with dropout, forward mode under vmap ends the process",
-        issue=116350,
-    )
+_LINALG = (
+    Fault("pow.Tensor_Tensor", "reverse_2", "PowBackward1", _POWERS, compiles=False,
+          note="the derivative by an exponent of zero is lost"),
+    Fault("pow of a real and a complex argument", "forward forward_again", "", _POWERS,
+          compiles=False, note="only the dtypes show it"),
+    Fault("_linalg_det", "forward forward_vmap forward_again reverse_1", "LinalgDetBackward0",
+          _calls(linalg.det, *_DET), _calls(linalg.det_in_transforms, *_DET), issue=192521,
+          compiles=False,
+          note="the gradient of singular matrices; in torch.func, differentiated again, of all"),
+    Fault("_linalg_slogdet", "forward_vmap forward_again", issue=192540, compiles=False,
+          in_transforms={
+              **_calls(linalg.slogdet, torch.slogdet, Tensor.slogdet, torch.linalg.slogdet),
+              **_calls(linalg.logdet, torch.logdet, Tensor.logdet)}),
+    Fault("_linalg_solve_ex", "forward_vmap forward_again", issue=192540, compiles=False,
+          in_transforms={torch.linalg.solve: linalg.solve},
+          note="tensorsolve and solve_ex run it as well, and are not intercepted"),
+    Fault("linalg_lu_solve", "forward_vmap forward_again vmap", in_transforms={
+        torch.linalg.lu_solve: linalg.lu_solve,
+        **_calls(linalg.torch_lu_solve, torch.lu_solve, Tensor.lu_solve)}),
+    Fault("cholesky_inverse", "forward forward_again reverse_1", "CholeskyInverseBackward0",
+          _calls(linalg.cholesky_inverse, torch.cholesky_inverse, Tensor.cholesky_inverse),
+          issue=_UMBRELLA, note="the gradient by the triangle that is not read"),
+    Fault("_cdist_forward", "batching vmap reverse_2", "CdistBackward0",
+          {torch.cdist: linalg.cdist}, issue=83510),
+    Fault("_pdist_forward", "reverse_2", "PdistBackward0",
+          _calls(linalg.pdist, torch.pdist, F.pdist)),
+    Fault("linalg_householder_product", "forward_again", issue=196698),
+    Fault("linalg_eig", "forward_again"),
+    Fault("_linalg_eigh", "forward_again"),
+    Fault("triangular_solve", "forward forward_again"),
+)
+_ATTENTIONS = tuple(
+    Fault(f"_scaled_dot_product_{op}", "reverse_2", f"ScaledDotProduct{node}Backward0", _ATTENTION,
+          issue=116350,
+          note="no forward formula either; with dropout, forward mode under vmap ends the process")
     for op, node in {
-        "_scaled_dot_product_flash_attention_for_cpu": (
-            "ScaledDotProductFlashAttentionForCpuBackward0"
-        ),
-        "_scaled_dot_product_flash_attention": "ScaledDotProductFlashAttentionBackward0",
-        "_scaled_dot_product_efficient_attention": "ScaledDotProductEfficientAttentionBackward0",
-        "_scaled_dot_product_cudnn_attention": "ScaledDotProductCudnnAttentionBackward0",
-    }.items()
+        "flash_attention_for_cpu": "FlashAttentionForCpu", "flash_attention": "FlashAttention",
+        "efficient_attention": "EfficientAttention", "cudnn_attention": "CudnnAttention"}.items()
 )
 _SCATTERS = (
-    fault(
-        "select_scatter",
-        "forward_again vmap",
-        # What the batching rule leaves in the graph: of plain code the gradient is right.
-        "ScatterBackward0",
-        {
-            torch.select_scatter: others.select_scatter,
-            Tensor.select_scatter: others.select_scatter,
-        },
-        note="the gradient by the source is counted once for each of its entries",
-    ),
-    fault(
-        "as_strided_scatter",
-        "reverse_1",
-        "AsStridedScatterBackward0",
-        {
-            torch.as_strided_scatter: others.as_strided_scatter,
-            Tensor.as_strided_scatter: others.as_strided_scatter,
-        },
-        note="what was overwritten is taken for what was kept",
-    ),
-    fault("scatter_reduce", "forward forward_again", note="products where a factor is zero"),
-    fault(
-        "max_unpool2d",
-        "reverse_1",
-        "MaxUnpool2DBackward0",
-        {
-            F.max_unpool1d: others.max_unpool(1, F.max_unpool1d),
-            F.max_unpool2d: others.max_unpool(2, F.max_unpool2d),
-        },
-        note="where windows overlap",
-    ),
-    fault(
-        "max_unpool3d",
-        "reverse_1",
-        "MaxUnpool3DBackward0",
-        {F.max_unpool3d: others.max_unpool(3, F.max_unpool3d)},
-        note="where windows overlap",
-    ),
+    # Its batching rule leaves this node in the graph; the gradient of plain code is right.
+    Fault("select_scatter", "forward_again vmap", "ScatterBackward0",
+          _calls(others.select_scatter, torch.select_scatter, Tensor.select_scatter),
+          note="the gradient by the source is counted once for each of its entries"),
+    Fault("as_strided_scatter", "reverse_1", "AsStridedScatterBackward0",
+          _calls(others.as_strided_scatter, torch.as_strided_scatter, Tensor.as_strided_scatter),
+          note="overwritten entries are taken for the others"),
+    Fault("scatter_reduce", "forward forward_again", note="products where a factor is zero"),
+    Fault("max_unpool2d", "reverse_1", "MaxUnpool2DBackward0", {
+        F.max_unpool1d: others.max_unpool(1, F.max_unpool1d),
+        F.max_unpool2d: others.max_unpool(2, F.max_unpool2d)}, note="where windows overlap"),
+    Fault("max_unpool3d", "reverse_1", "MaxUnpool3DBackward0",
+          {F.max_unpool3d: others.max_unpool(3, F.max_unpool3d)}, note="where windows overlap"),
 )
 _CHUNKED = "_linear_cross_entropy_batch_chunked"
 _OTHERS = (
-    *(
-        fault(
-            op,
-            f"forward forward_again single_pass reverse_2{kinds}",
+    *(Fault(op, f"forward forward_again single_pass reverse_2 {more}",
             f"GeneratedBackwardFor_torch_nn_{op}_defaultBackward",
             {getattr(F, "linear_cross_entropy", None): others.linear_cross_entropy},
-            since="2.13",
-            note="second derivatives are zero",
-        )
-        for op, kinds in {_CHUNKED: " vmap", f"{_CHUNKED}_no_reduction": ""}.items()
-    ),
-    fault(
-        "normal",
-        "forward reverse_1",
-        "NormalBackward1 NormalBackward2 NormalBackward3",
-        {torch.normal: others.normal},
-        note="the gradient by mean and deviation is zero",
-        issue=4620,
-    ),
-    fault(
-        "_ctc_loss",
-        "reverse_1",
-        "CtcLossBackward0 CtcLossBackward1",
-        {F.ctc_loss: others.ctc_loss},
-        note="the input is taken for the output of log_softmax",
-        issue=52241,
-    ),
-    fault(
-        "logcumsumexp",
-        "forward forward_again reverse_2 reverse_3",
-        "LogcumsumexpBackward0",
-        {torch.logcumsumexp: others.logcumsumexp, Tensor.logcumsumexp: others.logcumsumexp},
-        note="NaN where the cotangent is zero; forward mode where numbers are large",
-        issue=196705,
-    ),
-    fault(
-        "logaddexp",
-        "reverse_2",
-        "LogaddexpBackward0",
-        {torch.logaddexp: others.logaddexp, Tensor.logaddexp: others.logaddexp},
-        note="NaN where the arguments are far apart",
-        issue=196704,
-    ),
-    fault(
-        "hardsigmoid",
-        "reverse_2",
-        "HardsigmoidBackward0",
-        {F.hardsigmoid: others.hardsigmoid},
-        note="there is none",
-    ),
-    fault("cumprod", "forward_again", note="where a factor is zero", issue=196701),
+            since="2.13", note="second derivatives are zero")
+      for op, more in {_CHUNKED: "vmap", f"{_CHUNKED}_no_reduction": ""}.items()),
+    Fault("normal", "forward reverse_1", "NormalBackward1 NormalBackward2 NormalBackward3",
+          {torch.normal: others.normal}, issue=4620,
+          note="the gradient by mean and deviation is zero"),
+    Fault("_ctc_loss", "reverse_1", "CtcLossBackward0 CtcLossBackward1",
+          {F.ctc_loss: others.ctc_loss}, issue=52241,
+          note="the input is taken for the output of log_softmax"),
+    Fault("logcumsumexp", "forward forward_again reverse_2 reverse_3", "LogcumsumexpBackward0",
+          _calls(others.logcumsumexp, torch.logcumsumexp, Tensor.logcumsumexp), issue=196705,
+          note="NaN where the cotangent is zero; forward mode where numbers are large"),
+    Fault("logaddexp", "reverse_2", "LogaddexpBackward0",
+          _calls(others.logaddexp, torch.logaddexp, Tensor.logaddexp), issue=196704,
+          note="NaN where the arguments are far apart"),
+    Fault("hardsigmoid", "reverse_2", "HardsigmoidBackward0", {F.hardsigmoid: others.hardsigmoid},
+          note="there is none"),
+    Fault("cumprod", "forward_again", note="where a factor is zero", issue=196701),
 )
 # Nothing is intercepted: argnums are made non-negative before torch.func sees them.
 _TRANSFORMS = (
-    fault("torch.func.jacfwd", "argnums", since="2.13"),
-    fault("torch.func.hessian", "argnums", since="2.13"),
+    Fault("torch.func.jacfwd", "argnums", since="2.13"),
+    Fault("torch.func.hessian", "argnums", since="2.13"),
 )
+# fmt: on
 
-FAULTS: tuple[Fault, ...] = (
-    *_NORMS,
-    *_LINALG,
-    *_ATTENTION,
-    *_SCATTERS,
-    *_OTHERS,
-    *_TRANSFORMS,
-)
-
-
-def nodes_with(kinds: frozenset[str], *, replaced: bool = True) -> frozenset[str]:
-    """Names of the autograd nodes of what has one of ``kinds`` wrong and a replacement, or none."""
-    rows = (row for row in FAULTS if row.wrong & kinds and bool(row.calls) == replaced)
-    return frozenset(node for row in rows for node in row.nodes)
-
-
-def ops_with(kinds: frozenset[str]) -> frozenset[str]:
-    """Names of the ATen operations that have one of ``kinds`` wrong."""
-    return frozenset(row.op for row in FAULTS if row.wrong & kinds)
+FAULTS = (*_NORMS, *_LINALG, *_ATTENTIONS, *_SCATTERS, *_OTHERS, *_TRANSFORMS)
