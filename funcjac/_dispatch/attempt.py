@@ -26,9 +26,9 @@ from funcjac._environment.state import (
 from funcjac._environment.torch_private import CONTROL_FLOW
 from funcjac._taylor import Recorder
 from funcjac._torch_faults import graph_names, needs_replacement
-from funcjac._verification.compare import is_alike, tolerance_of
-from funcjac._verification.detached import check_attached
-from funcjac._verification.rows import check_rows
+from funcjac._verification.detached_outputs import check_attached
+from funcjac._verification.row_independence import check_rows
+from funcjac._verification.tolerance import is_alike, tolerance_of
 
 
 @dataclass

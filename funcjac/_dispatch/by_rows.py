@@ -26,7 +26,7 @@ from funcjac._environment.state import (
     set_rng_state,
 )
 from funcjac._verification.forward_formulas import check_forward_formulas
-from funcjac._verification.rows import check_rows
+from funcjac._verification.row_independence import check_rows
 from funcjac.errors import RefusedError
 
 

@@ -15,7 +15,7 @@ from funcjac._dispatch.messages import failure, is_out_of_memory, warn_of_fallba
 from funcjac._dispatch.verify import NOT_CAUGHT
 from funcjac._engines.run import Derivatives, retire
 from funcjac._environment.state import rng_state
-from funcjac._verification.rows import check_rows
+from funcjac._verification.row_independence import check_rows
 from funcjac.errors import RefusedError, brief
 
 _BY_ENGINE = {"sum": by_sum, "vmap": by_vmap, "loop": by_loop}

@@ -10,14 +10,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from funcjac._dispatch.attempt import Attempt
 from funcjac._engines.run import Derivatives, Run
 from funcjac._environment.torch_private import CONTROL_FLOW
-from funcjac._verification.backward import backward_mismatch
-from funcjac._verification.compare import (
+from funcjac._verification.row_independence import check_rows
+from funcjac._verification.verify_backward import backward_mismatch
+from funcjac._verification.verify_result import (
     agrees_with_units,
     extras_mismatch,
     is_lost_in_run,
     mismatch,
 )
-from funcjac._verification.rows import check_rows
 from funcjac.errors import BatchMixingError, VerificationError
 
 NOT_CAUGHT = (BatchMixingError, *CONTROL_FLOW)
