@@ -23,7 +23,7 @@ _PREFIXES = ("", "k", "M", "G", "T", "P")
 
 
 @dataclass(frozen=True)
-class Attempt:
+class Timing:
     """One way that ``measure=True`` timed, by the keywords that ask for it.
 
     Attributes:
@@ -76,7 +76,7 @@ class Explanation:
     verified: bool
     runs: int
     reasons: tuple[str, ...]
-    attempts: tuple[Attempt, ...] = ()
+    attempts: tuple[Timing, ...] = ()
 
     def __str__(self) -> str:
         shapes = f"batch of {self.batch}, {self.inputs} inputs -> {self.outputs} outputs a row"
@@ -94,7 +94,7 @@ class Explanation:
             f"widest of {self.widest} numbers",
             *[f"left   {reason}" for reason in self.reasons],
         ]
-        lines += [f"{_time_of(attempt):>9}  {attempt}" for attempt in self.attempts]
+        lines += [f"{_time_of(timing):>9}  {timing}" for timing in self.attempts]
         return "\n".join(lines)
 
     def plot(self, ax: Any = None) -> Any:
@@ -107,7 +107,7 @@ class Explanation:
         """
         from matplotlib import pyplot  # noqa: PLC0415  an extra
 
-        timed = [attempt for attempt in reversed(self.attempts) if attempt.seconds is not None]
+        timed = [timing for timing in reversed(self.attempts) if timing.seconds is not None]
         if not timed:
             raise ValueError(
                 "explain: expected measured times to plot, got none. Pass measure=True."
@@ -188,7 +188,7 @@ def _passes(mode: str, outputs: int, inputs: int) -> int:
     return counts[0] if len(counts) == 1 else counts[1] * inputs
 
 
-def _measured(transform: Transform, args: Any, kwargs: Any) -> Iterator[Attempt]:
+def _measured(transform: Transform, args: Any, kwargs: Any) -> Iterator[Timing]:
     """Time every engine and mode in a few chunks."""
     modes = transform.options.operator.modes
     ways = [("sum", mode, chunk) for mode in modes for chunk in _CHUNKS]
@@ -203,9 +203,10 @@ def _measured(transform: Transform, args: Any, kwargs: Any) -> Iterator[Attempt]
                 variant.evaluate(args, kwargs, Outcome())
                 _synchronize()
                 times.append(time.perf_counter() - start)
-            yield Attempt(engine, mode, chunk, statistics.median(times))
         except Exception as error:  # it is not to be had in this way
-            yield Attempt(engine, mode, chunk, None, brief(error))
+            yield Timing(engine, mode, chunk, None, brief(error))
+        else:
+            yield Timing(engine, mode, chunk, statistics.median(times))
 
 
 def _synchronize() -> None:
@@ -221,8 +222,8 @@ def _amount(value: float, unit: str, base: int) -> str:
     return f"{value:.3g} {_PREFIXES[step]}{'i' if base == 1024 and step else ''}{unit}"
 
 
-def _time_of(attempt: Attempt) -> str:
-    if attempt.seconds is None:
-        return attempt.reason
-    ms = 1e3 * attempt.seconds
+def _time_of(timing: Timing) -> str:
+    if timing.seconds is None:
+        return timing.reason
+    ms = 1e3 * timing.seconds
     return f"{1e3 * ms:.0f} us" if ms < 1 else f"{ms:.2f} ms"
