@@ -1,7 +1,7 @@
 """Batched Jacobians for PyTorch: the Jacobian of each sample, right, fast, and one line."""
 
-from funcjac._diagnostics.check import check_batched as check_batched
-from funcjac._diagnostics.check import check_derivative as check_derivative
+from funcjac._diagnostics.check_batched import check_batched as check_batched
+from funcjac._diagnostics.check_derivative import check_derivative as check_derivative
 from funcjac._diagnostics.explain import Explanation as Explanation
 from funcjac._diagnostics.explain import explain as explain
 from funcjac._operators.divergence import batch_divergence as batch_divergence

@@ -1,1 +1,1 @@
-"""From the user's arguments to a call, and from results back to the user's trees."""
+"""Turns the user's arguments into a call, and what ``func`` returned into tensors, batch first."""

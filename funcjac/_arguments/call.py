@@ -1,18 +1,16 @@
-"""What a batched function is: arguments, their batch dimensions, its outputs.
+"""One call of a batched function, its arguments taken apart.
 
-A :class:`Call` is one call of a batched function with its arguments taken
-apart. Every engine works on calls: the whole batch is a call, and so is a single
-row, as a batch of one.
+Every engine works on calls: the whole batch is a call, and so is a single row, as a batch of one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from funcjac._arguments import pytree
-from funcjac._arguments.check_tensors import check_output
+from funcjac._arguments.batch_dims import as_batch_first, output_dims
 from funcjac._arguments.pytree import Tree, TreeSpec
 from funcjac._torch_faults import UseReplacements
 from funcjac.errors import refuse
@@ -22,7 +20,7 @@ ENGINES = ("sum", "vmap", "loop")
 
 @dataclass(frozen=True)
 class Options:
-    """The words of one transform, checked when it is made."""
+    """The keywords of one transform."""
 
     name: str
     argnums: int | tuple[int, ...] = 0
@@ -97,26 +95,24 @@ class Call(NamedTuple):
         """The tensors to differentiate."""
         return [self.leaves[i] for i in self.layout.diff]
 
-    def with_inputs(self, inputs: list[Tensor] | tuple[Tensor, ...]) -> "Call":
-        leaves = list(self.leaves)
-        for i, leaf in zip(self.layout.diff, inputs):
-            leaves[i] = leaf
-        return self._replace(leaves=leaves)
+    def with_inputs(self, inputs: Sequence[Tensor]) -> "Call":
+        return self._replace(leaves=self._with(self.layout.diff, inputs))
 
-    def one_row(self, rows: list[Tensor] | tuple[Tensor, ...]) -> "Call":
+    def one_row(self, rows: Sequence[Tensor]) -> "Call":
         """The call on a batch of one; ``rows`` are the batched leaves, of batch size one."""
-        leaves = list(self.leaves)
-        for i, row in zip(self.layout.batched, rows):
-            leaves[i] = row
-        return self._replace(leaves=leaves, batch=1)
+        return self._replace(leaves=self._with(self.layout.batched, rows), batch=1)
 
-    def __call__(self, inputs: list[Tensor] | tuple[Tensor, ...]) -> Output:
+    def _with(self, places: tuple[int, ...], tensors: Sequence[Tensor]) -> list[Any]:
+        """The leaves, with ``tensors`` in some places."""
+        leaves = list(self.leaves)
+        for i, tensor in zip(places, tensors):
+            leaves[i] = tensor
+        return leaves
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Output:
         """Run ``func`` with ``inputs`` in the place of the differentiated leaves."""
-        leaves, kwargs = list(self.leaves), self.kwargs
-        for i, leaf in zip(self.layout.diff, inputs):
-            leaves[i] = leaf
-        if self.extra:
-            leaves = leaves[: -self.extra]
+        leaves, kwargs = self._with(self.layout.diff, inputs), self.kwargs
+        leaves = leaves[: -self.extra] if self.extra else leaves
         if self.clone:
             leaves, kwargs = pytree.map_tensors(Tensor.clone, (leaves, kwargs))
         args = leaves if self.layout.plain else pytree.unflatten(self.layout.spec, leaves)
@@ -130,58 +126,22 @@ class Call(NamedTuple):
 
 def as_output(options: Options, out: Any, batch: int) -> Output:
     """Take apart what ``func`` returned, and refuse what has no Jacobian."""
-    if type(out) is Tensor and type(options.out_dims) is int and not options.has_aux:
-        return Output([_as_batch_first(options.name, out, options.out_dims, batch)], None)
-    aux = None
+    name, out_dims, aux = options.name, options.out_dims, None
+    if type(out) is Tensor and type(out_dims) is int and not options.has_aux:
+        return Output([as_batch_first(name, out, out_dims, batch)], None)
     if options.has_aux:
         if not (isinstance(out, tuple) and len(out) == 2):
-            raise refuse(
-                options.name,
-                TypeError,
-                "func to return a pair (output, aux) with has_aux=True",
-                type(out).__name__,
-                "Return the pair, or drop has_aux.",
-            )
+            expected = "func to return a pair (output, aux) with has_aux=True"
+            remedy = "Return the pair, or drop has_aux."
+            raise refuse(name, TypeError, expected, type(out).__name__, remedy)
         out, aux = out
     leaves, spec = pytree.flatten(out)
-    dims = _out_dims(options, out, len(leaves))
-    tensors = [_as_batch_first(options.name, leaf, dim, batch) for leaf, dim in zip(leaves, dims)]
-    if not tensors:
-        raise refuse(
-            options.name,
-            TypeError,
+    if not leaves:
+        expected, remedy = (
             "func to return at least one tensor",
-            type(out).__name__,
             "Return what is to be differentiated.",
         )
+        raise refuse(name, TypeError, expected, type(out).__name__, remedy)
+    dims = output_dims(name, out_dims, out, len(leaves))
+    tensors = [as_batch_first(name, leaf, dim, batch) for leaf, dim in zip(leaves, dims)]
     return Output(tensors, spec, aux)
-
-
-def _out_dims(options: Options, out: Tree, count: int) -> list[int]:
-    if type(options.out_dims) is int:
-        return [options.out_dims] * count
-    try:
-        dims = pytree.broadcast(options.out_dims, out)
-    except ValueError:
-        raise refuse(
-            options.name,
-            ValueError,
-            "out_dims to be an int or a prefix tree of func's output",
-            repr(options.out_dims),
-            f"The output is {pytree.sketch(out)}.",
-        ) from None
-    return dims
-
-
-def _as_batch_first(name: str, leaf: Any, dim: int, batch: int) -> Tensor:
-    check_output(name, leaf)
-    if not -leaf.ndim <= dim < leaf.ndim or leaf.shape[dim] != batch:
-        raise refuse(
-            name,
-            ValueError,
-            f"func to return a batch of {batch} in dimension {dim}",
-            f"shape {tuple(leaf.shape)}",
-            "A batched function returns one row for each row of its input; "
-            "wrap a function of one sample in torch.vmap.",
-        )
-    return leaf if dim == 0 else leaf.movedim(dim, 0)

@@ -1,10 +1,11 @@
 """Trees of tensors. The only importer of optree.
 
-Dataclasses may be registered with optree globally or in the namespace
+Classes may be registered with torch's pytree, or with optree globally or in the namespace
 ``"funcjac"``.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import optree
@@ -32,49 +33,37 @@ def _flatten(tree: Tree, *, none_is_leaf: bool) -> tuple[list[Any], TreeSpec]:
     leaves, spec = optree.tree_flatten(tree, none_is_leaf=none_is_leaf, namespace=NAMESPACE)
     if torch.compiler.is_compiling():
         return leaves, spec
-    unknown = {type(leaf) for leaf in leaves if type(leaf) is not Tensor}
-    adopted = [kind for kind in unknown if _adopt(kind)]
-    return _flatten(tree, none_is_leaf=none_is_leaf) if adopted else (leaves, spec)
+    nodes = getattr(torch_pytree, "SUPPORTED_NODES", {})
+    unknown = {type(leaf) for leaf in leaves if type(leaf) is not Tensor} & nodes.keys()
+    for kind in unknown:
+        _register(kind, nodes[kind])
+    return _flatten(tree, none_is_leaf=none_is_leaf) if unknown else (leaves, spec)
 
 
-def _adopt(kind: type) -> bool:
+def _register(kind: type, node: Any) -> None:
     """Register with optree, in funcjac's namespace, what is registered with torch's pytree."""
-    node = getattr(torch_pytree, "SUPPORTED_NODES", {}).get(kind)
-    if node is None:
-        return False
 
     def take_apart(tree: Tree) -> tuple[list[Any], Any, None]:
         children, context = node.flatten_fn(tree)
-        return list(children), _Context(context), None
+        return list(children), _Context(repr(context), context), None
 
     def put_together(context: Any, children: Any) -> Tree:
         return node.unflatten_fn(list(children), context.value)
 
     optree.register_pytree_node(kind, take_apart, put_together, namespace=NAMESPACE)
-    return True
 
 
+@dataclass(frozen=True)
 class _Context:
-    """What torch's pytree keeps of a node; equal if it says so, or is printed alike."""
+    """What torch's pytree keeps of a node; equal if it is printed alike."""
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Context) and repr(self.value) == repr(other.value)
-
-    def __hash__(self) -> int:
-        return hash(repr(self.value))
-
-    def __repr__(self) -> str:
-        return repr(self.value)
+    text: str
+    value: Any = field(compare=False, repr=False)
 
 
 def unflatten(spec: TreeSpec | None, leaves: list[Any]) -> Tree:
     """The tree of ``leaves``; without a ``spec`` it is the one leaf itself."""
-    if spec is None:
-        return leaves[0]
-    return optree.tree_unflatten(spec, leaves)
+    return leaves[0] if spec is None else optree.tree_unflatten(spec, leaves)
 
 
 def broadcast(prefix: Tree, tree: Tree) -> list[Any]:
@@ -86,7 +75,7 @@ def broadcast(prefix: Tree, tree: Tree) -> list[Any]:
     return optree.broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
+def map_tensors(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
     """The same tree with ``function`` of its tensors."""
     return optree.tree_map(
         lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf,
@@ -94,12 +83,6 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
         none_is_leaf=True,
         namespace=NAMESPACE,
     )
-
-
-def map_leaves(function: Callable[[Any], Any], tree: Tree) -> Tree:
-    """The same tree with ``function`` of its leaves."""
-    leaves, spec = flatten_args(tree)
-    return optree.tree_unflatten(spec, [function(leaf) for leaf in leaves])
 
 
 class _Bare(str):

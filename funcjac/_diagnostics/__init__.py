@@ -1,1 +1,1 @@
-"""Looking inside: what runs and why, whether rows are apart, whether derivatives are right."""
+"""Tells what runs and why (``explain``), and checks rows and derivatives closely when asked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +19,11 @@ from funcjac.errors import brief
 
 _REPEATS = 5
 _CHUNKS = (1, 4, 16, 64, None)
+_PREFIXES = ("", "k", "M", "G", "T", "P")
 
 
 @dataclass(frozen=True)
-class Attempt:
+class Timing:
     """One way that ``measure=True`` timed, by the keywords that ask for it.
 
     Attributes:
@@ -47,15 +49,12 @@ class Explanation:
     Attributes:
         name: the transform.
         engine, mode: what runs.
-        passes: basis vectors to pull back or to push forward.
-        chunk: basis vectors per pass.
+        passes, chunk: basis vectors to pull back or to push forward, and how many at once.
         batch, outputs, inputs: rows, and elements in one row of the output and the input.
-        operations: nodes in the graph of one run of ``func``.
-        widest: elements of the widest tensor in it.
+        operations, widest: nodes in the graph of one run, and elements of its widest tensor.
         flops: floating-point operations of matrix products and convolutions in one call.
         memory: bytes of the tensors alive at once during one call, at most.
-        differentiable: whether the result carries a graph.
-        verified: whether this call's result was held against plain autograd.
+        differentiable, verified: whether the result carries a graph, and was verified.
         runs: how often ``func`` ran in this call.
         reasons: what ruled an alternative out, or made ``func`` run again.
         attempts: with ``measure=True``, what was timed, the fastest first.
@@ -77,7 +76,7 @@ class Explanation:
     verified: bool
     runs: int
     reasons: tuple[str, ...]
-    attempts: tuple[Attempt, ...] = ()
+    attempts: tuple[Timing, ...] = ()
 
     def __str__(self) -> str:
         shapes = f"batch of {self.batch}, {self.inputs} inputs -> {self.outputs} outputs a row"
@@ -95,9 +94,7 @@ class Explanation:
             f"widest of {self.widest} numbers",
             *[f"left   {reason}" for reason in self.reasons],
         ]
-        for attempt in self.attempts:
-            took = attempt.reason if attempt.seconds is None else _amount_of_time(attempt.seconds)
-            lines.append(f"{took:>9}  {attempt}")
+        lines += [f"{_time_of(timing):>9}  {timing}" for timing in self.attempts]
         return "\n".join(lines)
 
     def plot(self, ax: Any = None) -> Any:
@@ -110,7 +107,7 @@ class Explanation:
         """
         from matplotlib import pyplot  # noqa: PLC0415  an extra
 
-        timed = [attempt for attempt in self.attempts if attempt.seconds is not None][::-1]
+        timed = [timing for timing in reversed(self.attempts) if timing.seconds is not None]
         if not timed:
             raise ValueError(
                 "explain: expected measured times to plot, got none. Pass measure=True."
@@ -139,9 +136,8 @@ def explain(
         **kwargs: keyword arguments as for ``transformed``.
 
     Returns:
-        An :class:`Explanation`: engine, mode, passes, chunk, operations, FLOP, bytes, how often
-        ``func`` ran, and what ruled alternatives out. ``print`` gives a table, ``.plot()`` a
-        picture of what was measured.
+        An :class:`Explanation`. ``print`` gives a table, ``.plot()`` a picture of what was
+        measured.
 
     Raises:
         TypeError: ``transformed`` does not come from funcjac.
@@ -157,9 +153,11 @@ def explain(
     """
     transform = transform_of(transformed, "explain")
     always = replace(transform.options, check=transform.options.check and True)
-    outcome = Outcome(meter=Meter())
+    outcome, verified = Outcome(meter=Meter()), Transform(transform.func, always, transform.extras)
     with outcome.meter as meter:
-        result = Transform(transform.func, always, transform.extras).evaluate(args, kwargs, outcome)
+        result = verified.evaluate(args, kwargs, outcome)
+    attempts = list(_measured(transform, args, kwargs)) if measure else []
+    attempts.sort(key=lambda a: math.inf if a.seconds is None else a.seconds)
     sizes, route = outcome.sizes, outcome.route
     passes = _passes(route.mode, sizes.outputs, sizes.inputs)
     return Explanation(
@@ -175,11 +173,11 @@ def explain(
         widest=sizes.widest,
         flops=meter.flops,
         memory=meter.peak,
-        differentiable=_has_graph(result),
+        differentiable=any(leaf.requires_grad for leaf in pytree.tensors(result)),
         verified=outcome.verified,
         runs=outcome.runs,
         reasons=tuple(outcome.reasons),
-        attempts=tuple(_measured(transform, args, kwargs)) if measure else (),
+        attempts=tuple(attempts),
     )
 
 
@@ -190,41 +188,25 @@ def _passes(mode: str, outputs: int, inputs: int) -> int:
     return counts[0] if len(counts) == 1 else counts[1] * inputs
 
 
-def _has_graph(result: Any) -> bool:
-    return any(leaf.requires_grad for leaf in pytree.tensors(result))
-
-
-def _measured(
-    transform: Transform, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[Attempt]:
-    """Time every engine and mode in a few chunks, the fastest first."""
-    attempts = []
+def _measured(transform: Transform, args: Any, kwargs: Any) -> Iterator[Timing]:
+    """Time every engine and mode in a few chunks."""
     modes = transform.options.operator.modes
-    nested = [mode for mode in modes if mode != "taylor"]
-    for engine, mode in [("sum", m) for m in modes] + [("vmap", m) for m in nested]:
-        for chunk in _CHUNKS if engine == "sum" else (None,):
-            given = replace(transform.options, engine=engine, mode=mode, chunk_size=chunk)
-            attempts.append(
-                _timed(Transform(transform.func, given, transform.extras), args, kwargs)
-            )
-    slowest = float("inf")
-    return iter(sorted(attempts, key=lambda a: slowest if a.seconds is None else a.seconds))
-
-
-def _timed(transform: Transform, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attempt:
-    options = transform.options
-    keywords = (options.engine, options.mode, options.chunk_size)
-    times = []
-    try:
-        for _ in range(_REPEATS):
-            _synchronize()
-            start = time.perf_counter()
-            transform.evaluate(args, kwargs)
-            _synchronize()
-            times.append(time.perf_counter() - start)
-    except Exception as error:  # it is not to be had in this way
-        return Attempt(*keywords, None, brief(error))
-    return Attempt(*keywords, statistics.median(times))
+    ways = [("sum", mode, chunk) for mode in modes for chunk in _CHUNKS]
+    ways += [("vmap", mode, None) for mode in modes if mode != "taylor"]
+    for engine, mode, chunk in ways:
+        keywords = replace(transform.options, engine=engine, mode=mode, chunk_size=chunk)
+        variant, times = Transform(transform.func, keywords, transform.extras), []
+        try:
+            for _ in range(_REPEATS):
+                _synchronize()
+                start = time.perf_counter()
+                variant.evaluate(args, kwargs)
+                _synchronize()
+                times.append(time.perf_counter() - start)
+        except Exception as error:  # it is not to be had in this way
+            yield Timing(engine, mode, chunk, None, brief(error))
+        else:
+            yield Timing(engine, mode, chunk, statistics.median(times))
 
 
 def _synchronize() -> None:
@@ -234,13 +216,14 @@ def _synchronize() -> None:
 
 
 def _amount(value: float, unit: str, base: int) -> str:
-    prefixes = ("", "k", "M", "G", "T", "P")
     step = 0
-    while value >= base and step + 1 < len(prefixes):
+    while value >= base and step < len(_PREFIXES) - 1:
         value, step = value / base, step + 1
-    middle = "i" if base == 1024 and step else ""
-    return f"{value:.3g} {prefixes[step]}{middle}{unit}"
+    return f"{value:.3g} {_PREFIXES[step]}{'i' if base == 1024 and step else ''}{unit}"
 
 
-def _amount_of_time(seconds: float) -> str:
-    return f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+def _time_of(timing: Timing) -> str:
+    if timing.seconds is None:
+        return timing.reason
+    ms = 1e3 * timing.seconds
+    return f"{1e3 * ms:.0f} us" if ms < 1 else f"{ms:.2f} ms"

@@ -35,17 +35,16 @@ from funcjac._environment.state import (
 from funcjac._environment.torch_private import CONTROL_FLOW
 from funcjac._taylor import Recorder
 from funcjac._torch_faults import graph_names, needs_replacement
-from funcjac._verification.backward import backward_mismatch
-from funcjac._verification.compare import (
+from funcjac._verification.detached_outputs import check_attached
+from funcjac._verification.row_independence import check_rows
+from funcjac._verification.tolerance import is_alike, tolerance_of
+from funcjac._verification.verify_backward import backward_mismatch
+from funcjac._verification.verify_result import (
     agrees_with_units,
     extras_mismatch,
-    is_alike,
     is_lost_in_run,
     mismatch,
-    tolerance_of,
 )
-from funcjac._verification.detached import check_attached
-from funcjac._verification.rows import check_rows
 from funcjac.errors import BatchMixingError, VerificationError
 
 NO_ROUTE, NO_SIZES = Route(""), Sizes(0, 0, 0, 1, False, True)

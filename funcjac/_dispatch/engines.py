@@ -27,7 +27,7 @@ from funcjac._environment.state import (
 )
 from funcjac._taylor import Recorder
 from funcjac._verification.forward_formulas import check_forward_formulas
-from funcjac._verification.rows import check_rows
+from funcjac._verification.row_independence import check_rows
 from funcjac.errors import RefusedError, UntraceableError, brief
 
 _MOST_ROUTES = 256

@@ -23,9 +23,9 @@ from funcjac._engines.run import ChangedInputError, Derivatives, Run
 from funcjac._engines.vmap import by_vmap, in_result_type, join_tensors, split_tensors
 from funcjac._environment.state import WrappedAttributes
 from funcjac._environment.torch_private import CONTROL_FLOW, sees_values
-from funcjac._verification.compare import agrees_with_units, mismatch
 from funcjac._verification.forward_formulas import check_forward_formulas
-from funcjac._verification.rows import check_rows
+from funcjac._verification.row_independence import check_rows
+from funcjac._verification.verify_result import agrees_with_units, mismatch
 from funcjac.errors import BatchMixingError, VerificationError
 
 

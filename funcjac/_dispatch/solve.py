@@ -24,7 +24,7 @@ from funcjac._engines.run import (
 )
 from funcjac._environment.state import rng_state
 from funcjac._taylor import Recorder
-from funcjac._verification.rows import check_rows
+from funcjac._verification.row_independence import check_rows
 from funcjac.errors import RefusedError, brief
 
 

@@ -18,8 +18,8 @@ from funcjac._engines.run import Derivatives, Run
 from funcjac._operators.directions import Spec, check_spec, extras_of
 from funcjac._operators.operator import Operator, finished
 from funcjac._operators.transform import Transform
-from funcjac._verification.finite_differences import Pair, difference
-from funcjac._verification.probe import Entry, Probe, row_factors, vjp
+from funcjac._verification.central_differences import Pair, difference
+from funcjac._verification.reference_vjp import Entry, Probe, row_factors, vjp
 from funcjac.errors import refuse
 
 

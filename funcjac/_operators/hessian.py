@@ -27,8 +27,8 @@ from funcjac._operators.operator import (
 )
 from funcjac._operators.transform import Transform
 from funcjac._taylor import all_pairs
-from funcjac._verification.finite_differences import Pair, difference, random_moves, times
-from funcjac._verification.probe import Entry, Probe, outer_product, random_like, vjp
+from funcjac._verification.central_differences import Pair, difference, random_moves, times
+from funcjac._verification.reference_vjp import Entry, Probe, outer_product, random_like, vjp
 
 # Inputs up to which all pairs of them are propagated together.
 _MOST_PAIRED = 12

@@ -26,8 +26,8 @@ from funcjac._operators.operator import (
     first_entries,
 )
 from funcjac._operators.transform import Transform
-from funcjac._verification.finite_differences import Pair, difference
-from funcjac._verification.probe import Entry, Probe, curvature, row_factors
+from funcjac._verification.central_differences import Pair, difference
+from funcjac._verification.reference_vjp import Entry, Probe, curvature, row_factors
 
 
 @dataclass(frozen=True)

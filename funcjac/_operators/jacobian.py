@@ -15,7 +15,7 @@ from funcjac._engines.graph import Route, jacobian
 from funcjac._engines.run import Derivatives, Run
 from funcjac._operators.operator import Operator, finished
 from funcjac._operators.transform import Transform
-from funcjac._verification.finite_differences import Pair, difference, random_moves, times
+from funcjac._verification.central_differences import Pair, difference, random_moves, times
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from funcjac._arguments import pytree
-from funcjac._arguments.bind import batch_size, check_inputs, make_layout
+from funcjac._arguments.bind_arguments import batch_size, check_inputs, make_layout
 from funcjac._arguments.call import Call, Options, as_output
 from funcjac._arguments.check_keywords import check_options
 from funcjac._arguments.check_tensors import check_arguments
@@ -17,9 +17,9 @@ from funcjac._engines.basis import elements_of_rows, row_shape, row_sizes
 from funcjac._engines.run import Derivatives, Run, detached, read_graph
 from funcjac._environment.torch_private import sees_values
 from funcjac._operators.jacobian import Jacobian
-from funcjac._verification.backward import backward_mismatch
-from funcjac._verification.compare import agrees_with_units, mismatch
-from funcjac._verification.rows import check_rows
+from funcjac._verification.row_independence import check_rows
+from funcjac._verification.verify_backward import backward_mismatch
+from funcjac._verification.verify_result import agrees_with_units, mismatch
 from funcjac.errors import VerificationError, refuse
 
 _NAME = "batch_jacobian_of"

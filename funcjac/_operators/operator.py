@@ -14,7 +14,7 @@ from funcjac._arguments.call import Call
 from funcjac._dispatch.rule import Sizes, first_order_route, prefers_taylor, second_order_route
 from funcjac._engines.graph import Route
 from funcjac._engines.run import Derivatives, Run
-from funcjac._verification.probe import Entry, Probe
+from funcjac._verification.reference_vjp import Entry, Probe
 
 NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd")
 

@@ -22,8 +22,8 @@ from funcjac._operators.hessian import stacked_coordinates
 from funcjac._operators.operator import SecondOrder, as_block, by_output, finished
 from funcjac._operators.transform import Transform
 from funcjac._taylor import mixed_partials
-from funcjac._verification.finite_differences import Pair, difference
-from funcjac._verification.probe import Entry, Probe, row_factors, vjp
+from funcjac._verification.central_differences import Pair, difference
+from funcjac._verification.reference_vjp import Entry, Probe, row_factors, vjp
 from funcjac.errors import refuse
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from funcjac._arguments import pytree
-from funcjac._arguments.bind import bind, check_inputs, with_extras
+from funcjac._arguments.bind_arguments import bind, check_inputs, with_extras
 from funcjac._arguments.call import Call, Options
 from funcjac._arguments.check_keywords import check_options
 from funcjac._arguments.check_tensors import is_uninitialized

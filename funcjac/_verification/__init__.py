@@ -1,1 +1,1 @@
-"""Is a result right: plain autograd through the same graph, and rows that depend on one another."""
+"""Verifies results against plain autograd through the same graph, and that rows are independent."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from funcjac._arguments.call import Call
@@ -34,11 +32,10 @@ def check_forward_formulas(call: Call, *, again: bool) -> None:
         RuntimeError: it does, and nothing replaces it.
     """
     state, recorder = rng_state(), _Names()
-    call = call._replace(clone=True, replaced=False)
     with torch.enable_grad(), UseReplacements(forward=True), recorder:
-        call(call.inputs)
+        call._replace(clone=True, replaced=False)(call.inputs)
     set_rng_state(state)
-    wrong: Any = sorted(forward_faults(recorder.names, again=again))
+    wrong = sorted(forward_faults(recorder.names, again=again))
     if wrong:
         raise RuntimeError(
             f"{call.options.name}: expected func to have forward formulas that are right with "

@@ -1,4 +1,4 @@
-"""Rows that depend on one another: finding out through the graph, and naming suspects."""
+"""Rows that depend on one another: shown by the graph, with modules that are suspects."""
 
 from __future__ import annotations
 
@@ -8,9 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from funcjac._engines.run import Run
-from funcjac._verification.compare import tolerance, wide
-from funcjac._verification.probe import output_sizes, random_like, vjp
+from funcjac._verification.reference_vjp import output_sizes, random_like, vjp
+from funcjac._verification.tolerance import magnitude, tolerance
 from funcjac.errors import BatchMixingError
+
+
+def halves(batch: int) -> Iterator[Tensor]:
+    """Masks of rows, ``(B,)``: of any two rows, each is in one of them without the other."""
+    order = torch.arange(batch, device="cpu")
+    for bit in range((batch - 1).bit_length()):  # any two rows differ in a bit
+        rows = (order >> bit) % 2 == 1
+        yield rows
+        yield ~rows
 
 
 def check_rows(run: Run, modules: Iterable[nn.Module]) -> None:
@@ -21,31 +30,24 @@ def check_rows(run: Run, modules: Iterable[nn.Module]) -> None:
     Raises:
         BatchMixingError: it does.
     """
-    order = torch.arange(run.call.batch, device="cpu")
     generator = torch.Generator("cpu").manual_seed(0)
     outs = run.output.leaves
     cotangents = [random_like(out, generator) / output_sizes(out) for out in outs]
-    worst = 0.0
-    for bit in range((run.call.batch - 1).bit_length()):
-        # Any two rows differ in a bit, so each of them is once sender and once receiver.
-        for sent in ((order >> bit) & 1, 1 - ((order >> bit) & 1)):
-            worst = max(worst, _leak(run, cotangents, sent))
-    if worst > 0:
-        raise mixing_error(run.call.options.name, modules, worst)
+    leak = max([_leak(run, cotangents, rows) for rows in halves(run.call.batch)], default=0.0)
+    if leak > 0:
+        raise mixing_error(run.call.options.name, modules, leak)
 
 
-def _leak(run: Run, cotangents: list[Tensor], sent: Tensor) -> float:
-    """What reaches inputs of rows whose output is not asked for, relative to what should."""
-    masked = [c * sent.to(c.device, c.dtype).view(-1, *[1] * (c.ndim - 1)) for c in cotangents]
+def _leak(run: Run, cotangents: list[Tensor], rows: Tensor) -> float:
+    """What reaches inputs of other rows than those asked for, relative to what should."""
+    masked = [c * rows.to(c.device, c.dtype).view(-1, *[1] * (c.ndim - 1)) for c in cotangents]
+    grads = vjp(run.output.leaves, run.inputs, masked, create_graph=False)
     worst = 0.0
-    for x, grad, dim in zip(
-        run.inputs, vjp(run.output.leaves, run.inputs, masked, create_graph=False), run.dims
-    ):
+    for x, grad, dim in zip(run.inputs, grads, run.dims):
         if grad is None or dim is None or not grad.numel():
             continue
-        rows = wide(grad).movedim(dim, 0).reshape(run.call.batch, -1).abs().nan_to_num(0, 0, 0)
-        leak = rows[(sent == 0).to(rows.device)]  # zero, where rows are independent
-        size = rows.amax(0)
+        sizes = magnitude(grad).movedim(dim, 0).reshape(run.call.batch, -1)
+        leak, size = sizes[~rows.to(sizes.device)], sizes.amax(0)
         if (leak > tolerance([x.dtype]) / 100 * size).any():
             worst = max(worst, (leak.amax() / size.amax()).item())
     return worst
@@ -84,8 +86,6 @@ def _mixes(module: nn.Module) -> str | None:
             return "in training mode (call .eval(), or use GroupNorm)"
         if module.running_mean is None:
             return "without running statistics (set track_running_stats=True)"
-    if getattr(module, "batch_first", True) is False and isinstance(
-        module, (nn.RNNBase, nn.MultiheadAttention)
-    ):
+    if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and not module.batch_first:
         return "with batch_first=False (its batch dimension is the second)"
     return None

@@ -1,4 +1,4 @@
-"""A random cotangent and its plain vector-Jacobian product, through the graph of the one run."""
+"""The reference: a random cotangent, pulled back by plain autograd through the one run's graph."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _SEED = 0x6A61_636F_6269
 
 
 class Entry(NamedTuple):
-    """One column of blocks, as plain autograd has it.
+    """The reference for one column of blocks.
 
     Attributes:
         seeds: what the block of each output is contracted with, from its first dimension on.
-        grad: what comes of that; ``None`` for zero, which has the form of ``like``.
-        dim: where ``grad`` has the batch; ``None`` for the sum over all rows.
+        grad: the contraction by plain autograd; ``None`` for zeros like ``like``.
+        dim: batch dimension of ``grad``; ``None`` for the sum over all rows.
         size: of the terms that ``grad`` is a sum of, which may cancel.
     """
 
@@ -34,12 +34,12 @@ class Entry(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """A random cotangent, what plain autograd pulls back, and the source of further numbers.
+    """A random cotangent, its pullback, and the source of further random numbers.
 
     Attributes:
         seeds: the cotangent, for each output leaf ``(B, *out)``.
         grads: the gradient by each input; ``None`` where nothing depends on it.
-        scale: what the cotangent is multiplied by, to see how its product is rounded.
+        scale: factor of the cotangent, as in NOTE [Tolerance].
     """
 
     seeds: list[Tensor]
@@ -48,18 +48,24 @@ class Probe(NamedTuple):
     scale: float
 
 
-def make_probe(run: Run, number: int, scale: float = 1.0) -> Probe:
-    """Pull a random cotangent back; ``number`` draws another one."""
+def make_reference(run: Run, number: int, scale: float = 1.0) -> tuple[Probe, list[Entry]]:
+    """The probe of a number, and what the blocks of a result must come to."""
+    with torch.enable_grad():  # references differentiate what they compute
+        probe = _make_probe(run, number, scale)
+        return probe, run.call.options.operator.entries(run, probe)
+
+
+def _make_probe(run: Run, number: int, scale: float) -> Probe:
     generator = torch.Generator("cpu").manual_seed(_SEED + number)
     outs = run.output.leaves
-    again = run.create_graph or run.call.options.operator.is_second_order
+    create_graph = run.create_graph or run.call.options.operator.is_second_order
     drawn = [scale * random_like(out, generator) for out in outs]
     seeds = [seed / output_sizes(out) for seed, out in zip(drawn, outs)]
     try:
-        grads = vjp(outs, run.inputs, seeds, create_graph=again)
+        grads = vjp(outs, run.inputs, seeds, create_graph=create_graph)
     except RuntimeError:  # an operation may refuse a large cotangent
         seeds = drawn
-        grads = vjp(outs, run.inputs, seeds, create_graph=again)
+        grads = vjp(outs, run.inputs, seeds, create_graph=create_graph)
     return Probe(seeds, grads, generator, scale)
 
 
@@ -74,7 +80,7 @@ def vjp(
     live = [(o, c) for o, c in zip(outs, cotangents) if o is not None and o.requires_grad]
     if not live:
         return [None] * len(inputs)
-    roots, vectors = [o for o, _ in live], [c for _, c in live]
+    roots, vectors = zip(*live)
     with torch.enable_grad():
         return list(vector_jacobian(roots, inputs, vectors, retain=True, graph=create_graph))
 
@@ -101,7 +107,7 @@ def outer_product(seed: Tensor, tangent: Tensor, dim: int | None) -> Tensor:
 
 
 def row_factors(run: Run, probe: Probe) -> tuple[Tensor, list[Tensor]]:
-    """Another factor for each row, so that what leaks from row to row shows, and seeds with it.
+    """A random factor for each row, and the cotangent times it, so that mixing of rows shows.
 
     Equal directions in all rows are what the sum trick uses itself.
     """
@@ -121,10 +127,11 @@ def curvature(
         factors = factors.view(*[1] * dim, -1, *[1] * (x.ndim - 1 - dim))
     shape = (len(left),) if dim is None else (len(left), x.shape[dim])
     columns = Columns(shape, create_graph=run.create_graph)
-    for one, two in zip(left, right):
-        tangent = one if dim is None or factors is None else one * factors
+    for tangent, vector in zip(left, right):
+        if dim is not None and factors is not None:
+            tangent = tangent * factors
         (row,) = vjp([grad], [x], [tangent], create_graph=run.create_graph)
-        product = torch.zeros_like(x) if row is None else row * two
+        product = torch.zeros_like(x) if row is None else row * vector
         if dim is not None:
             product = product.movedim(dim, 0).reshape(x.shape[dim], -1).sum(1)
         columns.add(product.sum() if dim is None else product)

@@ -1,0 +1,184 @@
+"""Verifies a result: one vector-Jacobian product verifies a batched Jacobian.
+
+Draw a random cotangent ``v`` of the output's shape. If rows are independent and the Jacobian is
+right, plain ``autograd.grad(y, x, v)`` equals ``v[b] @ J[b]`` in every row ``b``: one backward
+pass through the graph of the run, without torch.func, so that an error of torch's batching rules
+or formulas shows, and so does a function that mixes rows.
+
+What this can miss: a batch of one cannot show mixing; a derivative that plain reverse mode
+itself gets wrong (a custom backward, a partial ``detach``) is wrong on both sides.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcjac._arguments import pytree
+from funcjac._engines.run import Derivatives, Run
+from funcjac._verification.reference_vjp import Entry, Probe, make_reference, vjp
+from funcjac._verification.tolerance import (
+    bound,
+    error_of,
+    is_alike,
+    largest,
+    magnitude,
+    saved_tensors,
+    tolerance_of,
+    wide,
+)
+
+_MOST_PRODUCTS = 2**16  # held at once, of a cotangent and a block
+_MOST_UNIT_COTANGENTS = 32
+
+
+def mismatch(run: Run, result: Derivatives, number: int) -> tuple[str | None, bool]:
+    """Where a result and plain autograd disagree, in words; and whether anything was compared."""
+    probe, entries = make_reference(run, number)
+    limit, floor = tolerance_of(run), _subtracted(run, probe)
+    worst, is_blind = 0.0, False
+    for e, entry in enumerate(entries):
+        reference, error, scale = _compare(result, e, entry)
+        if not reference.numel():
+            continue
+        is_blind = is_blind or not reference.isfinite().any()
+        subtracted = floor.sum() if entry.dim is None else floor.unsqueeze(1)
+        ratio = error / bound(limit, scale, subtracted)
+        worst = max(worst, ratio.nan_to_num(0, torch.inf).max().item())
+    if worst <= 1:
+        return None, not is_blind
+    return f"its product with a random cotangent is off by {worst * limit:.2g} of its size", True
+
+
+def _subtracted(run: Run, probe: Probe) -> Tensor:
+    """Size in each row, ``(B,)``, of what derivatives are differences of, which was rounded."""
+    batch, step = run.call.batch, max(1.0, largest(run.inputs))
+    pairs = zip(probe.seeds, run.output.leaves)
+    sizes = [magnitude(seed) * magnitude(out) / step for seed, out in pairs]
+    if run.call.options.operator.is_second_order:
+        for grad, dim in zip(probe.grads, run.dims):
+            if grad is not None:
+                rows = magnitude(grad)
+                sizes.append(rows.unsqueeze(0) if dim is None else rows.movedim(dim, 0))
+    total = torch.zeros(batch, dtype=torch.float64, device=run.inputs[0].device)
+    return sum([s.reshape(len(s), -1).amax(1) for s in sizes if s.numel()], total)
+
+
+def _compare(result: Derivatives, e: int, entry: Entry) -> tuple[Tensor, Tensor, Tensor]:
+    """Reference, error and size of terms of an entry: ``(B, N)``, or ``(1, N)`` over all rows."""
+    reference = _rows(entry.grad, entry.like, entry.dim)
+    computed, scale = torch.zeros_like(reference), magnitude(reference)
+    for seed, blocks in zip(entry.seeds, result.blocks):
+        if seed.numel() and reference.numel():
+            product, norm = _contract(seed, blocks[e])
+            if entry.dim is None:
+                product, norm = product.sum(0), norm.sum(0)
+            computed = computed + product.reshape(reference.shape)
+            scale = scale + magnitude(norm).reshape(reference.shape)
+    if entry.size is not None:
+        scale = scale + magnitude(entry.size).reshape(reference.shape)
+    return reference, error_of(computed, reference), scale
+
+
+def _rows(grad: Tensor | None, like: Tensor, dim: int | None) -> Tensor:
+    """A gradient by rows, ``(B, N)``, or ``(1, N)`` summed over rows."""
+    grad = torch.zeros_like(like) if grad is None else grad.detach()
+    grad = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
+    return wide(grad).reshape(len(grad), -1)
+
+
+def _contract(seed: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    """``sum_m seed[b, m] J[b, m, n]``, and the norm of what is summed, each ``(B, N)``."""
+    right = wide(block.detach()).reshape(len(seed), seed[0].numel(), -1)
+    left = wide(seed).to(right.dtype).reshape(len(seed), -1, 1)
+    step = max(_MOST_PRODUCTS // max(right[0].numel(), 1), 1)
+    sums, norms = [], []
+    for cotangents, rows in zip(left.split(step), right.split(step)):
+        terms = cotangents * rows
+        sums.append(terms.sum(1))
+        norms.append(terms.square_().sum(1).sqrt_())  # ten times as fast as terms.norm(dim=1)
+    return torch.cat(sums), torch.cat(norms)
+
+
+# --- once rows are known to be apart -----------------------------------------------------------
+
+
+def agrees_with_units(run: Run, result: Derivatives) -> bool:
+    """Whether unit cotangents in half of the rows give the rows of the Jacobian there.
+
+    For backward passes that are not linear, such as a hook that clamps.
+    """
+    limit = tolerance_of(run)
+    return all(
+        bool((error_of(row, grad) <= limit * largest([row])).all())
+        for row, grad in _unit_rows(run, result)
+    )
+
+
+def _unit_rows(run: Run, result: Derivatives) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of the Jacobian, zero in half of the batch, and what unit cotangents pull back."""
+    batch = run.call.batch
+    even = torch.arange(batch, device=run.inputs[0].device) % 2 == 0
+    for out, blocks in zip(run.output.leaves, result.blocks):
+        count = out.shape[1:].numel()
+        units = range(0, count, max(count // _MOST_UNIT_COTANGENTS, 1))
+        for m, rows in itertools.product(units, (even, ~even)):
+            cotangent = out.new_zeros(batch, count)
+            cotangent[rows, m] = 1
+            grads = vjp([out], run.inputs, [cotangent.view(out.shape)], create_graph=False)
+            for grad, x, dim, block in zip(grads, run.inputs, run.dims, blocks):
+                row = wide(block.detach()).reshape(batch, count, -1)[:, m] * rows.unsqueeze(1)
+                yield row.sum(0, keepdim=True) if dim is None else row, _rows(grad, x, dim)
+
+
+def is_lost_in_run(run: Run, result: Derivatives, number: int) -> bool:
+    """Whether a difference is what rounding the numbers inside of ``func`` comes to.
+
+    What cancels leaves nothing else behind; see ``test_constants_by_cancellation``.
+    """
+    _, entries = make_reference(run, number)
+    floor = max(1.0, largest(saved_tensors(run.output.leaves, run.inputs)))
+    limit = tolerance_of(run)
+    for e, entry in enumerate(entries):
+        error = _compare(result, e, entry)[1]
+        if error.numel() and error.max() > bound(limit, 0.0, floor * largest(entry.seeds)):
+            return False
+    return True
+
+
+# --- what is returned besides ------------------------------------------------------------------
+
+
+def extras_mismatch(run: Run, result: Derivatives) -> str | None:
+    """Whether value or aux of another engine are not what ``func`` returned for the batch."""
+    options, limit = run.call.options, tolerance_of(run)
+    if options.return_value:
+        floor, pairs = largest(run.inputs), zip(run.output.leaves, result.output.leaves)
+        if not all(is_alike(e.detach(), c.detach(), limit, floor) for e, c in pairs):
+            return "its value is not that of the batch"
+    if not options.has_aux:
+        return None
+    expected, spec = pytree.flatten(run.output.aux)
+    computed, computed_spec = pytree.flatten(result.output.aux)
+    if spec != computed_spec:
+        return "its aux has another structure than that of the batch"
+    problems = (_aux_mismatch(*pair, limit) for pair in zip(expected, computed))
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _aux_mismatch(expected: Any, computed: Any, limit: float) -> str | None:
+    if not isinstance(expected, Tensor) or not isinstance(computed, Tensor):
+        is_plain = isinstance(expected, (bool, int, float, str))
+        if type(expected) is type(computed) and not (is_plain and expected != computed):
+            return None
+        return f"its aux holds {computed!r}, that of the batch {expected!r}"
+    if expected.shape != computed.shape or expected.dtype != computed.dtype:
+        shapes = f"shape {tuple(computed.shape)}, that of the batch {tuple(expected.shape)}"
+        return f"its aux has {shapes}"
+    if torch.allclose(wide(expected), wide(computed), limit, limit, equal_nan=True):
+        return None
+    return "its aux has other values than that of the batch"
