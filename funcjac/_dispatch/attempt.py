@@ -13,8 +13,15 @@ from funcjac._arguments.call import Call
 from funcjac._dispatch.decisions import Decision, FunctionKey, decision_of, look_again, make_key
 from funcjac._dispatch.rule import Sizes
 from funcjac._engines.basis import elements_of_rows, row_sizes
-from funcjac._engines.graph import Route
-from funcjac._engines.run import ChangedInputError, Facts, Run, attached, read_graph, run_once
+from funcjac._engines.run import (
+    ChangedInputError,
+    Facts,
+    Route,
+    Run,
+    attached,
+    read_graph,
+    run_once,
+)
 from funcjac._environment.state import (
     Buffers,
     RngState,

@@ -11,8 +11,7 @@ from funcjac._dispatch.attempt import Attempt, lean
 from funcjac._dispatch.messages import is_out_of_memory
 from funcjac._dispatch.rule import Sizes
 from funcjac._dispatch.verify import NOT_CAUGHT, verify
-from funcjac._engines.graph import Route
-from funcjac._engines.run import Derivatives, Run, detached
+from funcjac._engines.run import Derivatives, Route, Run, detached
 from funcjac._environment.state import rng_state
 from funcjac._taylor import Recorder
 from funcjac.errors import RefusedError, UntraceableError, brief
