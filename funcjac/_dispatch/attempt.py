@@ -14,11 +14,11 @@ from funcjac._arguments.call import Call
 from funcjac._dispatch.decisions import Decision, FunctionKey, forget_children
 from funcjac._dispatch.rule import Sizes
 from funcjac._engines.basis import elements_of_rows, row_sizes
-from funcjac._engines.graph import Route
 from funcjac._engines.run import (
     ChangedInputError,
     Derivatives,
     Facts,
+    Route,
     Run,
     attached,
     read_graph,

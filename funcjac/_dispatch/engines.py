@@ -15,8 +15,16 @@ from funcjac._dispatch.messages import drew, is_out_of_memory
 from funcjac._dispatch.rule import Sizes
 from funcjac._engines import loop, vmap
 from funcjac._engines.basis import elements_of_rows, row_sizes
-from funcjac._engines.graph import Route
-from funcjac._engines.run import Derivatives, Run, attached, detached, read_graph, retire, run_once
+from funcjac._engines.run import (
+    Derivatives,
+    Route,
+    Run,
+    attached,
+    detached,
+    read_graph,
+    retire,
+    run_once,
+)
 from funcjac._environment.state import (
     RngState,
     WrappedAttributes,

@@ -19,8 +19,14 @@ from funcjac._dispatch.rule import Sizes
 from funcjac._dispatch.solve import engines_of
 from funcjac._engines.basis import elements_of_rows, row_sizes
 from funcjac._engines.loop import by_loop
-from funcjac._engines.run import ChangedInputError, Derivatives, Run
-from funcjac._engines.vmap import by_vmap, in_result_type, join_tensors, split_tensors
+from funcjac._engines.run import (
+    ChangedInputError,
+    Derivatives,
+    Run,
+    join_tensors,
+    split_tensors,
+)
+from funcjac._engines.vmap import by_vmap, in_result_type
 from funcjac._environment.state import WrappedAttributes
 from funcjac._environment.torch_private import CONTROL_FLOW, sees_values
 from funcjac._verification.forward_formulas import check_forward_formulas

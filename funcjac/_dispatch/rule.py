@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from funcjac._engines.graph import Route
+from funcjac._engines.run import Route
 
 # Forward where outputs are more than so many times the inputs: of small calls, of others.
 _FORWARD, _SMALL = (4, 2), 2**15

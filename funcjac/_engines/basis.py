@@ -1,4 +1,4 @@
-"""The standard basis of a row, the same in every row of a batch."""
+"""Rows of tensors, and the standard basis of a row, the same in every row of a batch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from torch import Tensor
 
 from funcjac._environment.torch_private import is_functional
 
-# A basis larger than this many elements is built chunk by chunk, a smaller one is kept.
-_MOST_ELEMENTS = 2**20
-_MOST_KEPT = 2**14
-_KEPT: dict[Any, Tensor] = {}
+# Making a small identity matrix takes 5 microseconds, of 100 that a small call takes.
+_MOST_CACHED = 2**14
+_CACHE: dict[Any, Tensor] = {}
 
 
 def row_shape(x: Tensor, dim: int | None) -> torch.Size:
@@ -32,57 +31,61 @@ def elements_of_rows(outs: Sequence[Tensor]) -> int:
 
 def identity(count: int, like: Tensor) -> Tensor:
     """The identity matrix ``(count, count)``; small ones are made once."""
-    if count * count > _MOST_KEPT or is_functional():  # there, what is made belongs to a level
+    if count * count > _MOST_CACHED or is_functional():  # there, what is made belongs to a level
         return torch.eye(count, dtype=like.dtype, device=like.device)
     key = (count, like.dtype, like.device)
-    eye = _KEPT.get(key)
+    eye = _CACHE.get(key)
     if eye is None:
         eye = torch.eye(count, dtype=like.dtype, device=like.device)
-        if type(eye) is Tensor and not eye.is_inference() and len(_KEPT) < 256:
-            _KEPT[key] = eye
+        if type(eye) is Tensor and not eye.is_inference() and len(_CACHE) < 256:
+            _CACHE[key] = eye
     return eye
 
 
-def chunks(
+def basis_chunks(
     like: Tensor, row: torch.Size, batch: int, dim: int | None, chunk: int | None
-) -> Iterator[tuple[int, int, Tensor]]:
-    """The standard basis of one row in chunks, each with its ends.
-
-    A chunk is ``(k, ..., B, ...)`` with the batch at ``dim`` of what follows ``k``; a chunk of
-    one comes without ``k``.
-    """
+) -> Iterator[Tensor]:
+    """The standard basis of one row, ``(k, ..., B, ...)`` at a time with the batch at ``dim``."""
     count = row.numel()
     step = count if chunk is None else min(chunk, count)
-    whole = None
-    if step == count or count * count <= _MOST_ELEMENTS:
-        whole = spread(identity(count, like), row, batch, dim)
-    if whole is not None and chunk == 1:
-        for start, vector in enumerate(whole.unbind(0)):
-            yield start, start + 1, vector
-        return
-    for start in range(0, count, step) if count else ():
-        stop = min(start + step, count)
-        if whole is not None:
-            yield start, stop, whole if step == count else whole[start:stop]
-            continue
-        rows = torch.zeros(stop - start, count, dtype=like.dtype, device=like.device)
-        rows.diagonal(start).fill_(1)
-        vectors = spread(rows, row, batch, dim)
-        yield start, stop, vectors[0] if chunk == 1 else vectors
+    for start in range(0, count, step or 1):
+        if step == count or count * count <= _MOST_CACHED:
+            rows = identity(count, like)[start : start + step]
+        else:
+            size = min(step, count - start)
+            rows = torch.zeros(size, count, dtype=like.dtype, device=like.device)
+            rows.diagonal(start).fill_(1)
+        yield spread(rows, row, batch, dim)
 
 
 def spread(vectors: Tensor, row: torch.Size, batch: int, dim: int | None) -> Tensor:
     """The same vectors in every row: ``(k, N) -> (k, ..., B, ...)``."""
-    count = vectors.shape[0]
+    count = len(vectors)
     if dim is None:
         return vectors.view(count, *row)
     vectors = vectors.view(count, *row[:dim], 1, *row[dim:])
     return vectors.expand(count, *row[:dim], batch, *row[dim:])
 
 
-def coordinates(x: Tensor, dim: int | None, chosen: list[int] | None = None) -> Tensor:
-    """The standard basis of a row, or some of it, the same in all rows: ``(K, *x.shape)``."""
+def coordinates(x: Tensor, dim: int | None) -> Tensor:
+    """The standard basis of a row, the same in all rows: ``(N, *x.shape)``."""
     row = row_shape(x, dim)
-    eye = identity(row.numel(), x)
-    eye = eye if chosen is None else eye[chosen]
-    return spread(eye, row, x.shape[dim] if dim is not None else 0, dim)
+    return spread(identity(row.numel(), x), row, x.shape[dim] if dim is not None else 0, dim)
+
+
+def batch_at(place: int, x: Tensor, dim: int | None, batch: int) -> Tensor:
+    """``x`` with the batch moved from ``dim``; one row, or none, where it has no batch."""
+    if dim is None:
+        return x.unsqueeze(place).narrow(place, 0, batch)
+    return x if dim == place else x.movedim(dim, place)
+
+
+def behind(dim: int | None) -> int | None:
+    """Where a stack of tensors has what one of them has at ``dim``."""
+    return None if dim is None else dim + 1
+
+
+def flat_rows(stack: Tensor, dim: int | None, batch: int) -> Tensor:
+    """``(k, ..., B, ...) -> (k, B, N)``, with the batch behind ``dim``."""
+    rows = batch_at(1, stack, behind(dim), batch)
+    return rows.flatten(2) if rows.ndim > 2 else rows.unsqueeze(2)

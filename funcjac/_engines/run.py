@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,19 +19,29 @@ class Derivatives(NamedTuple):
     output: Output
 
 
+class Route(NamedTuple):
+    """How derivatives are computed.
+
+    Attributes:
+        mode: ``"rev"``, ``"fwd"``, a nested mode, or ``"taylor"``.
+        chunk: basis vectors per pass, ``None`` for all.
+    """
+
+    mode: str
+    chunk: int | None = None
+
+
 class Facts(NamedTuple):
     """What a graph tells of the run that made it.
 
     Attributes:
         signature: hash of the names of the nodes, in the order of a walk.
-        names: of the nodes.
         operations: number of nodes.
         widest: elements of the widest tensor that a gradient flows through.
         has_leaves: whether tensors require grad that are not differentiated here (parameters).
     """
 
     signature: int
-    names: list[str]
     operations: int
     widest: int
     has_leaves: bool
@@ -131,14 +141,7 @@ def read_graph(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Facts:
     """Walk the graph from ``outputs`` back to ``inputs``, once, in a fixed order."""
     names: list[str] = []
     widest, has_leaves = 1, False
-    stops = {x.grad_fn for x in inputs if x.grad_fn is not None}
-    stack: list[Any] = [out.grad_fn for out in reversed(outputs) if out.grad_fn is not None]
-    seen = set(stops)
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
+    for node in graph_nodes(outputs, inputs):
         name = node.name()
         names.append(name)
         if name == "torch::autograd::AccumulateGrad":
@@ -152,23 +155,22 @@ def read_graph(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Facts:
                 size *= length
             if size > widest:
                 widest = size
-        for parent, _ in node.next_functions:
-            if parent is not None:
-                stack.append(parent)
-    return Facts(hash(tuple(names)), names, len(names), widest, has_leaves)
+    return Facts(hash(tuple(names)), len(names), widest, has_leaves)
 
 
 def graph_nodes(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[Any]:
-    """The nodes that lead to ``roots``, not through ``inputs``."""
+    """The nodes that lead to ``roots``, not through ``inputs``, in a fixed order."""
     seen = {x.grad_fn for x in inputs if x.grad_fn is not None}
-    stack = [root.grad_fn for root in roots if root.grad_fn is not None]
+    stack: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
     while stack:
         node = stack.pop()
         if node in seen:
             continue
         seen.add(node)
         yield node
-        stack += [parent for parent, _ in node.next_functions if parent is not None]
+        for parent, _ in node.next_functions:
+            if parent is not None:
+                stack.append(parent)
 
 
 def graph_leaves(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -177,6 +179,54 @@ def graph_leaves(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[
         variable = getattr(node, "variable", None)
         if variable is not None and _DONE not in variable.__dict__:
             yield variable
+
+
+# --- results as lists of tensors ---------------------------------------------------------------
+
+
+def split_derivatives(result: Derivatives) -> tuple[list[Tensor], Any]:
+    """The tensors of a result, and what is needed to put it together again."""
+    blocks, (outs, spec, aux) = result
+    tensors, rest = split_tensors(aux)
+    flat = [block for row in blocks for block in row]
+    return [*flat, *outs, *tensors], ([len(row) for row in blocks], len(outs), spec, rest)
+
+
+def join_derivatives(rest: Any, tensors: Iterable[Tensor]) -> Derivatives:
+    """Undoes :func:`split_derivatives`."""
+    sizes, outputs, spec, aux_rest = rest
+    remaining = iter(tensors)
+    blocks = [[next(remaining) for _ in range(size)] for size in sizes]
+    outs = [next(remaining) for _ in range(outputs)]
+    return Derivatives(blocks, Output(outs, spec, join_tensors(aux_rest, remaining)))
+
+
+def split_tensors(tree: Any) -> tuple[list[Tensor], Any]:
+    """The tensors of a tree, and what is needed to put it together again."""
+    if tree is None:
+        return [], None
+    leaves, spec = pytree.flatten(tree)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return tensors, (spec, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+
+
+def join_tensors(rest: Any, tensors: Iterable[Tensor]) -> Any:
+    """Undoes :func:`split_tensors`."""
+    if rest is None:
+        return None
+    (spec, others), remaining = rest, iter(tensors)
+    leaves = [next(remaining) if other is None else other for other in others]
+    return pytree.unflatten(spec, leaves)
+
+
+def check_aux(aux: Any) -> None:
+    """Refuse tensors in the aux of a batch of one that have no batch."""
+    shapes = [tuple(x.shape) for x in pytree.tensors(aux)]
+    if any(shape[:1] != (1,) for shape in shapes):
+        raise ValueError(
+            "expected aux tensors with a batch dimension in front where rows run one by one, got "
+            f"shapes {shapes} for a batch of one"
+        )
 
 
 def detached(result: Derivatives) -> Derivatives:

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from funcjac._arguments.call import Call
 from funcjac._arguments.check_tensors import check_arguments
-from funcjac._engines.assemble import Chunks, added
 from funcjac._engines.basis import coordinates, row_shape
-from funcjac._engines.graph import Route
-from funcjac._engines.run import Run
-from funcjac._engines.second_order import Along, Directions, along
+from funcjac._engines.chunks import Chunks, added
+from funcjac._engines.nesting import Along, Directions, along
+from funcjac._engines.run import Route, Run
 from funcjac._environment.torch_private import is_transformed
 from funcjac._taylor import Recording, directional, largest, make_recording
 from funcjac.errors import refuse
@@ -309,8 +308,8 @@ def _by_taylor(
         pair = directional(recording, j, given.left, given.right, weights, firsts=firsts)
         return Along(*pair)
     outs = len(recording.slots)
-    slopes = [Chunks(count, recording.create_graph) for _ in range(outs)]
-    bends = [Chunks(count, recording.create_graph) for _ in range(outs)]
+    slopes = [Chunks(count, 0, create_graph=recording.create_graph) for _ in range(outs)]
+    bends = [Chunks(count, 0, create_graph=recording.create_graph) for _ in range(outs)]
     sums: list[Tensor | None] = [None] * outs
     for start in range(0, count, step):
         part = given.narrow(start, min(start + step, count))
@@ -319,7 +318,7 @@ def _by_taylor(
         for i in range(outs):
             slopes[i].add(first[i], len(part.left))
             if total:
-                sums[i] = added(sums[i], second[i], graph=recording.create_graph)
+                sums[i] = added(sums[i], second[i])
             else:
                 bends[i].add(second[i], len(part.left))
     return Along([c.result() for c in slopes], sums if total else [c.result() for c in bends])

@@ -12,9 +12,8 @@ from torch import Tensor
 from funcjac._arguments.call import Call, Options
 from funcjac._engines import vmap
 from funcjac._engines.basis import coordinates, row_shape
-from funcjac._engines.divergence import divergence
-from funcjac._engines.graph import Route
-from funcjac._engines.run import Derivatives, Run
+from funcjac._engines.run import Derivatives, Route, Run
+from funcjac._engines.sum import divergence
 from funcjac._operators.directions import Spec, check_spec, extras_of
 from funcjac._operators.operator import Operator, finished
 from funcjac._operators.transform import Transform

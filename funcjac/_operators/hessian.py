@@ -13,14 +13,14 @@ from funcjac._arguments import pytree
 from funcjac._arguments.call import Call, Options
 from funcjac._engines import vmap
 from funcjac._engines.basis import coordinates, row_shape, row_sizes
-from funcjac._engines.graph import Blocks, Route
-from funcjac._engines.run import Derivatives, Run
-from funcjac._engines.second_order import hessian_blocks
+from funcjac._engines.chunks import as_block
+from funcjac._engines.nesting import hessian_blocks
+from funcjac._engines.run import Derivatives, Route, Run
+from funcjac._engines.sum import Blocks
 from funcjac._operators.directions import recording_of
 from funcjac._operators.operator import (
     NESTED,
     SecondOrder,
-    as_block,
     by_output,
     finished,
     first_entries,

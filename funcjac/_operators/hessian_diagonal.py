@@ -13,14 +13,13 @@ from funcjac._arguments import pytree
 from funcjac._arguments.call import Call, Options
 from funcjac._engines import vmap
 from funcjac._engines.basis import coordinates, row_shape
-from funcjac._engines.graph import Route
-from funcjac._engines.run import Derivatives, Run
-from funcjac._engines.second_order import Directions
+from funcjac._engines.chunks import as_block
+from funcjac._engines.nesting import Directions
+from funcjac._engines.run import Derivatives, Route, Run
 from funcjac._operators.directions import Spec, derivatives_along, of_row
 from funcjac._operators.operator import (
     NESTED,
     SecondOrder,
-    as_block,
     by_output,
     finished,
     first_entries,

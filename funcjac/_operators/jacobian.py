@@ -11,8 +11,8 @@ from torch import Tensor
 from funcjac._arguments import pytree
 from funcjac._arguments.call import Call, Options
 from funcjac._engines import vmap
-from funcjac._engines.graph import Route, jacobian
-from funcjac._engines.run import Derivatives, Run
+from funcjac._engines.run import Derivatives, Route, Run
+from funcjac._engines.sum import jacobian
 from funcjac._operators.operator import Operator, finished
 from funcjac._operators.transform import Transform
 from funcjac._verification.central_differences import Pair, difference, random_moves, times

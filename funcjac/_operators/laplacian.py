@@ -12,8 +12,8 @@ from torch import Tensor
 from funcjac._arguments.call import Call, Options
 from funcjac._engines import vmap
 from funcjac._engines.basis import row_shape
-from funcjac._engines.graph import Route
-from funcjac._engines.run import Derivatives, Run
+from funcjac._engines.chunks import as_block
+from funcjac._engines.run import Derivatives, Route, Run
 from funcjac._operators.directions import (
     Spec,
     check_spec,
@@ -25,7 +25,6 @@ from funcjac._operators.directions import (
 from funcjac._operators.operator import (
     NESTED,
     SecondOrder,
-    as_block,
     by_output,
     finished,
     first_entries,

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from funcjac._arguments import pytree
 from funcjac._arguments.call import Call
 from funcjac._dispatch.rule import Sizes, first_order_route, prefers_taylor, second_order_route
-from funcjac._engines.graph import Route
-from funcjac._engines.run import Derivatives, Run
+from funcjac._engines.run import Derivatives, Route, Run
 from funcjac._verification.reference_vjp import Entry, Probe
 
 NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd")
@@ -119,13 +117,3 @@ def finished(call: Call, result: Derivatives, tree: Any, slopes: int | None) -> 
     spec, n = call.layout.in_spec, len(call.layout.diff)
     jac = by_output(result, lambda blocks: pytree.unflatten(spec, blocks[slopes : slopes + n]))
     return tree, (jac, more)
-
-
-def as_block(value: Tensor | None, shape: Sequence[int], out: Tensor, x: Tensor) -> Tensor:
-    """A contiguous block of the result type of ``out`` and ``x``; zeros for ``None``."""
-    dtype = out.dtype if out.dtype == x.dtype else torch.result_type(out, x)
-    if value is None:
-        return out.new_zeros(tuple(shape), dtype=dtype)
-    value = value if value.dtype == dtype else value.to(dtype)
-    value = value if value.shape == shape else value.reshape(tuple(shape))
-    return value if value.is_contiguous() else value.contiguous()

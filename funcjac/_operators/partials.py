@@ -14,12 +14,12 @@ from torch import Tensor
 from funcjac._arguments.call import Call, Options
 from funcjac._engines import vmap
 from funcjac._engines.basis import coordinates, row_shape, row_sizes
-from funcjac._engines.graph import Route
-from funcjac._engines.run import Derivatives, Run
-from funcjac._engines.second_order import Index, by_order, nested_partials
+from funcjac._engines.chunks import as_block
+from funcjac._engines.nesting import Index, by_order, nested_partials
+from funcjac._engines.run import Derivatives, Route, Run
 from funcjac._operators.directions import recording_of
 from funcjac._operators.hessian import stacked_coordinates
-from funcjac._operators.operator import SecondOrder, as_block, by_output, finished
+from funcjac._operators.operator import SecondOrder, by_output, finished
 from funcjac._operators.transform import Transform
 from funcjac._taylor import mixed_partials
 from funcjac._verification.central_differences import Pair, difference

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from funcjac._engines.assemble import Columns
+from funcjac._engines.chunks import Chunks
 from funcjac._engines.run import Run
 from funcjac._environment.torch_private import vector_jacobian
 
@@ -125,8 +125,7 @@ def curvature(
     x, dim = run.inputs[j], run.dims[j]
     if dim is not None and factors is not None:
         factors = factors.view(*[1] * dim, -1, *[1] * (x.ndim - 1 - dim))
-    shape = (len(left),) if dim is None else (len(left), x.shape[dim])
-    columns = Columns(shape, create_graph=run.create_graph)
+    columns = Chunks(len(left), 0, create_graph=run.create_graph)
     for tangent, vector in zip(left, right):
         if dim is not None and factors is not None:
             tangent = tangent * factors
@@ -134,5 +133,6 @@ def curvature(
         product = torch.zeros_like(x) if row is None else row * vector
         if dim is not None:
             product = product.movedim(dim, 0).reshape(x.shape[dim], -1).sum(1)
-        columns.add(product.sum() if dim is None else product)
-    return columns.result(x)
+        columns.add((product.sum() if dim is None else product).unsqueeze(0), 1)
+    result = columns.result()
+    return x.new_zeros((0,) if dim is None else (0, x.shape[dim])) if result is None else result

@@ -1,0 +1,72 @@
+"""A result put together from what passes gave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Chunks:
+    """Tensors joined along ``axis`` to ``count`` entries; ``None`` stands for zeros.
+
+    Without a graph they go into one preallocated tensor: small ones that are kept each for itself,
+    among large ones that come and go, would keep the C library from using the memory of those
+    again. With one they are joined at the end: every write into a slice would add a node that
+    copies the whole backwards.
+    """
+
+    def __init__(self, count: int, axis: int, *, create_graph: bool) -> None:
+        self.count, self.axis, self.create_graph = count, axis, create_graph
+        self.stop = 0
+        self.whole: Tensor | None = None
+        self.pieces: list[tuple[int, Tensor | None]] = []
+
+    def add(self, piece: Tensor | None, size: int) -> None:
+        """Take in the next ``size`` entries."""
+        start, self.stop = self.stop, self.stop + size
+        if size == self.count:
+            self.whole = piece
+        elif self.create_graph:
+            self.pieces.append((size, piece))
+        elif piece is not None:
+            if self.whole is None:
+                new = piece.new_zeros if start else piece.new_empty
+                self.whole = new(_resized(piece, self.axis, self.count))
+            self.whole.narrow(self.axis, start, size).copy_(piece.detach())
+        elif self.whole is not None:
+            self.whole.narrow(self.axis, start, size).zero_()
+
+    def result(self) -> Tensor | None:
+        like = next((piece for _, piece in self.pieces if piece is not None), None)
+        if like is None:
+            return self.whole
+        parts = [
+            like.new_zeros(_resized(like, self.axis, size)) if piece is None else piece
+            for size, piece in self.pieces
+        ]
+        return torch.cat(parts, self.axis)
+
+
+def _resized(like: Tensor, axis: int, size: int) -> list[int]:
+    shape = list(like.shape)
+    shape[axis] = size
+    return shape
+
+
+def added(total: Tensor | None, piece: Tensor | None) -> Tensor | None:
+    """The sum of pieces so far; ``None`` for zero."""
+    if total is None or piece is None:
+        return total if piece is None else piece
+    return total + piece
+
+
+def as_block(value: Tensor | None, shape: Sequence[int], out: Tensor, x: Tensor) -> Tensor:
+    """A contiguous block of the result type of ``out`` and ``x``; zeros for ``None``."""
+    dtype = out.dtype if out.dtype == x.dtype else torch.result_type(out, x)
+    if value is None:
+        return out.new_zeros(tuple(shape), dtype=dtype)
+    value = value if value.dtype == dtype else value.to(dtype)
+    value = value if value.shape == shape else value.reshape(tuple(shape))
+    return value if value.is_contiguous() else value.contiguous()
