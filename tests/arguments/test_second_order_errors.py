@@ -21,7 +21,7 @@ from funcjac import (
     check_derivative,
     explain,
 )
-from tests.cases.functions import First, Legacy
+from tests.cases.modules import LastStep, Legacy
 
 B = 4
 NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd", "auto")
@@ -343,7 +343,7 @@ def test_errors_of_func_are_passed_on(name, mode):
 # --- falling back ------------------------------------------------------------------------
 
 UNFOLLOWED = {
-    "lstm": (lambda: First(nn.LSTM(3, 3, batch_first=True)).double(), (B, 2, 3)),
+    "lstm": (lambda: LastStep(nn.LSTM(3, 3, batch_first=True)).double(), (B, 2, 3)),
     "legacy": (lambda: lambda x: Legacy.apply(x.sin()), (B, 3)),
 }
 

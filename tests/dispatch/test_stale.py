@@ -23,8 +23,8 @@ from funcjac import (
     batch_laplacian,
     batch_partials,
 )
-from tests.cases import second_order
-from tests.cases.functions import Legacy
+from tests import oracles
+from tests.cases.modules import Legacy
 
 B = 4
 WARM = 9  # calls 1, 2, 4 and 8 are verified, then the 16th
@@ -51,10 +51,10 @@ def equal(got, expected):
 
 def oracle(name, func, *args):
     if name == "jacobian":
-        return second_order.derivatives(func, args).jac
+        return oracles.derivatives(func, args).jac
     if name == "partials":
-        return second_order.partials(func, args, INDICES)
-    return getattr(second_order, name)(func, args)
+        return oracles.partials(func, args, INDICES)
+    return getattr(oracles, name)(func, args)
 
 
 # --- functions with a switch -------------------------------------------------------------
@@ -346,11 +346,11 @@ def test_the_functions_have_the_same_value(what):
     func, changes = SAME[what](x)
     value = func(x)
     differ = False
-    jac = second_order.derivatives(func, (x,))
+    jac = oracles.derivatives(func, (x,))
     for change in changes:
         change()
         equal(func(x), value)
-        now = second_order.derivatives(func, (x,))
+        now = oracles.derivatives(func, (x,))
         differ |= not torch.allclose(now.hess, jac.hess) or not torch.allclose(now.jac, jac.jac)
     assert differ or what in ("order",)
 
@@ -535,7 +535,7 @@ def test_training_steps_see_todays_weights(mode):
     laplacian = batch_laplacian(net, mode=mode)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
     for _ in range(WARM + 5):
-        right = second_order.laplacian(net, (x,), create_graph=True).pow(2).sum()
+        right = oracles.laplacian(net, (x,), create_graph=True).pow(2).sum()
         expected = torch.autograd.grad(right, list(net.parameters()), materialize_grads=True)
         optimizer.zero_grad()
         laplacian(x).pow(2).sum().backward()

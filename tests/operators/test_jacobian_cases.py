@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from funcjac import BatchMixingError, EngineFallbackWarning, VerificationError, batch_jacobian
 from tests import oracles
-from tests.cases.first_order import CASES, Case, Setup
+from tests.cases.case import Case, Setup
+from tests.cases.first_order import CASES
+from tests.oracles import NAMESPACE
 
 # ``fwd`` of the engines ``sum`` and ``loop`` is one way, the transposed VJP.
 ROUTES = ["auto", "vmap/rev", "vmap/fwd", "sum/rev", "sum/fwd", "loop/rev"]
@@ -35,7 +37,7 @@ by_route = pytest.mark.parametrize("route", ROUTES)
 def transformed(case: Case, setup: Setup, route: str):
     """``batch_jacobian`` of the case's function, quiet about the engines it leaves."""
     engine, mode = ("auto", "auto") if route == "auto" else route.split("/")
-    jac = batch_jacobian(setup.func, engine=engine, mode=mode, **case.words)
+    jac = batch_jacobian(setup.func, engine=engine, mode=mode, **case.keywords)
 
     def call():
         torch.manual_seed(SEED)
@@ -67,7 +69,7 @@ def is_documented(error: Exception) -> bool:
 
 def draws(case: Case, route: str) -> list[str]:
     """The oracles of which the result must match one: see NOTE [Draws]."""
-    randomness = case.words.get("randomness", "error")
+    randomness = case.keywords.get("randomness", "error")
     if randomness == "error":
         return [case.oracle]
     if randomness == "same":
@@ -76,7 +78,7 @@ def draws(case: Case, route: str) -> list[str]:
 
 
 def oracle(case: Case, setup: Setup, draw: str, *, graph: bool = False):
-    words = {k: v for k, v in case.words.items() if k != "randomness"}
+    words = {k: v for k, v in case.keywords.items() if k != "randomness"}
     words |= {"graph": graph, "seed": SEED}
     if draw == "batch":
         return oracles.by_batch(setup.func, setup.args, setup.kwargs, **words)
@@ -88,7 +90,7 @@ def expected(case_name: str, draw: str):
     """The right Jacobian, and the random state that its draw leaves behind."""
     case = next(case for case in CASES if case.name == case_name)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        jac = optree.tree_map(Tensor.detach, oracle(case, case.build(), draw), namespace="funcjac")
+        jac = optree.tree_map(Tensor.detach, oracle(case, case.build(), draw), namespace=NAMESPACE)
         return jac, torch.get_rng_state()
 
 
@@ -109,8 +111,8 @@ def assert_right(found, case: Case, route: str) -> str:
 
 def assert_same(found, right) -> None:
     """Same tree, shapes, dtypes and values; dense and contiguous."""
-    ours, spec = optree.tree_flatten(found, namespace="funcjac")
-    theirs, right_spec = optree.tree_flatten(right, namespace="funcjac")
+    ours, spec = optree.tree_flatten(found, namespace=NAMESPACE)
+    theirs, right_spec = optree.tree_flatten(right, namespace=NAMESPACE)
     assert spec == right_spec
     for one, other in zip(ours, theirs, strict=True):
         assert type(one) is Tensor
@@ -147,7 +149,7 @@ class Snapshot:
         self.modules = [] if moves else modules_of(setup)
         if moves:
             setup = Setup(setup.func, (), {})
-        tensors = [t for t in optree.tree_leaves(setup.args, namespace="funcjac") if t is not None]
+        tensors = [t for t in optree.tree_leaves(setup.args, namespace=NAMESPACE) if t is not None]
         tensors += [v for v in setup.kwargs.values() if isinstance(v, Tensor)]
         for module in self.modules:
             tensors += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -227,7 +229,7 @@ def test_auto_stays_right_under_no_grad(case: Case) -> None:
             found = call()
             assert_right(found, case, "auto")
             before.assert_unchanged()
-    assert not any(leaf.requires_grad for leaf in optree.tree_leaves(found, namespace="funcjac"))
+    assert not any(leaf.requires_grad for leaf in optree.tree_leaves(found, namespace=NAMESPACE))
 
 
 @by_route
@@ -249,7 +251,7 @@ def test_what_has_no_jacobian_is_refused(case: Case, route: str) -> None:
 
 def require_grad(setup: Setup) -> list[Tensor]:
     """Let the arguments require grad; these, and the parameters in reach, that do."""
-    leaves = optree.tree_leaves(setup.args, namespace="funcjac")
+    leaves = optree.tree_leaves(setup.args, namespace=NAMESPACE)
     for x in leaves:
         if isinstance(x, Tensor) and x.is_floating_point():
             x.requires_grad_()
@@ -262,7 +264,7 @@ def weighted(jac) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     return sum(
         (block * torch.randn(block.shape, generator=generator, dtype=block.dtype)).sum().double()
-        for block in optree.tree_leaves(jac, namespace="funcjac")
+        for block in optree.tree_leaves(jac, namespace=NAMESPACE)
     )
 
 
@@ -315,7 +317,7 @@ def test_jacobian_is_right_where_it_cannot_be_differentiated(case: Case) -> None
 INSIDE = [
     case
     for case in RIGHT
-    if case.twice and case.smooth and case.group != "hooks" and "randomness" not in case.words
+    if case.twice and case.smooth and case.group != "hooks" and "randomness" not in case.keywords
 ]
 
 
@@ -324,10 +326,10 @@ INSIDE = [
 def test_jacobian_inside_torch_func_is_right_if_it_runs(case: Case, mode: str) -> None:
     """Nothing is verified inside of a transform, so what is not safe must not run there."""
     setup = case.build()
-    leaves, spec = optree.tree_flatten(setup.args, none_is_leaf=True, namespace="funcjac")
+    leaves, spec = optree.tree_flatten(setup.args, none_is_leaf=True, namespace=NAMESPACE)
     first = next(i for i, x in enumerate(leaves) if x is not None and x.is_floating_point())
     before = Snapshot(setup, moves=case.moves)
-    jac = batch_jacobian(setup.func, mode=mode, **case.words)
+    jac = batch_jacobian(setup.func, mode=mode, **case.keywords)
 
     def loss(x: Tensor) -> Tensor:
         args = optree.tree_unflatten(spec, [*leaves[:first], x, *leaves[first + 1 :]])
@@ -376,7 +378,7 @@ EXACT = [
     if case.smooth
     and all(
         t.dtype == torch.float64
-        for t in optree.tree_leaves(case.build().args, namespace="funcjac")
+        for t in optree.tree_leaves(case.build().args, namespace=NAMESPACE)
         if t is not None and t.is_floating_point()
     )
     and not ("float" in case.name or "dtype" in case.name)
@@ -386,16 +388,16 @@ EXACT = [
 @by_name(EXACT)
 def test_oracle_agrees_with_central_differences(case: Case) -> None:
     setup = case.build()
-    words = {k: v for k, v in case.words.items() if k != "randomness"}
+    words = {k: v for k, v in case.keywords.items() if k != "randomness"}
     found = oracles.by_differences(setup.func, setup.args, setup.kwargs, seed=SEED, **words)
-    ours, spec = optree.tree_flatten(found, namespace="funcjac")
-    theirs, right_spec = optree.tree_flatten(expected(case.name, "batch")[0], namespace="funcjac")
+    ours, spec = optree.tree_flatten(found, namespace=NAMESPACE)
+    theirs, right_spec = optree.tree_flatten(expected(case.name, "batch")[0], namespace=NAMESPACE)
     assert spec == right_spec
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-@by_name([case for case in RIGHT if case.oracle == "rows" and "randomness" not in case.words])
+@by_name([case for case in RIGHT if case.oracle == "rows" and "randomness" not in case.keywords])
 def test_oracle_by_rows_agrees_with_oracle_by_batch(case: Case) -> None:
     assert_same(expected(case.name, "rows")[0], expected(case.name, "batch")[0])
 

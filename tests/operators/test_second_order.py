@@ -15,7 +15,7 @@ from funcjac import (
     batch_laplacian,
     batch_partials,
 )
-from tests.cases import second_order
+from tests import oracles
 
 B = 4
 NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd")
@@ -45,7 +45,7 @@ def bent(x):
 
 
 def rows_of(func, *args, **words):
-    return second_order.derivatives(func, args, **words)
+    return oracles.derivatives(func, args, **words)
 
 
 # --- closed forms ------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def test_a_weight_function_gets_keywords_too(mode):
     func, metric = lambda x, *, t: bent(x * t), lambda x, *, t: t * x.cos()
     found = batch_laplacian(func, weight=metric, weight_dim=0, mode=mode)(x, t=2.0)
     full = torch.diag_embed(metric(x, t=2.0))
-    equal(found, second_order.derivatives(func, (x,), {"t": 2.0}).laplacian(full))
+    equal(found, oracles.derivatives(func, (x,), {"t": 2.0}).laplacian(full))
 
 
 @by_mode

@@ -5,6 +5,7 @@ against the oracle in float64.
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import warnings
@@ -24,8 +25,10 @@ from funcjac import (
     batch_laplacian,
     batch_partials,
 )
-from tests.cases import second_order
-from tests.cases.second_order import CASES, NAMESPACE, Case, f32, f64
+from tests import oracles
+from tests.cases.case import Case, Setup, f32, f64
+from tests.cases.second_order import CASES
+from tests.oracles import NAMESPACE
 
 NESTED = ["fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd", "auto"]
 TRANSFORMS = {
@@ -58,11 +61,11 @@ by_case = functools.partial(pytest.mark.parametrize, "case", ids=lambda case: ca
 
 
 @functools.cache
-def found_by_rows(name: str) -> second_order.Derivatives:
+def found_by_rows(name: str) -> oracles.Derivatives:
     case = next(case for case in CASES if case.name == name)
-    func, args, words = case.yardstick()
+    setup = case.build_twin()
     with torch.enable_grad():
-        return second_order.derivatives(func, args, case.kwargs, **words)
+        return oracles.derivatives(setup.func, setup.args, setup.kwargs, **case.keywords)
 
 
 def expected(case: Case, name: str):
@@ -119,16 +122,16 @@ def must_manage(case: Case, mode: str, error: Exception) -> bool:
     return case.can(mode, "second") and "derivatives of order" not in str(error)
 
 
-def run(transform, case: Case, mode: str, dtype: torch.dtype, *more, calls=2, **more_words):
+def run(transform, case: Case, mode: str, dtype: torch.dtype, *more, calls=2, **more_keywords):
     """What each of several calls returns; an error where one is allowed counts as no result."""
-    func, args, words = case.make(dtype)
-    transformed = transform(func, *more, mode=mode, **words, **more_words)
+    setup = case.build(dtype)
+    transformed = transform(setup.func, *more, mode=mode, **case.keywords, **more_keywords)
     results = []
     for _ in range(calls):
-        with nothing_changes(func, args), warnings.catch_warnings():
+        with nothing_changes(setup.func, setup.args), warnings.catch_warnings():
             warnings.simplefilter("ignore", EngineFallbackWarning)
             try:
-                results.append(transformed(*args, **case.kwargs))
+                results.append(transformed(*setup.args, **setup.kwargs))
             except Exception as error:
                 if must_manage(case, mode, error) or not is_documented(error, transform):
                     raise
@@ -181,14 +184,16 @@ def test_value_and_jacobian(case, name):
         assert_right(value, right.rows.as_output(right.value), f64)
 
 
-def attached(case: Case):
-    """``func``, arguments that require grad, words, and all tensors to differentiate by."""
-    func, args, words = case.make()
+def attached(case: Case) -> tuple[Setup, list[Tensor]]:
+    """Arguments that require grad, and all tensors to differentiate by."""
+    setup = case.build(f64)
+    func = setup.func
     flags = lambda x: x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
-    args = optree.tree_map(flags, args, namespace=NAMESPACE)
+    args = optree.tree_map(flags, setup.args, namespace=NAMESPACE)
     leaves = [x for x in optree.tree_leaves(args, namespace=NAMESPACE) if isinstance(x, Tensor)]
     leaves += list(func.parameters()) if isinstance(func, nn.Module) else []
-    return func, args, words, [x for x in leaves if x.requires_grad]
+    setup = dataclasses.replace(setup, args=args)
+    return setup, [x for x in leaves if x.requires_grad]
 
 
 def gradients(found, leaves) -> list[Tensor]:
@@ -213,15 +218,15 @@ TRAINED = [case for case in CASES if case.can("second", "third")]
 )
 def test_training_step(name, case):
     """The gradient of a loss on second derivatives, by the input and by all parameters."""
-    func, args, words, leaves = attached(case)
-    oracle = functools.partial(getattr(second_order, name), create_graph=True)
-    plain = case.twin(func) if case.twin else func
-    right = gradients(oracle(plain, args, case.kwargs, **words), leaves)
-    transformed = TRANSFORMS[name][0](func, **words)
+    setup, leaves = attached(case)
+    oracle = functools.partial(getattr(oracles, name), create_graph=True)
+    plain = case.twin(setup.func) if case.twin else setup.func
+    right = gradients(oracle(plain, setup.args, setup.kwargs, **case.keywords), leaves)
+    transformed = TRANSFORMS[name][0](setup.func, **case.keywords)
     for _ in range(2):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EngineFallbackWarning)
-            found = gradients(transformed(*args, **case.kwargs), leaves)
+            found = gradients(transformed(*setup.args, **setup.kwargs), leaves)
         assert_right(found, right, f64)
 
 
@@ -230,11 +235,11 @@ def test_training_step(name, case):
 
 def takes_vectors(case: Case) -> bool:
     """One input ``(B, d)``, in which ``batch_partials`` can count."""
-    _, args, words = case.make()
-    where = words.get("in_dims", 0)
+    args = case.build(f64).args
+    where = case.keywords.get("in_dims", 0)
     where = where[0] if isinstance(where, tuple) else where
     first = args[0]
-    plain = words.get("argnums", 0) == 0 and where == 0
+    plain = case.keywords.get("argnums", 0) == 0 and where == 0
     return plain and isinstance(first, Tensor) and first.ndim == 2 and first.shape[1] == 3
 
 
@@ -251,9 +256,10 @@ def test_there_are_enough():
 @functools.cache
 def partials_by_rows(name: str):
     case = next(case for case in CASES if case.name == name)
-    func, args, words = case.yardstick()
+    setup = case.build_twin()
     indices = [index for index in INDICES if len(index) < 3 or case.can("third")]
-    return indices, second_order.partials(func, args, indices, case.kwargs, **words)
+    right = oracles.partials(setup.func, setup.args, indices, setup.kwargs, **case.keywords)
+    return indices, right
 
 
 @pytest.mark.parametrize(
@@ -271,8 +277,8 @@ def test_partials(case, mode, dtype):
 
 def is_field(case: Case) -> bool:
     """Input and output leaves have the same shapes."""
-    func, args, words = case.yardstick()
-    rows = second_order.by_row(func, args, case.kwargs, **words)
+    setup = case.build_twin()
+    rows = oracles.rows_of(setup.func, setup.args, setup.kwargs, **case.keywords)
     return rows.in_shapes == rows.out_shapes
 
 
@@ -280,12 +286,12 @@ def is_field(case: Case) -> bool:
 def test_divergence(case):
     """The trace of the Jacobian, where it has one."""
     if not is_field(case):
-        func, args, words = case.make()
+        setup = case.build(f64)
         with pytest.raises(ValueError, match=r"^batch_divergence: expected func to return rows"):
-            batch_divergence(func, **words)(*args, **case.kwargs)
+            batch_divergence(setup.func, **case.keywords)(*setup.args, **setup.kwargs)
         return
-    func, args, words = case.yardstick()
-    right = second_order.divergence(func, args, case.kwargs, **words)
+    setup = case.build_twin()
+    right = oracles.divergence(setup.func, setup.args, setup.kwargs, **case.keywords)
     for mode, dtype in itertools.product(["fwd", "rev", "auto"], [f64, f32]):
         for found in run(batch_divergence, case, mode, dtype):
             assert found.shape == (4,)

@@ -16,7 +16,7 @@ from funcjac import (
     batch_laplacian,
     batch_partials,
 )
-from tests.cases import second_order
+from tests import oracles
 
 B = 4
 NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd", "auto")
@@ -137,7 +137,7 @@ def of_three(a, b, c):
 def test_argnums(argnums, mode):
     args = randn(B, 3), randn(B, 2), randn(B, 1)
     found = batch_hessian(of_three, argnums, mode=mode)(*args)
-    expected = second_order.hessian(of_three, args, argnums=argnums)
+    expected = oracles.hessian(of_three, args, argnums=argnums)
     assert type(found) is type(expected)
     equal(found, expected)
     if isinstance(argnums, int):
@@ -154,11 +154,11 @@ def test_argnums_of_the_diagonal_and_the_laplacian(argnums, mode):
     """A tuple adds a level to the diagonal; the Laplacian is the sum over all."""
     args = randn(B, 3), randn(B, 2), randn(B, 1)
     found = batch_hessian_diagonal(of_three, argnums, mode=mode)(*args)
-    expected = second_order.diagonal(of_three, args, argnums=argnums)
+    expected = oracles.diagonal(of_three, args, argnums=argnums)
     assert type(found) is type(expected)
     equal(found, expected)
     found = batch_laplacian(of_three, argnums, mode=mode)(*args)
-    equal(found, second_order.laplacian(of_three, args, argnums=argnums))
+    equal(found, oracles.laplacian(of_three, args, argnums=argnums))
 
 
 @pytest.mark.parametrize("mode", FIRST)
@@ -182,7 +182,7 @@ def of_tree(tree):
 def test_trees(name, mode):
     tree = {"z": randn(B, 3), "a": (randn(B, 2), None)}
     found = make(name, of_tree, mode=mode)(tree)
-    expected = getattr(second_order, name)(of_tree, (tree,))
+    expected = getattr(oracles, name)(of_tree, (tree,))
     assert optree.tree_structure(found) == optree.tree_structure(expected)
     equal(optree.tree_leaves(found), optree.tree_leaves(expected))
     assert list(found) == ["y", "b"]
@@ -251,9 +251,9 @@ def test_second_derivatives_by_a_shared_argument(mode):
     func = lambda x, w: (x @ w.T).sin()
     found = batch_hessian(func, 1, in_dims=(0, None), mode=mode)(x, w)
     assert found.shape == (B, 2, 2, 3, 2, 3)
-    equal(found, second_order.hessian(func, (x, w), argnums=1, in_dims=(0, None)))
+    equal(found, oracles.hessian(func, (x, w), argnums=1, in_dims=(0, None)))
     found = batch_laplacian(func, 1, in_dims=(0, None), mode=mode)(x, w)
-    equal(found, second_order.laplacian(func, (x, w), argnums=1, in_dims=(0, None)))
+    equal(found, oracles.laplacian(func, (x, w), argnums=1, in_dims=(0, None)))
 
 
 @by_route

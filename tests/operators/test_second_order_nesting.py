@@ -16,7 +16,7 @@ from funcjac import (
     batch_laplacian,
     batch_partials,
 )
-from tests.cases import second_order
+from tests import oracles
 
 B = 4
 NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd", "auto")
@@ -63,12 +63,12 @@ def made(name, func, mode="auto", **words):
 def oracle(name, func, x, **words):
     """What ``made`` must give, from rows."""
     if name == "divergence":
-        return second_order.divergence(func, (x,), **words)
+        return oracles.divergence(func, (x,), **words)
     if name == "partials":
-        return torch.stack(second_order.partials(func, (x,), INDICES, **words), 1)
+        return torch.stack(oracles.partials(func, (x,), INDICES, **words), 1)
     if name == "weighted":
-        return second_order.laplacian(func, (x,), weight=WEIGHT, **words)
-    return getattr(second_order, name)(func, (x,), **words)
+        return oracles.laplacian(func, (x,), weight=WEIGHT, **words)
+    return getattr(oracles, name)(func, (x,), **words)
 
 
 # --- closed forms of nested operators ----------------------------------------------------
@@ -112,7 +112,7 @@ def test_the_laplacian_is_the_divergence_of_the_gradient(outer, inner):
     gradient = batch_jacobian(lambda x: net(x)[:, 0], mode=inner)  # (B, 3)
     divergence = batch_divergence(gradient, mode=outer)
     for _ in range(2):
-        equal(divergence(x), second_order.laplacian(net, (x,))[:, 0])
+        equal(divergence(x), oracles.laplacian(net, (x,))[:, 0])
 
 
 @by_mode

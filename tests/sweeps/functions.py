@@ -10,7 +10,8 @@ from collections import Counter
 import torch
 
 from funcjac import EngineFallbackWarning, batch_jacobian, explain
-from tests.cases.first_order import CASES, Case
+from tests.cases.case import Case
+from tests.cases.first_order import CASES
 from tests.operators.test_jacobian_cases import (
     PAGE,
     ROUTES,
@@ -116,7 +117,7 @@ def reason(case: Case, error: Exception) -> str:
 def chosen(case: Case) -> str:
     """Engine and mode that the rule gives ``auto``."""
     setup = case.build()
-    jac = batch_jacobian(setup.func, **case.words)
+    jac = batch_jacobian(setup.func, **case.keywords)
     torch.manual_seed(SEED)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EngineFallbackWarning)

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 import funcjac
 from tests import oracles
-from tests.cases import second_order
 
 BATCH = 3
 MOST_ELEMENTS = 24  # of a row of a variable
@@ -1008,10 +1007,10 @@ def _expected(program: Program, check: Check, scope: dict[str, Any], args: Any) 
     if name == "batch_jacobian" and not check.nested:
         return oracles.by_rows(func, args, **words)
     if name in ("batch_hessian", "batch_jacobian"):
-        return second_order.hessian(func, args, **words)
+        return oracles.hessian(func, args, **words)
     if name == "batch_partials":
-        return second_order.partials(func, args, check.indices, **words)
-    oracle = getattr(second_order, name.removeprefix("batch_").removeprefix("hessian_"))
+        return oracles.partials(func, args, check.indices, **words)
+    oracle = getattr(oracles, name.removeprefix("batch_").removeprefix("hessian_"))
     return oracle(func, args, **words)
 
 
@@ -1141,7 +1140,7 @@ def third(program: Program, check: Check, scope: dict[str, Any], args: Any) -> A
     found = []
     for index in check.indices:
         if len(index) < 3:
-            found += second_order.partials(scope["func"], args, [index], **program.words)
+            found += oracles.partials(scope["func"], args, [index], **program.words)
             continue
         sides = []
         for sign in (h, -h):
@@ -1149,7 +1148,7 @@ def third(program: Program, check: Check, scope: dict[str, Any], args: Any) -> A
             step.movedim(program.in_dims[at], 0)[:, index[0]] = sign
             moved = (*args[:at], x + step, *args[at + 1 :]) if at >= 0 else None
             moved = moved or (*args[:at], x + step, *(args[at + 1 :] if at < -1 else ()))
-            sides += second_order.partials(scope["func"], moved, [index[1:]], **program.words)
+            sides += oracles.partials(scope["func"], moved, [index[1:]], **program.words)
         found.append(optree.tree_map(lambda a, b: (a - b) / (2 * h), *sides, namespace="funcjac"))
     return tuple(found)
 

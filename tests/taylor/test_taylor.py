@@ -20,7 +20,7 @@ from funcjac import (
     batch_laplacian,
     batch_partials,
 )
-from tests.cases.second_order import diagonal
+from tests.oracles import diagonal
 
 aten = torch.ops.aten
 f64 = torch.float64

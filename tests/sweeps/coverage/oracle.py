@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from tests.oracles import gradients
 from tests.sweeps.coverage.samples import Case, Parts
 
 f64 = torch.float64
@@ -248,11 +249,7 @@ class _Row:
         jac = torch.stack([_gradient(out, leaves, graph=True) for out in outs])
         loss = (weight * jac).sum()
         wanted = leaves + self.parameters
-        if loss.requires_grad:
-            grads = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
-        else:
-            grads = [None] * len(wanted)
-        grads = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, grads)]
+        grads = gradients(loss, wanted, create_graph=False)
         hess = [
             torch.stack([_gradient(entry, leaves, graph=False) for entry in row]) for row in jac
         ]
@@ -260,10 +257,5 @@ class _Row:
 
 
 def _gradient(out: Tensor, leaves: list[Tensor], *, graph: bool) -> Tensor:
-    grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
-    if out.requires_grad:
-        grads = torch.autograd.grad(
-            out, leaves, retain_graph=True, create_graph=graph, allow_unused=True
-        )
-    found = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads)]
-    return torch.cat([g.reshape(-1) for g in found])
+    grads = gradients(out, leaves, create_graph=graph)
+    return torch.cat([grad.reshape(-1) for grad in grads])
