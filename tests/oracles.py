@@ -343,3 +343,25 @@ def _split(flat: Tensor, dim: int, shapes: list[torch.Size]) -> list[Tensor]:
         part.reshape(*part.shape[:dim], *shape, *part.shape[dim + 1 :])
         for part, shape in zip(parts, shapes)
     ]
+
+
+# --- functions of one row ----------------------------------------------------------------
+
+
+def stacked(row):
+    """The batched function of a function of one row."""
+    return lambda *args: torch.stack([row(*rows) for rows in zip(*args)])
+
+
+def jacobian_by_rows(row, x, *, create_graph=False):
+    """``(B, *out, *in)`` of ``row``: ``(*in) -> (*out)``."""
+    return torch.stack([functional.jacobian(row, z, create_graph=create_graph) for z in x])
+
+
+def hessian_by_rows(row, x):
+    """``(B, M, N, N)`` of ``row``: ``(N,) -> (M,)``."""
+    size = len(row(x[0]))
+    hessian = lambda z: torch.stack(
+        [functional.hessian(lambda z: row(z)[m], z) for m in range(size)]
+    )
+    return torch.stack([hessian(z) for z in x])

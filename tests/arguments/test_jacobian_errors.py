@@ -9,6 +9,7 @@ from torch import nn
 
 import funcjac
 from funcjac import batch_jacobian, check_batched, check_derivative, explain
+from tests.fresh import Counted
 
 B = 4
 ENGINES = ("vmap", "sum", "loop", "auto")
@@ -16,17 +17,6 @@ ENGINES = ("vmap", "sum", "loop", "auto")
 
 def ones(*shape, dtype=torch.float64):
     return torch.ones(*shape, dtype=dtype)
-
-
-class Counted:
-    """A function that knows how often it ran."""
-
-    def __init__(self, func):
-        self.func, self.count = func, 0
-
-    def __call__(self, *args, **kwargs):
-        self.count += 1
-        return self.func(*args, **kwargs)
 
 
 # --- bad words: raised when the transform is made ----------------------------------------

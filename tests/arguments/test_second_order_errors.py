@@ -22,6 +22,8 @@ from funcjac import (
     explain,
 )
 from tests.cases.modules import LastStep, Legacy
+from tests.fresh import Counted
+from tests.tensors import equal
 
 B = 4
 NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd", "auto")
@@ -42,21 +44,6 @@ by_route = pytest.mark.parametrize(("name", "mode"), ROUTES)
 
 def randn(*shape):
     return torch.randn(shape, dtype=torch.float64)
-
-
-def equal(got, expected):
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
-
-
-class Counted:
-    """A function that knows how often it ran."""
-
-    def __init__(self, func):
-        self.func, self.count = func, 0
-
-    def __call__(self, *args, **kwargs):
-        self.count += 1
-        return self.func(*args, **kwargs)
 
 
 # --- words that all share ----------------------------------------------------------------

@@ -22,6 +22,12 @@ def mlp(*, dtype: torch.dtype = f64, inner: nn.Module | None = None) -> nn.Seque
     return nn.Sequential(nn.Linear(3, 6), inner or nn.Tanh(), nn.Linear(6, 5)).to(dtype)
 
 
+def network(outputs: int = 3, *, grad: bool = True) -> nn.Sequential:
+    """``3 -> 4 -> outputs`` in float64."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, outputs)).to(f64)
+    return net.requires_grad_(grad)
+
+
 def steep_mlp(inner: Callable[[], nn.Module] = nn.Tanh, out: int = 2) -> Callable[[], nn.Module]:
     """``3 -> 5 -> out``, with weights large enough for the net to bend."""
 
@@ -357,3 +363,17 @@ class Surrogate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad * ctx.saved_tensors[0].cos()
+
+
+class WrongBackward(torch.autograd.Function):
+    """The sine, with twice its derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * x.cos() * 1.01

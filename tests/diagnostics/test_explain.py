@@ -9,15 +9,13 @@ from torch import nn
 
 import funcjac
 from funcjac import batch_jacobian, check_batched, check_derivative, explain
+from tests.cases.modules import WrongBackward
 from tests.fresh import Counted
+from tests.tensors import randn
 
 B = 4
 ENGINES, MODES = ("vmap", "sum", "loop"), ("fwd", "rev")
 quiet = pytest.mark.filterwarnings("ignore::funcjac.EngineFallbackWarning")
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def network():
@@ -334,18 +332,6 @@ def test_check_derivative_tells_who_fails_and_how():
         assert errors["vmap", mode].startswith("RuntimeError: ")
         assert errors["sum", mode] == errors["loop", mode] == ""
     assert "RuntimeError" in str(report)
-
-
-class WrongBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return grad * x.cos() * 1.01
 
 
 def half_detached(x):

@@ -10,19 +10,12 @@ import torch
 from torch import nn
 
 from funcjac import batch_jacobian
+from tests.tensors import equal, randn
 
 B = 4
 ROUTES = [*itertools.product(("vmap", "sum", "loop"), ("fwd", "rev")), ("auto", "auto")]
 every_route = pytest.mark.parametrize(("engine", "mode"), ROUTES)
 quiet = pytest.mark.filterwarnings("ignore::funcjac.EngineFallbackWarning")
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def equal(got, expected, tolerance=1e-10):
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 def network(*, grad=True):

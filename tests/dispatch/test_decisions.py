@@ -7,15 +7,12 @@ import torch
 from torch import nn
 
 from funcjac import BatchMixingError, batch_jacobian, check_batched, check_derivative, explain
+from tests.tensors import randn
 
 B = 4
 CALLS = 20
 
 quiet = pytest.mark.filterwarnings("ignore::funcjac.EngineFallbackWarning")
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def warmed(func, *args, **kwargs):

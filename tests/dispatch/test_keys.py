@@ -15,13 +15,10 @@ from funcjac import (
     batch_laplacian,
 )
 from tests.fresh import fresh
+from tests.tensors import randn
 
 B = 4
 DUE = {1, 2, 4, 8, 16}
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 class Sine(torch.autograd.Function):

@@ -20,7 +20,10 @@ from funcjac import (
     batch_partials,
     explain,
 )
+from tests.cases.functions import assign_masked
+from tests.cases.modules import network
 from tests.fresh import Counted
+from tests.tensors import equal, randn
 
 B = 4
 CALLS = 9  # of these, calls 1, 2, 4 and 8 are verified
@@ -47,18 +50,6 @@ TRANSFORMS = {
 ROUTES = [(name, mode) for name, (_, modes) in TRANSFORMS.items() for mode in modes]
 by_route = pytest.mark.parametrize(("name", "mode"), ROUTES)
 by_name = pytest.mark.parametrize("name", TRANSFORMS)
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def equal(got, expected):
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
-
-
-def network():
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
 
 
 def detached(tree):
@@ -141,7 +132,7 @@ def test_one_run_of_inline_transforms_and_new_sizes(name):
 
 FUNCTIONS = {
     "lstm": lambda: Recurrent(),
-    "mask": lambda: masked,
+    "mask": lambda: assign_masked,
     "item": lambda: lambda x: x.sin() if x.sum().item() > -1e9 else x,
     "in place": lambda: lambda x: (x * 2).sin_().mul_(x),
     "linear": lambda: lambda x: 2 * x,
@@ -156,12 +147,6 @@ class Recurrent(nn.Module):
 
     def forward(self, x):
         return self.lstm(x.unsqueeze(2))[0][:, -1]
-
-
-def masked(x):
-    out = x.sin()
-    out[x > 0] = x[x > 0] ** 2
-    return out
 
 
 def by_grad(x):

@@ -11,19 +11,12 @@ from torch import nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from funcjac import batch_jacobian
+from tests.tensors import equal, randn
 
 B = 4
 ROUTES = [*itertools.product(("vmap", "sum", "loop"), ("fwd", "rev")), ("auto", "auto")]
 every_route = pytest.mark.parametrize(("engine", "mode"), ROUTES)
 quiet = pytest.mark.filterwarnings("ignore::funcjac.EngineFallbackWarning")
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def equal(got, expected):
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
 def network():

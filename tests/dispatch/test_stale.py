@@ -25,6 +25,7 @@ from funcjac import (
 )
 from tests import oracles
 from tests.cases.modules import Legacy
+from tests.tensors import equal, randn
 
 B = 4
 WARM = 9  # calls 1, 2, 4 and 8 are verified, then the 16th
@@ -39,14 +40,6 @@ OPERATORS = {
 }
 ROUTES = [(name, mode) for name, (_, modes) in OPERATORS.items() for mode in modes]
 by_route = pytest.mark.parametrize(("name", "mode"), ROUTES)
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def equal(got, expected):
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 def oracle(name, func, *args):

@@ -19,6 +19,8 @@ from funcjac import (
     check_derivative,
     explain,
 )
+from tests.cases.modules import network
+from tests.tensors import randn
 
 THREADS = 4
 WAIT = 20.0  # seconds after which a thread counts as stuck
@@ -34,16 +36,8 @@ TRANSFORMS = {
 by_name = pytest.mark.parametrize("name", TRANSFORMS)
 
 
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
 def close(got, expected):
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
-
-
-def network():
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
 
 
 @pytest.fixture(autouse=True)

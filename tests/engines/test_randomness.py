@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from funcjac import batch_jacobian
+from tests.tensors import equal, randn
 
 B = 6
 ROUTES = [*itertools.product(("vmap", "sum", "loop"), ("fwd", "rev")), ("auto", "auto")]
@@ -26,14 +27,6 @@ randomness_route = pytest.mark.parametrize(
 )
 every_draw = pytest.mark.parametrize("draw", ["rand_like", "randn", "bernoulli", "dropout"])
 N = 40  # rows are this wide, so that two draws are never equal by chance
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def equal(got, expected):
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
 def noise(draw, x):

@@ -9,20 +9,13 @@ from torch import nn
 import funcjac
 from funcjac import BatchMixingError, batch_hessian, batch_jacobian
 from funcjac import batch_jacobian_of as jacobian_of
+from tests.tensors import equal, randn
 
 B = 4
 
 
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
 def leaf(*shape):
     return randn(*shape).requires_grad_()
-
-
-def equal(got, expected, tolerance=1e-10):
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 def network(inputs=3, outputs=5):

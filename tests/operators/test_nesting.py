@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from funcjac import VerificationError, batch_hessian_diagonal, batch_jacobian
+from tests.cases.modules import network
+from tests.tensors import equal, randn
 
 B = 4
 ENGINES = ("vmap", "sum", "loop")
@@ -17,19 +19,6 @@ every_route = pytest.mark.parametrize(("engine", "mode"), ROUTES)
 every_pair = pytest.mark.parametrize(
     ("outer", "inner"), list(itertools.product(ROUTES, ROUTES)), ids=str
 )
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def equal(got, expected, tolerance=1e-9):
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
-
-
-def network():
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5)).double()
-    return net.requires_grad_(False)
 
 
 def hessian_by_rows(func, x):
@@ -57,7 +46,7 @@ def as_words(route):
 
 @every_pair
 def test_two_levels_are_the_hessian(outer, inner):
-    net, x = network(), randn(B, 3)
+    net, x = network(5, grad=False), randn(B, 3)
     expected = hessian_by_rows(net, x)
     hessian = batch_jacobian(batch_jacobian(net, **as_words(inner)), **as_words(outer))
     for _ in range(2):
@@ -71,7 +60,7 @@ def test_two_levels_are_the_hessian(outer, inner):
 @every_route
 @pytest.mark.parametrize("chunk_size", [1, 2])
 def test_two_levels_in_chunks(chunk_size, engine, mode):
-    net, x = network(), randn(B, 3)
+    net, x = network(5, grad=False), randn(B, 3)
     words = {"engine": engine, "mode": mode, "chunk_size": chunk_size}
     equal(batch_jacobian(batch_jacobian(net, **words), **words)(x), hessian_by_rows(net, x))
 
@@ -208,7 +197,7 @@ def test_composed_with_other_code(engine, mode):
 @pytest.mark.parametrize("engine", [*ENGINES, "auto"])
 @pytest.mark.parametrize("batch", [0, 1])
 def test_nested_sizes(batch, engine, modes):
-    net, x = network(), randn(batch, 3)
+    net, x = network(5, grad=False), randn(batch, 3)
     inner = batch_jacobian(net, engine=engine, mode=modes[0])
     found = batch_jacobian(inner, engine=engine, mode=modes[1])(x)
     assert found.shape == (batch, 5, 3, 3)
@@ -352,7 +341,7 @@ def test_delicate_operations_with_many_outputs(where, name):
 @pytest.mark.quick
 @every_route
 def test_inside_grad(engine, mode):
-    net, x = network(), randn(B, 3)
+    net, x = network(5, grad=False), randn(B, 3)
     jacobian = batch_jacobian(net, engine=engine, mode=mode)
     found = torch.func.grad(lambda x: (jacobian(x) ** 2).sum())(x)
     jac, hessian = jacobian(x), hessian_by_rows(net, x)
@@ -361,7 +350,7 @@ def test_inside_grad(engine, mode):
 
 @every_route
 def test_inside_vjp(engine, mode):
-    net, x = network(), randn(B, 3)
+    net, x = network(5, grad=False), randn(B, 3)
     value, pull = torch.func.vjp(batch_jacobian(net, engine=engine, mode=mode), x)
     cotangent = randn(B, 5, 3)
     equal(value, batch_jacobian(net)(x))
@@ -370,7 +359,7 @@ def test_inside_vjp(engine, mode):
 
 @every_route
 def test_inside_jvp(engine, mode):
-    net, x, tangent = network(), randn(B, 3), randn(B, 3)
+    net, x, tangent = network(5, grad=False), randn(B, 3), randn(B, 3)
     jacobian = batch_jacobian(net, engine=engine, mode=mode)
     value, pushed = torch.func.jvp(jacobian, (x,), (tangent,))
     equal(value, batch_jacobian(net)(x))
@@ -380,7 +369,7 @@ def test_inside_jvp(engine, mode):
 @every_route
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_inside_vmap(batch, engine, mode):
-    net, x = network(), randn(6, batch, 3)
+    net, x = network(5, grad=False), randn(6, batch, 3)
     jacobian = batch_jacobian(net, engine=engine, mode=mode)
     found = torch.vmap(jacobian)(x)
     equal(found, jacobian(x.reshape(-1, 3)).reshape(6, batch, 5, 3))
@@ -389,7 +378,7 @@ def test_inside_vmap(batch, engine, mode):
 @every_route
 @pytest.mark.parametrize("transform", [torch.func.jacrev, torch.func.jacfwd])
 def test_inside_jacrev_and_jacfwd(transform, engine, mode):
-    net, x = network(), randn(B, 3)
+    net, x = network(5, grad=False), randn(B, 3)
     full = transform(batch_jacobian(net, engine=engine, mode=mode))(x)  # (B, 5, 3, B, 3)
     found = full.diagonal(dim1=0, dim2=3).movedim(-1, 0)
     equal(found, hessian_by_rows(net, x))
@@ -435,7 +424,7 @@ def test_a_transform_of_torch_inside_ours():
 
 
 def test_inside_a_dual_level():
-    net, x, tangent = network(), randn(B, 3), randn(B, 3)
+    net, x, tangent = network(5, grad=False), randn(B, 3), randn(B, 3)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, tangent)
         out = batch_jacobian(net)(dual)
@@ -545,7 +534,7 @@ def reaching(weight, where):
 
 @every_route
 def test_no_graph_where_nothing_requires_grad(engine, mode):
-    jac = batch_jacobian(network(), engine=engine, mode=mode)(randn(B, 3))
+    jac = batch_jacobian(network(5, grad=False), engine=engine, mode=mode)(randn(B, 3))
     assert not jac.requires_grad
 
 

@@ -16,6 +16,7 @@ from funcjac import (
     batch_partials,
 )
 from tests import oracles
+from tests.tensors import equal, randn
 
 B = 4
 NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd")
@@ -23,14 +24,6 @@ by_mode = pytest.mark.parametrize("mode", ["taylor", *NESTED, "auto"])
 by_nested = pytest.mark.parametrize("mode", [*NESTED, "auto"])
 by_partial = pytest.mark.parametrize("mode", ["taylor", "rev", "auto"])
 by_first = pytest.mark.parametrize("mode", ["fwd", "rev", "auto"])
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def equal(got, expected, tolerance=1e-9):
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 def network(out=2):

@@ -17,6 +17,7 @@ from funcjac import (
     batch_partials,
 )
 from tests import oracles
+from tests.tensors import equal, randn
 
 B = 4
 NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd", "auto")
@@ -49,14 +50,6 @@ def by_route_without(*left_out):
 VECTORS = ("weighted", "partials")  # they count the entries of a row
 ESTIMATES = ("estimate", "divergence_estimate")
 DIVERGENCES = ("divergence", "divergence_estimate")
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def equal(got, expected, tolerance=1e-9):
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 def field(x):

@@ -17,6 +17,7 @@ from funcjac import (
     batch_partials,
 )
 from tests import oracles
+from tests.tensors import equal, randn
 
 B = 4
 NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd", "auto")
@@ -36,14 +37,6 @@ OPERATORS = {
 }
 ROUTES = [(name, mode) for name, (_, modes) in OPERATORS.items() for mode in modes]
 by_route = pytest.mark.parametrize(("name", "mode"), ROUTES)
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def equal(got, expected, tolerance=1e-9):
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 def network(out=3):

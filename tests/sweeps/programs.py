@@ -993,10 +993,10 @@ class Failure:
 def expected(program: Program, check: Check, point: int, draw: int = 1) -> Any:
     """What plain autograd makes of one row after the other."""
     with program.running(twin=True, draw=draw) as scope:
-        return _expected(program, check, scope, eval(program.arguments(point), scope))
+        return right_by_rows(program, check, scope, eval(program.arguments(point), scope))
 
 
-def _expected(program: Program, check: Check, scope: dict[str, Any], args: Any) -> Any:
+def right_by_rows(program: Program, check: Check, scope: dict[str, Any], args: Any) -> Any:
     func, words = scope["func"], program.words
     name = check.transform
     if check.backward:

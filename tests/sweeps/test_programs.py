@@ -64,13 +64,13 @@ def test_a_wrong_factor_is_found(transform, words, monkeypatch) -> None:
     check = Check(transform, **words)
     assert programs.run(CUBE, check) is None
 
-    right = programs._expected
+    right = programs.right_by_rows
 
     def wrong(*args):
         return programs.optree.tree_map(lambda x: x * 1.0001, right(*args))
 
     programs.expected.cache_clear()
-    monkeypatch.setattr(programs, "_expected", wrong)
+    monkeypatch.setattr(programs, "right_by_rows", wrong)
     monkeypatch.setattr(programs, "third", lambda *args: wrong(CUBE, check, *args[2:]))
     failure = programs.run(CUBE, check)
     programs.expected.cache_clear()

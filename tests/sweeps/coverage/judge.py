@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from funcjac import BatchMixingError, VerificationError
-from funcjac._dispatch import decisions
+from tests.fresh import fresh
 from tests.sweeps.coverage.oracle import Truth
 from tests.sweeps.coverage.samples import Case, Parts
 from tests.sweeps.coverage.transforms import MisshapenError, Transform, contracted
@@ -45,9 +45,10 @@ def judge(case: Case, truth: Truth, transform: Transform) -> Outcome:
     """The worst of some calls, the rows in another order in each."""
     parts = case.make()
     argnums = case.argnums if len(case.argnums) > 1 else case.argnums[0]
-    transformed = transform.of(parts.func, argnums)
+    func = inner = parts.func
     if transform.vouched:  # what other columns have seen must not help
-        decisions._TABLE.clear()
+        func = fresh(lambda *args: inner(*args))
+    transformed = transform.of(func, argnums)
     found = []
     for turn in range(transform.calls):
         outcome = _one_call(case, truth, transform, parts, transformed, turn)
