@@ -3,17 +3,23 @@
 ``python -m tests.sweeps.programs --minutes 10 --seed 1`` looks further.
 """
 
+import optree
 import pytest
 import torch
 
-from tests.sweeps import programs
-from tests.sweeps.programs import Check, Input, Program, Step
+from tests.sweeps.programs import check as checking
+from tests.sweeps.programs.check import Check, expected, run
+from tests.sweeps.programs.generate import generate
+from tests.sweeps.programs.program import Input, Program, Step
+from tests.sweeps.programs.search import search
+from tests.sweeps.programs.shrink import shrink
+from tests.sweeps.programs.steps import MIXING, STEPS
 
 SEED, SECONDS, SHARE = 0, 20, 0.2
 
 
 def test_random_programs_are_differentiated_right() -> None:
-    tally = programs.search(SEED, SECONDS, share=SHARE)
+    tally = search(SEED, SECONDS, share=SHARE)
     report = [f"# {f.kind}: {f.text}\n{f.reproducer()}" for f in tally.failures]
     assert not tally.failures, "\n".join(report)
     assert tally.checks > 0
@@ -32,18 +38,18 @@ CUBE = program("x.sin()", "x / 2", "v1 ** 3")
 
 
 def test_a_seed_gives_one_program() -> None:
-    one, other = (programs.generate(7) for _ in range(2))
+    one, other = (generate(7) for _ in range(2))
     assert one is not None
     assert one == other
-    assert one.source() != programs.generate(8).source()
+    assert one.source() != generate(8).source()
 
 
 def test_steps_of_every_kind_are_drawn() -> None:
     kinds = set()
     for seed in range(250):
-        made = programs.generate(seed)
+        made = generate(seed)
         kinds |= {step.kind for step in made.steps} if made is not None else set()
-    missing = ({*programs.STEPS} | {*programs.MIXING}) - kinds
+    missing = ({*STEPS} | {*MIXING}) - kinds
     assert not missing
 
 
@@ -62,18 +68,18 @@ def test_steps_of_every_kind_are_drawn() -> None:
 )
 def test_a_wrong_factor_is_found(transform, words, monkeypatch) -> None:
     check = Check(transform, **words)
-    assert programs.run(CUBE, check) is None
+    assert run(CUBE, check) is None
 
-    right = programs.right_by_rows
+    right = checking.right_by_rows
 
     def wrong(*args):
-        return programs.optree.tree_map(lambda x: x * 1.0001, right(*args))
+        return optree.tree_map(lambda x: x * 1.0001, right(*args))
 
-    programs.expected.cache_clear()
-    monkeypatch.setattr(programs, "right_by_rows", wrong)
-    monkeypatch.setattr(programs, "third", lambda *args: wrong(CUBE, check, *args[2:]))
-    failure = programs.run(CUBE, check)
-    programs.expected.cache_clear()
+    expected.cache_clear()
+    monkeypatch.setattr(checking, "right_by_rows", wrong)
+    monkeypatch.setattr(checking, "third", lambda *args: wrong(CUBE, check, *args[2:]))
+    failure = run(CUBE, check)
+    expected.cache_clear()
     assert failure is not None
     assert failure.kind == "wrong"
 
@@ -82,32 +88,32 @@ def test_what_plain_autograd_has_wrong_is_not_the_yardstick() -> None:
     summed = program("x.logcumsumexp(1)", "torch.stack([v0 * 2, v0.cos()], -1)")
     for words in ({"engine": "vmap", "mode": "fwd"}, {}):
         check = Check("batch_jacobian", tuple(words.items()), backward=True)
-        assert programs.run(summed, check) is None
+        assert run(summed, check) is None
 
 
 def test_rows_that_mix_must_be_refused(monkeypatch) -> None:
     mixed = program("x - x.mean(0)", mixing=True)
     check = Check("batch_jacobian")
-    assert programs.run(mixed, check) is None
+    assert run(mixed, check) is None
     monkeypatch.setattr(Check, "make", lambda *_: lambda x: x)
-    failure = programs.run(mixed, check)
+    failure = run(mixed, check)
     assert failure is not None
     assert failure.kind == "mixing"
 
 
 def test_a_change_of_the_callers_tensors_is_found(monkeypatch) -> None:
     monkeypatch.setattr(Check, "make", lambda *_: lambda x: x.add_(1))
-    failure = programs.run(CUBE, Check("batch_jacobian"))
+    failure = run(CUBE, Check("batch_jacobian"))
     assert failure is not None
     assert failure.kind == "state"
 
 
 def test_a_failure_is_made_short_and_stands_alone(monkeypatch) -> None:
     long = program("x.sin()", "v0 * 2", "v1.cos()", "v0 ** 3")
-    monkeypatch.setattr(programs, "difference", lambda *args: "off by much")
-    failure = programs.run(long, Check("batch_jacobian", points=(0, 1)))
+    monkeypatch.setattr(checking, "difference", lambda *args: "off by much")
+    failure = run(long, Check("batch_jacobian", points=(0, 1)))
     assert failure is not None
-    short = programs.shrink(failure)
+    short = shrink(failure)
     assert len(short.program.steps) == 1
     assert len(short.check.points) == 1
     exec(short.reproducer(), {"print": lambda *_: None, "__name__": "reproducer"})
