@@ -82,7 +82,7 @@ def held(module):
 
 @by_name
 @pytest.mark.parametrize("how", [*HOWS, "parameter", "requires_grad"])
-def test_a_module_that_changes_itself(how, name):
+def test_a_module_changes_as_in_one_plain_run(how, name):
     """Each call changes it as one plain call would."""
     module, x = Moves(how), randn(B, 3)
     plain, process = copy.deepcopy(module), of_process()
@@ -99,7 +99,7 @@ def test_a_module_that_changes_itself(how, name):
 @pytest.mark.parametrize(
     "draw", [lambda x: torch.rand(1), lambda x: torch.randn_like(x), lambda x: torch.manual_seed(3)]
 )
-def test_a_function_that_draws(draw, name):
+def test_random_state_is_as_after_one_plain_run(draw, name):
     """Or sets a seed: the random state afterwards is that after a plain call."""
     func, x = Watched(lambda x: (draw(x), x.sin())[1]), randn(B, 3)
     transformed, right = TRANSFORMS[name](func), TRANSFORMS[name](torch.sin)(x)
@@ -116,7 +116,7 @@ def test_a_function_that_draws(draw, name):
 @by_name
 @pytest.mark.parametrize("work", [lambda x: x.mul_(2), lambda x: x.t_().t_(), torch.relu_])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_function_that_works_in_place(engine, work, name):
+def test_work_in_place_spares_the_input(engine, work, name):
     func, x = Watched(lambda x: work(x).sin()), randn(B, 3)
     x += 0.1 * x.sign()  # no kink at zero
     before, right = x.clone(), TRANSFORMS[name](lambda x: work(x.clone()).sin())(x)
@@ -129,7 +129,7 @@ def test_a_function_that_works_in_place(engine, work, name):
 
 
 @by_name
-def test_the_users_own_records(name):
+def test_records_of_the_user_have_one_entry_for_each_call(name):
     """What func counts and keeps has one entry for each call."""
     seen, counts = [], {"runs": 0}
 
@@ -146,7 +146,7 @@ def test_the_users_own_records(name):
 
 @quiet
 @by_name
-def test_a_function_that_changes_the_process(name):
+def test_settings_of_the_process_are_put_back_as_func_does(name):
     """Switches that func flips are its own, and it does with them what it would by itself."""
 
     def func(x):

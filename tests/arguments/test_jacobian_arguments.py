@@ -84,7 +84,7 @@ every_container = pytest.mark.parametrize("container", CONTAINERS)
 
 @every_route
 @every_container
-def test_tree_in(container, engine, mode):
+def test_any_container_may_go_in(container, engine, mode):
     make, take = CONTAINERS[container]
     a, b = randn(B, 3), randn(B, 2, 2)
 
@@ -103,7 +103,7 @@ def test_tree_in(container, engine, mode):
 
 @every_route
 @every_container
-def test_tree_out(container, engine, mode):
+def test_any_container_may_come_out(container, engine, mode):
     make, take = CONTAINERS[container]
     x = randn(B, 3)
     func = lambda x: make(x.sin(), (x**2).sum(1))
@@ -136,7 +136,7 @@ def test_output_structure_outside_input_structure_inside(engine, mode):
 
 
 @every_route
-def test_a_tree_with_a_shared_part(engine, mode):
+def test_a_part_of_a_tree_may_be_shared(engine, mode):
     tree = {"scale": torch.tensor(3.0).double(), "x": randn(B, 3), "name": "sine"}
     func = lambda y, tree: y * tree["x"] * tree["scale"]
     y = randn(B, 3)
@@ -162,7 +162,7 @@ def three_derivatives(x, y, z):
 @pytest.mark.parametrize(
     "argnums", [0, 1, 2, -1, -3, (0,), (1, 2), (2, 0), (-1, 0, 1), (-2,)], ids=str
 )
-def test_argnums(argnums, engine, mode):
+def test_argnums_selects_and_orders_blocks(argnums, engine, mode):
     args = randn(B, 3), randn(B, 2), randn(B)
     jac = batch_jacobian(three, argnums, engine=engine, mode=mode)(*args)
     expected = three_derivatives(*args)
@@ -179,7 +179,7 @@ def test_argnums_is_the_second_positional_argument():
 
 
 @every_route
-def test_the_same_tensor_twice(engine, mode):
+def test_the_same_tensor_twice_is_two_inputs(engine, mode):
     x = randn(B, 3)
     left, right = batch_jacobian(lambda a, b: a * b**2, (0, 1), engine=engine, mode=mode)(x, x)
     equal(left, torch.diag_embed(x**2))
@@ -204,7 +204,7 @@ def test_other_arguments_may_be_anything(engine, mode):
 
 @every_route
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -3])
-def test_in_dims(dim, engine, mode):
+def test_in_dims_may_be_any_dimension(dim, engine, mode):
     x = randn(B, 2, 3)
     seen = []
 
@@ -221,7 +221,7 @@ def test_in_dims(dim, engine, mode):
 
 @every_route
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -3])
-def test_out_dims(dim, engine, mode):
+def test_out_dims_may_be_any_dimension(dim, engine, mode):
     x = randn(B, 2, 3)
     func = lambda x: x.sin().movedim(0, dim)
     jacobian = batch_jacobian(func, out_dims=dim, engine=engine, mode=mode, return_value=True)
@@ -232,7 +232,7 @@ def test_out_dims(dim, engine, mode):
 
 @pytest.mark.quick
 @every_route
-def test_every_argument_its_own_dim(engine, mode):
+def test_every_argument_has_its_own_dim(engine, mode):
     x, y, w = randn(B, 3), randn(3, 2, B), randn(2)
     func = lambda x, y, w: x * torch.einsum("iob,o->bi", y, w)
     jacobian = batch_jacobian(func, (0, 1), in_dims=(0, -1, None), engine=engine, mode=mode)
@@ -253,7 +253,7 @@ def test_every_argument_its_own_dim(engine, mode):
     ],
     ids=str,
 )
-def test_in_dims_as_a_prefix_tree(in_dims, engine, mode):
+def test_in_dims_may_be_a_prefix_tree(in_dims, engine, mode):
     p = {"w": randn(3, B), "b": (randn(2, B), randn(3, B))}
     x = randn(B, 3)
     func = lambda p, x: p["w"].T * x + p["b"][1].T
@@ -264,7 +264,7 @@ def test_in_dims_as_a_prefix_tree(in_dims, engine, mode):
 
 
 @every_route
-def test_out_dims_as_a_prefix_tree(engine, mode):
+def test_out_dims_may_be_a_prefix_tree(engine, mode):
     func = lambda x: {"z": (x.sin().T, x.exp().T), "a": x**2}
     x = randn(B, 3)
     out_dims = {"z": 1, "a": 0}
@@ -290,7 +290,7 @@ def test_func_sees_a_batch(engine, mode):
 @pytest.mark.quick
 @every_route
 @pytest.mark.parametrize("argnums", [0, 1])
-def test_shared_argument_beside_a_batched_one(argnums, engine, mode):
+def test_a_shared_argument_beside_a_batched_one_is_differentiated(argnums, engine, mode):
     if argnums == 1 and engine == "sum":
         pytest.skip("the sum trick has no derivative of what rows share")
     x, w = randn(B, 3), randn(5, 3)
@@ -305,7 +305,7 @@ def test_shared_argument_beside_a_batched_one(argnums, engine, mode):
 
 
 @shared_route
-def test_shared_and_batched_arguments_together(engine, mode):
+def test_shared_and_batched_arguments_are_differentiated_together(engine, mode):
     x, w = randn(B, 3), randn(3)
     func = lambda x, w: (x * w).sin()
     jacobian = batch_jacobian(func, (1, 0), in_dims=(0, None), engine=engine, mode=mode)
@@ -388,7 +388,7 @@ def test_aux_of_one_feature_keeps_it(engine, mode):
 
 @pytest.mark.filterwarnings("ignore::funcjac.EngineFallbackWarning")
 @every_route
-def test_aux_that_rows_share(engine, mode):
+def test_aux_may_be_shared_by_rows(engine, mode):
     """A weight as aux has no batch dimension: as it is or refused, never stacked."""
     weight = torch.arange(10.0).reshape(5, 2)
     func = lambda x: (x.sin(), weight)

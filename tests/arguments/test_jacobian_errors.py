@@ -101,7 +101,7 @@ WORDS = {
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", WORDS)
-def test_bad_words(name):
+def test_wrong_keywords_are_refused_at_once(name):
     words, kind, expected, got = WORDS[name]
     func = Counted(torch.sin)
     with pytest.raises(
@@ -117,13 +117,13 @@ def test_bad_words(name):
     [None, 3, "sin", torch.ones(3), [torch.sin]],
     ids=["None", "number", "word", "tensor", "list"],
 )
-def test_func_that_is_not_callable(func):
+def test_func_must_be_callable(func):
     match = rf"^batch_jacobian: expected func to be callable, got {type(func).__name__}\."
     with pytest.raises(TypeError, match=match):
         batch_jacobian(func)
 
 
-def test_words_go_by_keyword():
+def test_options_go_by_keyword():
     with pytest.raises(TypeError, match="positional argument"):
         batch_jacobian(torch.sin, 0, 0)
 
@@ -329,7 +329,7 @@ ARGUMENTS = {
 @pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:Sparse invariant")
 @pytest.mark.parametrize("engine", ["auto", "sum"])
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_bad_arguments(name, engine):
+def test_wrong_arguments_are_refused_before_func_runs(name, engine):
     words, make, kind, expected, got, remedy = ARGUMENTS[name]
     func, args = Counted(lambda *args: args[0]), make()
     jacobian = batch_jacobian(func, engine=engine, **words)
@@ -341,7 +341,7 @@ def test_bad_arguments(name, engine):
     assert func.count == 0
 
 
-def test_a_good_call_after_a_bad_one():
+def test_a_good_call_after_a_refused_one_is_right():
     jacobian = batch_jacobian(torch.sin)
     with pytest.raises(TypeError, match=r"torch.int64"):
         jacobian(ones(B, 3).long())
@@ -442,7 +442,7 @@ OUTPUTS = {
 @pytest.mark.parametrize("check", ["auto", False])
 @pytest.mark.parametrize(("engine", "mode"), list(itertools.product(ENGINES, ("fwd", "rev"))))
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_bad_outputs(name, engine, mode, check):
+def test_wrong_outputs_are_refused(name, engine, mode, check):
     out, words, kind, expected, got, remedy = OUTPUTS[name]
     func, x = Counted(out), ones(B, 3)
     jacobian = batch_jacobian(func, engine=engine, mode=mode, check=check, **words)
@@ -551,7 +551,7 @@ class Opaque(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_function_without_a_derivative(engine):
+def test_a_function_without_a_derivative_is_refused(engine):
     said = "use an autograd.Function with functorch" if engine == "vmap" else "no derivative here"
     with pytest.raises((RuntimeError, NotImplementedError), match=said):
         batch_jacobian(Opaque.apply, engine=engine)(ones(B, 3))
@@ -564,7 +564,7 @@ def test_a_function_without_a_derivative(engine):
 @pytest.mark.parametrize(
     "given", [torch.sin, nn.Linear(3, 3), None, 3], ids=["function", "module", "None", "number"]
 )
-def test_what_is_not_a_transform(look, given):
+def test_explain_and_check_derivative_want_a_transform(look, given):
     with pytest.raises(TypeError, match=rf"^{look.__name__}: expected a .*, got .*batch_jacobian"):
         look(given, ones(B, 3))
 
@@ -584,7 +584,7 @@ CHECK_BATCHED = {
 
 
 @pytest.mark.parametrize("name", CHECK_BATCHED)
-def test_check_batched_refuses(name):
+def test_check_batched_refuses_wrong_calls(name):
     args, words, kind, match = CHECK_BATCHED[name]
     with pytest.raises(kind, match=rf"^check_batched: expected .*{match}"):
         check_batched(*args, **words)

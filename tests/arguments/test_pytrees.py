@@ -50,7 +50,7 @@ torch_pytree.register_pytree_node(
 
 
 @pytest.mark.quick
-def test_a_dataclass_of_torch_pytree_in_and_out():
+def test_a_dataclass_of_torch_pytree_goes_in_and_out():
     def step(state):
         return State(state.position + 0.1 * state.velocity, -state.position.sin())
 
@@ -66,7 +66,7 @@ def test_a_dataclass_of_torch_pytree_in_and_out():
 
 
 @pytest.mark.quick
-def test_a_model_output():
+def test_a_model_output_keeps_its_class():
     net = network(5)
     func = lambda x: ModelOutput(logits=net(x), hidden=x.sin())
     x = randn(B, 3)
@@ -127,7 +127,7 @@ ENGINES = ("auto", "vmap", "sum", "loop")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("mode", ["fwd", "rev"])
 @pytest.mark.parametrize("check", ["auto", False])
-def test_negative_argnums(check, mode, engine):
+def test_negative_argnums_count_from_the_end(check, mode, engine):
     """``torch.func.jacfwd`` and ``hessian`` are silently wrong with them."""
     x, y, z = randn(B, 3), randn(B, 3), randn(B, 3)
     words = {"engine": engine, "mode": mode, "check": check}
@@ -138,7 +138,7 @@ def test_negative_argnums(check, mode, engine):
 
 
 @pytest.mark.parametrize("mode", ["fwd_over_rev", "rev_over_rev", "fwd_over_fwd", "auto"])
-def test_negative_argnums_of_second_order(mode):
+def test_negative_argnums_of_second_order_count_from_the_end(mode):
     x, y = randn(B, 3), randn(B, 3)
     found = batch_hessian(lambda x, y: (x * y.sin()).sum(1), -1, mode=mode)(x, y)
     equal(found, torch.diag_embed(-x * y.sin()))

@@ -72,7 +72,7 @@ def tried(run):
 @quiet
 @by_route
 @pytest.mark.parametrize("k", [1, 2])
-def test_raising_on_the_kth_run(k, name, engine, mode):
+def test_an_error_of_the_kth_run_reaches_the_user(k, name, engine, mode):
     """It reaches the user as itself, as the cause of what an engine says, or was not needed."""
     error = Mine(k)
 
@@ -102,7 +102,7 @@ def test_raising_on_the_kth_run(k, name, engine, mode):
 
 
 @by_route
-def test_raising_in_backward(name, engine, mode):
+def test_an_error_in_backward_reaches_the_user(name, engine, mode):
     func, x = Watched(lambda x: Backward.apply(x)), randn(B, 3)
     transformed = TRANSFORMS[name](func, engine=engine, mode=mode)
     for _ in range(2):
@@ -114,7 +114,7 @@ def test_raising_in_backward(name, engine, mode):
 @quiet
 @by_route
 @pytest.mark.parametrize("raises", [in_vmap, for_one_row])
-def test_raising_where_an_engine_runs_it(raises, name, engine, mode):
+def test_an_error_that_only_an_engine_meets_is_its_cause(raises, name, engine, mode):
     func, x = Watched(raises), randn(B, 3)
     transformed = TRANSFORMS[name](func, engine=engine, mode=mode)
     right = TRANSFORMS[name](torch.sin)(x)
@@ -138,7 +138,7 @@ def test_raising_where_an_engine_runs_it(raises, name, engine, mode):
         (check_batched, 2),
     ],
 )
-def test_looking_at_what_raises(k, look):
+def test_explain_and_checks_pass_errors_on(k, look):
     error = Mine(k)
 
     def raises(x):
@@ -154,7 +154,7 @@ def test_looking_at_what_raises(k, look):
 
 
 @pytest.mark.parametrize("name", ["batch_jacobian", "batch_hessian", "batch_laplacian"])
-def test_raising_from_some_run_on(name):
+def test_an_error_from_some_run_on_reaches_the_user(name):
     error = Mine("from now on")
 
     def raises(x):

@@ -75,7 +75,7 @@ OF_ANOTHER_FAMILY = {
 
 @by_name
 @pytest.mark.parametrize("word", WORDS)
-def test_bad_words(word, name):
+def test_wrong_keywords_are_refused_at_once(word, name):
     words, kind, expected = WORDS[word]
     func = Counted(torch.sin)
     with pytest.raises(kind, match=rf"^{name}: expected {expected}.*, got "):
@@ -86,7 +86,7 @@ def test_bad_words(word, name):
 @pytest.mark.parametrize(
     ("name", "mode"), [(name, mode) for name, modes in OF_ANOTHER_FAMILY.items() for mode in modes]
 )
-def test_modes_of_another_family(mode, name):
+def test_modes_of_another_family_are_refused(mode, name):
     with pytest.raises(
         ValueError, match=f"^{name}: .* mode to be one of .*, got '{mode}'"
     ) as found:
@@ -95,7 +95,7 @@ def test_modes_of_another_family(mode, name):
 
 
 @by_name
-def test_func_that_cannot_be_called(name):
+def test_func_must_be_callable(name):
     with pytest.raises(TypeError, match=f"^{name}: expected func to be callable, got int"):
         OPERATORS[name][0](3)
 
@@ -113,7 +113,7 @@ def test_func_that_cannot_be_called(name):
         (torch.sin, lambda: 3.0, (TypeError, ValueError), ""),
     ],
 )
-def test_bad_inputs_and_outputs(func, make, kind, expected, name):
+def test_wrong_inputs_and_outputs_are_refused(func, make, kind, expected, name):
     transformed = OPERATORS[name][0](func)
     for _ in range(2):
         with pytest.raises(kind, match=f"^{name}: expected {expected}"):
@@ -121,7 +121,7 @@ def test_bad_inputs_and_outputs(func, make, kind, expected, name):
 
 
 @by_name
-def test_unequal_batches(name):
+def test_unequal_batches_are_refused(name):
     transformed = OPERATORS[name][0](lambda x, y: x.sin())
     with pytest.raises(ValueError, match=f"^{name}: expected all batched arguments to have"):
         transformed(randn(4, 3), randn(2, 3))
@@ -170,31 +170,31 @@ BAD_WEIGHTS = {
 
 @pytest.mark.parametrize("mode", ["taylor", "rev_over_rev", "auto"])
 @pytest.mark.parametrize("name", BAD_WEIGHTS)
-def test_bad_weights(name, mode):
+def test_wrong_weights_are_refused(name, mode):
     make, dim, kind = BAD_WEIGHTS[name]
     word = "weight_dim" if kind is TypeError and dim is not None else "weight"
     with pytest.raises(kind, match=f"^batch_laplacian: expected .*{word}"):
         call(batch_laplacian, weight=make(), weight_dim=dim, mode=mode)
 
 
-def test_bad_weights_from_a_function():
+def test_wrong_weights_from_a_function_are_refused():
     for weight, kind in ((lambda x: randn(2), ValueError), (lambda x: "no", TypeError)):
         with pytest.raises(kind, match=r"^batch_laplacian: expected .*weight"):
             call(batch_laplacian, weight=weight)
 
 
-def test_a_function_that_makes_an_asymmetric_weight():
+def test_an_asymmetric_weight_from_a_function_is_refused():
     with pytest.raises(ValueError, match=r"^batch_laplacian: expected .*symmetric"):
         call(batch_laplacian, weight=lambda x: asymmetric())
 
 
-def test_weight_dim_without_weight():
+def test_weight_dim_needs_a_weight():
     with pytest.raises(TypeError, match=r"^batch_laplacian: expected weight_dim .*weight"):
         call(batch_laplacian, weight_dim=0)
 
 
 @pytest.mark.parametrize("argnums", [(0, 1), (0,)])
-def test_a_weight_for_several_inputs(argnums):
+def test_a_weight_wants_one_input(argnums):
     laplacian = batch_laplacian(lambda x, y: x * y, argnums, weight=torch.ones(3).double())
     if len(argnums) == 1:  # a tuple of one is one tensor
         equal(laplacian(randn(B, 3), randn(B, 3)), torch.zeros(B, 3).double())
@@ -230,7 +230,7 @@ ESTIMATES = {
 
 @pytest.mark.parametrize("name", ["batch_laplacian", "batch_divergence"])
 @pytest.mark.parametrize("word", ESTIMATES)
-def test_bad_words_of_estimates(word, name):
+def test_wrong_keywords_of_estimates_are_refused(word, name):
     words, kind, expected = ESTIMATES[word]
     func = Counted(torch.sin)
     with pytest.raises(kind, match=rf"^{name}: expected .*{expected}"):
@@ -257,14 +257,14 @@ INDICES = {
 
 @pytest.mark.parametrize("mode", ["taylor", "rev", "auto"])
 @pytest.mark.parametrize("name", INDICES)
-def test_bad_indices(name, mode):
+def test_wrong_indices_are_refused(name, mode):
     indices, kind = INDICES[name]
     with pytest.raises(kind, match=r"^batch_partials: expected .*ind(ex|ices)"):
         call(batch_partials, indices, mode=mode)
 
 
 @pytest.mark.parametrize("mode", ["taylor", "rev", "auto"])
-def test_partials_of_rows_that_are_matrices(mode):
+def test_partials_of_matrices_are_refused(mode):
     with pytest.raises(ValueError, match=r"^batch_partials: expected "):
         call(batch_partials, [(0,)], x=randn(B, 3, 2), mode=mode)
 
@@ -281,7 +281,7 @@ def test_partials_of_rows_that_are_matrices(mode):
         lambda x: (x, x),
     ],
 )
-def test_divergence_of_what_is_no_field(func, samples, mode):
+def test_divergence_wants_a_field(func, samples, mode):
     with pytest.raises(ValueError, match=r"^batch_divergence: expected "):
         call(batch_divergence, func=func, samples=samples, mode=mode)
 
@@ -290,7 +290,7 @@ def test_divergence_of_what_is_no_field(func, samples, mode):
 
 
 @by_route
-def test_rows_that_mix(name, mode):
+def test_rows_that_mix_are_refused(name, mode):
     for func in (lambda x: (x - x.mean(0)) ** 3, lambda x: x.exp().softmax(0)):
         transformed = OPERATORS[name][0](func, mode=mode)
         for _ in range(2):
@@ -308,7 +308,7 @@ def test_batch_norm_in_training_mode_is_named(name):
 
 
 @by_route
-def test_a_function_that_autograd_cannot_see(name, mode):
+def test_a_function_that_autograd_cannot_see_is_refused(name, mode):
     for func in (lambda x: x.detach().sin(), lambda x: torch.tensor(x.tolist()).double() ** 3):
         with pytest.raises(VerificationError, match=f"^{name}: .*autograd"):
             OPERATORS[name][0](func, mode=mode)(randn(B, 3))
@@ -337,7 +337,7 @@ UNFOLLOWED = {
 
 @pytest.mark.parametrize("transform", [batch_hessian_diagonal, batch_laplacian])
 @pytest.mark.parametrize("name", UNFOLLOWED)
-def test_taylor_cannot_follow(name, transform):
+def test_taylor_says_what_it_cannot_follow(name, transform):
     """By itself another mode runs, saying so once at most; asked for, Taylor raises or is right."""
     make, shape = UNFOLLOWED[name]
     func, x = make(), randn(*shape)
@@ -366,7 +366,7 @@ def test_taylor_cannot_follow(name, transform):
 
 
 @by_name
-def test_the_words_are_those_of_batch_jacobian(name):
+def test_keywords_are_those_of_batch_jacobian(name):
     common = inspect.signature(funcjac.batch_jacobian).parameters
     ours = inspect.signature(getattr(funcjac, name)).parameters
     defaults = {key: p.default for key, p in ours.items() if key in common}
@@ -379,7 +379,7 @@ def test_the_words_are_those_of_batch_jacobian(name):
 
 
 @by_name
-def test_explain_and_check_derivative(name):
+def test_explain_and_check_derivative_take_each_transform(name):
     net, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double(), randn(B, 3)
     transformed = OPERATORS[name][0](net)
     found = explain(transformed, x)

@@ -52,7 +52,7 @@ LEFT = {("a subclass", name): quiet for name in TAYLOR}
         for name in TRANSFORMS
     ],
 )
-def test_unusual_tensors(entry, name):
+def test_unusual_tensors_are_differentiated(entry, name):
     x = UNUSUAL[entry]()
     func = Watched(lambda x: x.tanh())
     plain = torch.empty(B, 3, dtype=torch.float64).copy_(x.detach()).as_subclass(torch.Tensor)
@@ -72,7 +72,7 @@ def test_unusual_tensors(entry, name):
 
 
 @pytest.mark.parametrize("name", TAYLOR)
-def test_a_negative_view_without_verification(name):
+def test_a_negative_view_is_right_without_verification(name):
     x = negated()
     plain = torch.empty(B, 3, dtype=torch.float64).copy_(x)
     found = TRANSFORMS[name](torch.tanh, check=False)(x)
@@ -88,7 +88,7 @@ def test_a_negative_view_without_verification(name):
 
 @by_name
 @pytest.mark.parametrize("shape", [(0, 3), (1, 3)])
-def test_few_rows(shape, name):
+def test_few_rows_have_the_shape_of_many(shape, name):
     func, x = Watched(), randn(*shape)
     with unchanged(func, [x]):
         found = TRANSFORMS[name](func)(x)
@@ -104,7 +104,7 @@ def test_few_rows(shape, name):
 
 @pytest.mark.parametrize("name", [name for name in TRANSFORMS if name != "batch_partials"])
 @pytest.mark.parametrize("shape", [(B,), (B, 0), (0, 0), (B, 2, 0)])
-def test_rows_of_no_size(shape, name):
+def test_rows_without_elements_have_a_result(shape, name):
     func, x = Watched(), randn(*shape)
     with unchanged(func, [x]):
         found = TRANSFORMS[name](func)(x)

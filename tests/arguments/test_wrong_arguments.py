@@ -361,7 +361,7 @@ ARGUMENTS = {
 
 @pytest.mark.filterwarnings(*BETA)
 @pytest.mark.parametrize(("entry", "name"), named(ARGUMENTS))
-def test_arguments(entry, name):
+def test_wrong_arguments_are_refused_before_func_runs(entry, name):
     words, make, kind, expected, got, _ = ARGUMENTS[entry]
     func, args = Watched(), make()
     tensors = [leaf for leaf in leaves(args) if isinstance(leaf, torch.Tensor)]
@@ -398,7 +398,7 @@ def test_arguments_by_keyword_are_not_differentiated(name):
         (nn.UninitializedParameter, "tensors of an initialized shape, got Uninit"),
     ],
 )
-def test_strange_tensors_by_keyword(make, expected, name):
+def test_strange_tensors_may_come_by_keyword(make, expected, name):
     func, x, beside = Watched(), randn(B, 3), make()
     for _ in range(2):
         with pytest.raises(TypeError, match=f"^{name}: expected {expected}"):
@@ -407,7 +407,7 @@ def test_strange_tensors_by_keyword(make, expected, name):
 
 
 @by_name
-def test_tensors_without_values_in_transforms(name):
+def test_tensors_without_values_are_refused_in_transforms(name):
     """Shapes go through torch.func without values, as they do through plain functions."""
     x = randn(B, 3)
     right = TRANSFORMS[name](torch.sin)(x)
@@ -418,7 +418,7 @@ def test_tensors_without_values_in_transforms(name):
 
 
 @pytest.mark.filterwarnings(*BETA)
-def test_a_nested_weight():
+def test_a_nested_weight_is_refused():
     with pytest.raises(TypeError, match=r"expected weight to be .*dense.*, got a nested tensor"):
         batch_laplacian(torch.sin, weight=nested())(randn(B, 3))
 
@@ -430,7 +430,7 @@ def test_what_came_is_cut_where_it_is_long():
         assert len(str(found.value)) < 500
 
 
-def test_check_batched_without_arguments():
+def test_check_batched_wants_arguments():
     with pytest.raises(ValueError, match="expected a batched argument, got 0 arguments") as found:
         check_batched(torch.sin)
     assert "argnums" not in str(found.value)
@@ -449,7 +449,7 @@ def test_trees_in_messages_are_short():
 
 
 @pytest.mark.parametrize("look", [explain, check_derivative, check_batched])
-def test_looking_inside_of_a_transform(look):
+def test_explain_and_checks_inside_of_a_transform_are_refused(look):
     func = Watched()
     given = func if look is check_batched else batch_jacobian(func)
     for transform in (torch.vmap, lambda f: torch.func.jacrev(f)):

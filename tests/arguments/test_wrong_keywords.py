@@ -150,7 +150,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize(("word", "name"), named(WORDS))
-def test_words(word, name):
+def test_wrong_keywords_are_refused_at_once(word, name):
     words, _, kind, expected, got, _ = WORDS[word]
     func = Watched()
     match = rf"(?s)^{name}: expected .*{expected}.*, got {got}\."
@@ -176,7 +176,7 @@ WRONG_INDICES = {
 
 
 @pytest.mark.parametrize("name", WRONG_INDICES)
-def test_indices(name):
+def test_wrong_indices_are_refused_at_once(name):
     indices, kind = WRONG_INDICES[name]
     func = Watched()
     with unchanged(func, []), pytest.raises(kind, match=r"^batch_partials: expected .*ind(ex|ic)"):
@@ -189,7 +189,7 @@ def test_indices(name):
     [None, 0, "sin", torch.ones(3), [torch.sin], numpy.ones(2)],
     ids=["None", "number", "word", "tensor", "list", "array"],
 )
-def test_func_is_not_callable(func):
+def test_func_must_be_callable(func):
     for name, transform in TRANSFORMS.items():
         with pytest.raises(TypeError, match=f"^{name}: expected func to be callable, got "):
             transform(func)
@@ -201,7 +201,7 @@ def test_func_is_not_callable(func):
 
 
 @by_name
-def test_words_that_do_not_exist(name):
+def test_unknown_keywords_are_refused(name):
     func = Watched()
     with pytest.raises(TypeError, match="unexpected keyword argument 'dims'"):
         TRANSFORMS[name](func, dims=0)

@@ -117,7 +117,7 @@ OUTPUTS = {
 
 @pytest.mark.filterwarnings(*BETA)
 @pytest.mark.parametrize(("entry", "name"), named(OUTPUTS))
-def test_outputs(entry, name):
+def test_wrong_outputs_are_refused_after_the_first_run(entry, name):
     out, kind, expected, got, remedy, _, words = OUTPUTS[entry]
     func, x = Watched(out), randn(B, 3)
     transformed = CALLS[name](func, **words)

@@ -182,7 +182,7 @@ def test_an_error_that_comes_later_is_the_users():
         jacobian(fixed_randn(3, 2))
 
 
-def test_a_buffer_that_modules_share():
+def test_a_buffer_that_modules_share_moves_once():
     class Counts(nn.Module):
         def __init__(self, count, counts):
             super().__init__()
@@ -203,7 +203,7 @@ def test_a_buffer_that_modules_share():
         assert count.eq(1 + calls).all()
 
 
-def test_a_draw_that_is_kept():
+def test_a_draw_that_is_kept_stays():
     class Kept(nn.Module):
         mask = None
 
@@ -232,7 +232,7 @@ STRANGE = {
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore:.*[Qq]uantize")
 @pytest.mark.parametrize("kind", STRANGE)
-def test_a_tensor_of_another_kind_in_the_closure_or_a_buffer(kind):
+def test_a_tensor_of_another_kind_in_the_closure_or_a_buffer_does_no_harm(kind):
     held, x = STRANGE[kind](), fixed_randn(4, 3)
 
     class Holds(nn.Module):
@@ -250,7 +250,7 @@ def test_a_tensor_of_another_kind_in_the_closure_or_a_buffer(kind):
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors")
-def test_a_nested_tensor_that_func_writes_to():
+def test_a_nested_tensor_is_written_to_once():
     held = STRANGE["nested"]()
     batch_jacobian(lambda x: x.sin() * held.mul_(2.0).numel())(fixed_randn(4, 3))
     assert all(one.eq(2).all() for one in held.unbind())

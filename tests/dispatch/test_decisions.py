@@ -26,7 +26,7 @@ def warmed(func, *args, **kwargs):
 # --- a change is seen -----------------------------------------------------------------------
 
 
-def test_a_patched_class(monkeypatch):
+def test_a_patched_class_is_another_function(monkeypatch):
     class Net(nn.Module):
         def forward(self, x):
             return x.sin()
@@ -39,7 +39,7 @@ def test_a_patched_class(monkeypatch):
 
 
 @pytest.mark.parametrize("by_name", [False, True])
-def test_an_integer_argument(by_name):
+def test_an_integer_argument_is_part_of_the_key(by_name):
     x = randn(B, 3)
     give = (lambda dim: ((x,), {"dim": dim})) if by_name else (lambda dim: ((x, dim), {}))
     args, kwargs = give(1)
@@ -49,14 +49,14 @@ def test_an_integer_argument(by_name):
         jacobian(*args, **kwargs)
 
 
-def test_a_function_as_an_argument():
+def test_a_function_as_an_argument_is_part_of_the_key():
     x = randn(B, 3)
     jacobian = warmed(lambda x, act: act(x), x, lambda x: x.softmax(1))
     with pytest.raises(BatchMixingError):
         jacobian(x, lambda x: x.softmax(0))
 
 
-def test_a_module_as_an_argument():
+def test_a_module_as_an_argument_is_part_of_the_key():
     norm, x = nn.BatchNorm1d(3).double().eval(), randn(B, 3)
     jacobian = batch_jacobian(lambda net, x: net(x), 1, in_dims=(None, 0))
     for _ in range(CALLS):

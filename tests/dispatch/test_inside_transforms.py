@@ -18,7 +18,7 @@ B = 4
 
 @pytest.mark.quick
 @pytest.mark.parametrize("transform", [batch_jacobian, batch_laplacian])
-def test_data_closed_over_inside_of_a_gradient(transform):
+def test_data_closed_over_inside_of_a_gradient_is_right_or_refused(transform):
     """One row of data for each sample: right, or an error that says how to pass it."""
     data, x = randn(B, 3), randn(B, 3)
     inside = transform(lambda x: (x * data).sin())
@@ -33,7 +33,7 @@ def test_data_closed_over_inside_of_a_gradient(transform):
         equal(found, right)
 
 
-def test_a_batched_tensor_by_keyword_inside_of_torch_func():
+def test_a_batched_tensor_by_keyword_is_right_or_refused():
     """The remedy is to pass it by position, not torch.vmap."""
     data, x = randn(B, 3), randn(B, 3)
     inside = batch_jacobian(lambda x, data: (x * data).sin())
@@ -47,7 +47,7 @@ def test_a_batched_tensor_by_keyword_inside_of_torch_func():
         equal(found, right)
 
 
-def test_a_write_into_the_input_inside_torch_func():
+def test_a_write_into_the_input_is_right():
     def func(x):
         x.mul_(2)
         return x.sin()
@@ -61,7 +61,7 @@ def test_a_write_into_the_input_inside_torch_func():
 EVERY = (batch_jacobian, batch_hessian, batch_hessian_diagonal, batch_laplacian)
 
 
-def test_sparse_inside_of_a_nested_jacobian():
+def test_sparse_inside_of_a_nested_jacobian_is_right():
     func = stacked(lambda x: x.sin().to_sparse().to_dense())
     x = fixed_randn(3, 2)
     found = batch_jacobian(batch_jacobian(func))(x)
@@ -90,7 +90,7 @@ def test_no_grad_makes_constants_inside_of_transforms_too(func, transform):
 
 
 @pytest.mark.parametrize("transform", EVERY)
-def test_a_residual_that_differentiates_by_itself(transform):
+def test_a_residual_may_differentiate_by_itself(transform):
     net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
 
     def slope(x):
@@ -103,7 +103,7 @@ def test_a_residual_that_differentiates_by_itself(transform):
     torch.testing.assert_close(found, transform(batch_jacobian(net))(x).reshape(found.shape))
 
 
-def test_a_harmless_block_without_grad_where_forward_mode_is_asked_for():
+def test_a_harmless_block_without_grad_is_right_in_forward_mode():
     layer = nn.Linear(3, 3).double()
 
     def func(x):
@@ -118,7 +118,7 @@ def test_a_harmless_block_without_grad_where_forward_mode_is_asked_for():
 
 
 @pytest.mark.parametrize("mode", ["fwd", "rev"])
-def test_a_block_without_grad_inside_of_torch_func(mode):
+def test_a_block_without_grad_is_constant_inside_of_torch_func(mode):
     def func(x):
         with torch.no_grad():
             factor = x.cos()
@@ -129,7 +129,7 @@ def test_a_block_without_grad_inside_of_torch_func(mode):
     torch.testing.assert_close(inside(x), torch.diag_embed(x.cos()))
 
 
-def test_numbers_written_into_others_without_grad():
+def test_numbers_written_without_grad_are_constants():
     def func(x):
         out = torch.ones_like(x)
         with torch.no_grad():

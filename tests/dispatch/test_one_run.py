@@ -113,7 +113,7 @@ def test_aux_and_value_are_those_of_the_one_run(name):
 
 @by_name
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_one_run_without_gradients(context, name):
+def test_without_gradients_there_is_one_run(context, name):
     func, x = Counted(network()), randn(B, 3)
     transformed = TRANSFORMS[name][0](func)
     with context():
@@ -123,7 +123,7 @@ def test_one_run_without_gradients(context, name):
 
 
 @by_name
-def test_one_run_of_inline_transforms_and_new_sizes(name):
+def test_inline_transforms_and_new_sizes_run_once(name):
     func, make = Counted(network()), TRANSFORMS[name][0]
     for calls in range(1, 7):
         make(func)(randn(calls, 3))
@@ -456,7 +456,7 @@ def test_all_columns_belong_to_one_hidden_draw(name, kind):
         numpy.random.set_state(before[1])
 
 
-def test_a_seed_set_inside_of_func():
+def test_a_seed_set_inside_of_func_holds_for_the_one_run():
     def func(x):
         torch.manual_seed(7)
         return x.sin() * torch.rand(3, dtype=x.dtype)

@@ -312,7 +312,7 @@ CHANGES = {
 
 @by_route
 @pytest.mark.parametrize("what", CHANGES)
-def test_changes(what, name, mode):
+def test_a_change_is_seen_in_the_next_call(what, name, mode):
     x = randn(B, 3)
     func, changes = CHANGES[what](x)
     transformed = OPERATORS[name][0](func, mode=mode)
@@ -352,7 +352,7 @@ def test_the_functions_have_the_same_value(what):
 
 
 @by_route
-def test_dropout_that_wakes_up(name, mode):
+def test_dropout_that_wakes_up_is_seen(name, mode):
     """In training mode each call is that of its draw; back in eval mode all is as before."""
     net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
     net.eval()
@@ -378,7 +378,7 @@ def test_dropout_that_wakes_up(name, mode):
 
 
 @by_route
-def test_batch_norm_that_wakes_up(name, mode):
+def test_batch_norm_that_wakes_up_is_seen(name, mode):
     net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.BatchNorm1d(3)).double().eval()
     net[2].running_var.fill_(2)
     transformed, x = OPERATORS[name][0](net, mode=mode), randn(B, 3)
@@ -394,7 +394,7 @@ def test_batch_norm_that_wakes_up(name, mode):
 
 
 @by_route
-def test_branches_on_the_data(name, mode):
+def test_branches_on_the_data_follow_the_data(name, mode):
     """All rows on one side or the other, and a branch taken for each row."""
     whole = lambda x: x.sin() if bool(x.mean() > 0) else x**3
     each = lambda x: torch.stack([r.exp() if r.sum() > 0 else r**2 for r in x])
@@ -412,7 +412,7 @@ def test_branches_on_the_data(name, mode):
 
 
 @by_route
-def test_arguments_that_are_no_tensors(name, mode):
+def test_arguments_that_are_no_tensors_are_read_at_each_call(name, mode):
     func = lambda x, power, kind: getattr(x, kind)() ** power
     transformed, x = OPERATORS[name][0](func, mode=mode), randn(B, 3)
     for _ in range(WARM):
@@ -422,7 +422,7 @@ def test_arguments_that_are_no_tensors(name, mode):
 
 
 @by_route
-def test_a_method_of_the_class(name, mode, monkeypatch):
+def test_a_changed_method_of_the_class_is_seen(name, mode, monkeypatch):
     net, x = Net().requires_grad_(False), randn(B, 3)
     transformed = OPERATORS[name][0](net, mode=mode)
     for _ in range(WARM):
@@ -434,7 +434,7 @@ def test_a_method_of_the_class(name, mode, monkeypatch):
 
 
 @by_route
-def test_frozen_and_thawed(name, mode):
+def test_frozen_and_thawed_parameters_are_seen(name, mode):
     """What a result is attached to is decided at each call."""
     net, x = Net(), randn(B, 3)
     transformed = OPERATORS[name][0](net, mode=mode)
@@ -485,7 +485,7 @@ UNFOLLOWED = {
     ("name", "mode"), [route for route in ROUTES if route[0] not in ("jacobian", "divergence")]
 )
 @pytest.mark.parametrize("what", UNFOLLOWED)
-def test_an_operation_that_cannot_be_followed_any_more(what, name, mode):
+def test_an_operation_that_taylor_cannot_follow_any_more_is_seen(what, name, mode):
     """After many calls an operation appears that Taylor propagation cannot follow."""
     now = SimpleNamespace(strange=False)
     func = lambda x: UNFOLLOWED[what](x) if now.strange else x.sin().exp() * x.sum(1, True)
@@ -505,7 +505,7 @@ def test_an_operation_that_cannot_be_followed_any_more(what, name, mode):
 
 
 @by_route
-def test_rows_that_begin_to_mix(name, mode):
+def test_rows_that_begin_to_mix_are_seen(name, mode):
     """``check=True`` looks at every call."""
     now = SimpleNamespace(mixes=False)
     func = lambda x: (x - x.mean(0) * now.mixes) ** 3

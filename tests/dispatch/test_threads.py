@@ -103,7 +103,7 @@ AT_ONCE += [("lstm", "batch_jacobian"), ("lstm", "batch_divergence")]  # 20 in a
 
 
 @pytest.mark.parametrize(("function", "name"), AT_ONCE)
-def test_calls_at_once(function, name):
+def test_calls_at_once_are_right(function, name):
     """First calls and those after them, in each grad mode, of shapes that differ and agree."""
     func, transform = {**FUNCTIONS, "lstm": Last}[function](), TRANSFORMS[name]
     xs = [randn(2 + i % 2, 3) for i in range(THREADS)]
@@ -143,7 +143,7 @@ def test_aux_and_value_are_those_of_the_call(engine, name):
 
 @by_name
 @pytest.mark.parametrize("engine", ["auto"])
-def test_backward_in_every_thread(engine, name):
+def test_every_thread_may_go_backward(engine, name):
     net, transform = network(), TRANSFORMS[name]
     transformed = transform(net, engine=engine)
     xs = [randn(3, 3) for _ in range(THREADS)]
@@ -182,7 +182,7 @@ def test_losses_go_backward_in_every_thread():
 
 
 @by_name
-def test_inside_of_torch_func(name):
+def test_inside_of_torch_func_calls_at_once_are_right(name):
     transformed, xs = TRANSFORMS[name](torch.sin), [randn(2, 3) for _ in range(THREADS)]
     loss = lambda x: sum(part.square().sum() for part in transformed(x))
     expected = [torch.func.grad(loss)(x) for x in xs]

@@ -14,7 +14,7 @@ B = 4
 
 
 @pytest.mark.quick
-def test_seeds_and_draws_inside_of_func():
+def test_seeds_and_draws_inside_of_func_are_those_of_one_run():
     def func(x):
         torch.manual_seed(3)
         return x * torch.rand(x.shape[1], dtype=f64) + random.random()
@@ -28,7 +28,7 @@ def test_seeds_and_draws_inside_of_func():
 
 
 @quiet
-def test_values_with_draws_of_ones_own():
+def test_values_may_hold_draws_of_ones_own():
     generator = torch.Generator()
     func = lambda x: 2 * x + torch.randn(x.shape, generator=generator, dtype=x.dtype)
     jacobian = batch_jacobian(func, return_value=True, randomness="different")

@@ -137,7 +137,7 @@ def test_auto_bounds_its_memory_by_itself(name):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_result_that_does_not_fit(engine):
+def test_a_result_that_does_not_fit_raises_an_error_to_catch(engine):
     """The remedy is fewer rows or more memory, and no other engine."""
     found = child(engine)["long"]
     kind, text = found["error"]

@@ -49,7 +49,7 @@ def test_an_empty_batch_has_a_graph(name):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_dtypes_of_an_empty_batch_under_autocast(name):
+def test_an_empty_batch_has_the_dtypes_of_a_full_one_under_autocast(name):
     net = network().float()
     with torch.autocast("cpu", torch.bfloat16):
         some, none = (TRANSFORMS[name](net)(torch.randn(size, 3)) for size in (B, 0))
@@ -62,7 +62,7 @@ EVERY = (batch_jacobian, batch_hessian, batch_hessian_diagonal, batch_laplacian)
 
 
 @pytest.mark.parametrize("transform", EVERY)
-def test_an_output_without_elements_beside_others(transform):
+def test_an_output_without_elements_changes_no_other(transform):
     x = fixed_randn(3, 2)
     func = lambda x: (x.sin(), x[:, :0])
     for _ in range(3):
@@ -73,7 +73,7 @@ def test_an_output_without_elements_beside_others(transform):
 
 @pytest.mark.parametrize("return_value", [False, True])
 @pytest.mark.parametrize("transform", [batch_hessian, batch_hessian_diagonal, batch_laplacian])
-def test_inputs_without_elements_beside_others(transform, return_value):
+def test_inputs_without_elements_change_no_other(transform, return_value):
     def func(x, z):
         return x.sin() * z.sum(-1, keepdim=True) ** 2
 
@@ -97,7 +97,7 @@ def test_inputs_without_elements_beside_others(transform, return_value):
 @pytest.mark.parametrize("words", [{}, {"samples": 2}], ids=str)
 @pytest.mark.parametrize("check", [False, "auto"])
 @pytest.mark.parametrize("mode", ["fwd", "rev"])
-def test_a_divergence_with_a_leaf_without_elements(mode, check, words):
+def test_a_leaf_without_elements_adds_nothing_to_a_divergence(mode, check, words):
     x, none = fixed_randn(4, 2), fixed_randn(4, 0)
     for order in (1, -1):
         func = lambda *args, order=order: tuple(x * x for x in args[::order])[::order]
@@ -109,7 +109,7 @@ def test_a_divergence_with_a_leaf_without_elements(mode, check, words):
 @quiet
 @pytest.mark.parametrize("words", [{}, {"return_value": True}], ids=str)
 @pytest.mark.parametrize("transform", [batch_hessian, batch_hessian_diagonal, batch_laplacian])
-def test_an_empty_batch_with_an_argument_that_rows_share(transform, words):
+def test_an_empty_batch_has_the_shapes_of_a_full_one_with_a_shared_argument(transform, words):
     both = transform(lambda x, s: (x @ s).sin(), (0, 1), in_dims=(0, None), **words)
     shapes = [
         tuple(leaf.shape) for leaf in optree.tree_leaves(both(fixed_randn(0, 3), fixed_randn(3)))
@@ -121,7 +121,7 @@ def test_an_empty_batch_with_an_argument_that_rows_share(transform, words):
 
 
 @pytest.mark.parametrize("transform", [batch_hessian, batch_hessian_diagonal, batch_laplacian])
-def test_dtypes_beside_inputs_without_elements(transform):
+def test_inputs_without_elements_change_no_dtype(transform):
     func = lambda x, y: (x**2).sum(1) + y.sum(1).to(x.dtype)
     for swap in (False, True):
         argnums = (1, 0) if swap else (0, 1)
@@ -133,7 +133,7 @@ def test_dtypes_beside_inputs_without_elements(transform):
         assert dtypes[0] == dtypes[1]
 
 
-def test_estimates_and_checks_beside_inputs_without_elements():
+def test_estimates_and_checks_take_inputs_without_elements():
     func, x, none = lambda x, y: (x**2).sum(1) + y.sum(1), fixed_randn(4, 3), fixed_randn(4, 0)
     for argnums in ((0, 1), (1, 0)):
         found, error = batch_laplacian(func, argnums, samples=3, return_error=True)(x, none)
@@ -143,7 +143,7 @@ def test_estimates_and_checks_beside_inputs_without_elements():
 
 
 @pytest.mark.parametrize("engine", ["auto", "vmap", "sum", "loop"])
-def test_the_values_of_a_divergence_of_several_outputs(engine):
+def test_a_divergence_of_several_outputs_returns_their_values(engine):
     x, y = fixed_randn(4, 3), fixed_randn(4, 2)
     func = lambda x, y: ((x**2, y**2), x.sum(1))
     words = {"return_value": True, "has_aux": True, "engine": engine}

@@ -68,7 +68,7 @@ TRANSFORMS = {
 @pytest.mark.quick
 @pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_pickle_and_save(name, called):
+def test_a_transform_is_pickled_and_saved(name, called):
     transformed, x = TRANSFORMS[name](network()), randn(B, 3)
     if called:
         transformed(x)

@@ -59,7 +59,7 @@ def linear_of_sine(row, out):
     ],
     ids=str,
 )
-def test_shape_and_value(row, out, batch, engine, mode):
+def test_shape_and_value_are_right(row, out, batch, engine, mode):
     func, derivative = linear_of_sine(row, out)
     x = randn(batch, *row)
     jac = batch_jacobian(func, engine=engine, mode=mode)(x)
@@ -71,7 +71,7 @@ def test_shape_and_value(row, out, batch, engine, mode):
 
 
 @pytest.mark.quick
-def test_the_question_of_the_forum():
+def test_the_question_of_the_forum_is_answered():
     net = nn.Sequential(nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, 10)).double()
     x = randn(3, 5)
     jac = batch_jacobian(net)(x)
@@ -117,7 +117,7 @@ def test_one_transform_for_many_signatures(engine, mode):
     ],
     ids=["transposed", "columns", "rows", "expanded batch", "expanded row", "indexed"],
 )
-def test_input_of_any_layout(make, engine, mode):
+def test_input_may_have_any_layout(make, engine, mode):
     x = make()
     jac = batch_jacobian(torch.sin, engine=engine, mode=mode)(x)
     assert jac.is_contiguous()
@@ -167,7 +167,7 @@ def _bits(dtype):
 
 
 @every_route
-def test_dtype_of_what_does_not_depend(engine, mode):
+def test_zeros_have_the_result_type(engine, mode):
     func = lambda x, y: (y.float(), x.sin())
     jacobian = batch_jacobian(func, argnums=(0, 1), engine=engine, mode=mode)
     first, second = jacobian(randn(B, 3), randn(B, 2, dtype=torch.bfloat16))
@@ -176,7 +176,7 @@ def test_dtype_of_what_does_not_depend(engine, mode):
 
 
 @shared_route
-def test_dtype_beside_a_shared_number(engine, mode):
+def test_a_shared_number_changes_no_dtype(engine, mode):
     number = torch.tensor(2.0, dtype=torch.float64)
     func = lambda p, x: (p * x.double()).float()
     jac = batch_jacobian(func, in_dims=(None, 0), engine=engine, mode=mode)(
@@ -187,7 +187,7 @@ def test_dtype_beside_a_shared_number(engine, mode):
 
 
 @every_route
-def test_zeros_where_an_output_does_not_depend(engine, mode):
+def test_an_output_that_does_not_depend_has_zeros(engine, mode):
     func = lambda x, y: {"x": x.sin(), "y": y**2, "none": torch.ones_like(x[:, :1])}
     x, y = randn(B, 3), randn(B, 2)
     jac = batch_jacobian(func, argnums=(0, 1), engine=engine, mode=mode)(x, y)
@@ -200,7 +200,7 @@ def test_zeros_where_an_output_does_not_depend(engine, mode):
 
 @every_route
 @pytest.mark.parametrize("grad", [False, True])
-def test_zeros_of_an_unused_input(grad, engine, mode):
+def test_an_unused_input_has_zeros(grad, engine, mode):
     x, y = randn(B, 3).requires_grad_(grad), randn(B, 2)
     jac = batch_jacobian(lambda x, y: y.exp(), engine=engine, mode=mode)(x, y)
     equal(jac, torch.zeros(B, 2, 3).double())
@@ -209,7 +209,7 @@ def test_zeros_of_an_unused_input(grad, engine, mode):
 @every_route
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])
 @pytest.mark.parametrize("grad", [False, True])
-def test_zeros_in_the_middle(grad, chunk_size, engine, mode):
+def test_outputs_in_the_middle_may_have_zeros(grad, chunk_size, engine, mode):
     x = randn(B, 3).requires_grad_(grad)
 
     def func(x):
@@ -240,7 +240,7 @@ def test_chunk_size_never_changes_values(grad, chunk_size, engine, mode):
 
 
 @every_route
-def test_chunk_size_with_trees(engine, mode):
+def test_chunk_size_with_trees_changes_no_value(engine, mode):
     func = lambda p, x: (p["w"] * x, {"s": (x * p["b"]).sum(1)})
     p, x = {"w": randn(B, 3), "b": randn(B, 1)}, randn(B, 3)
     whole = batch_jacobian(func, (0, 1), engine="loop", mode="rev")(p, x)
@@ -299,7 +299,7 @@ def by_the_loop(func, params, x):
 
 
 @shared_route
-def test_per_sample_jacobian_by_parameters(engine, mode):
+def test_per_sample_jacobian_by_parameters_is_that_of_the_loop(engine, mode):
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5)).double()
     params, _ = parameters(net)
     func = lambda p, x: functional_call(net, p, (x,))
@@ -324,7 +324,7 @@ class Tied(nn.Module):
 
 
 @shared_route
-def test_tied_parameters(engine, mode):
+def test_tied_parameters_count_twice(engine, mode):
     net = Tied().double()
     params, _ = parameters(net)
     assert "outer.weight" not in params
@@ -336,7 +336,7 @@ def test_tied_parameters(engine, mode):
 
 
 @shared_route
-def test_frozen_parameters(engine, mode):
+def test_frozen_parameters_are_differentiated(engine, mode):
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5)).double()
     net[0].requires_grad_(False)
     params, _ = parameters(net)
@@ -349,7 +349,7 @@ def test_frozen_parameters(engine, mode):
 
 
 @shared_route
-def test_buffers_beside_parameters(engine, mode):
+def test_buffers_stay_beside_parameters(engine, mode):
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 5)).double()
     net(randn(8, 3))
     net.eval()
@@ -366,7 +366,7 @@ def test_buffers_beside_parameters(engine, mode):
 
 
 @shared_route
-def test_all_parameters_at_the_input_too(engine, mode):
+def test_parameters_and_input_are_differentiated_together(engine, mode):
     net = nn.Linear(3, 5).double()
     params, _ = parameters(net)
     func = lambda p, x: functional_call(net, p, (x,))
@@ -389,7 +389,7 @@ def test_permuting_rows_permutes_results(engine, mode):
 
 @pytest.mark.quick
 @every_route
-def test_chain_rule(engine, mode):
+def test_the_chain_rule_holds(engine, mode):
     inner, _ = linear_of_sine((3,), (2,))
     outer, _ = linear_of_sine((2,), (5,))
     x = randn(B, 3)

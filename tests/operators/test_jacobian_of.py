@@ -61,7 +61,7 @@ def test_it_equals_the_transform(mode, chunk_size):
     ("row", "out"), [((), ()), ((2, 3), (4, 1)), ((3,), ()), ((), (5,)), ((0,), (2,)), ((3,), (0,))]
 )
 @pytest.mark.parametrize("batch", [B, 1, 0])
-def test_shapes(batch, row, out):
+def test_shapes_are_batch_output_input(batch, row, out):
     n, m = torch.Size(row).numel(), torch.Size(out).numel()
     weight, x = randn(m, n), leaf(batch, *row)
     y = (x.reshape(batch, n).sin() @ weight.T).reshape(batch, *out)
@@ -131,7 +131,7 @@ def test_inputs_in_the_middle_of_a_graph():
     equal(grad, (-hidden.sin() * hidden * x).sum(0).detach())
 
 
-def test_an_output_that_does_not_depend():
+def test_an_output_that_does_not_depend_has_zeros():
     x, y = leaf(B, 3), leaf(B, 2)
     by_x, by_y = jacobian_of(x.exp(), (x, y))
     equal(by_x, torch.diag_embed(x.exp()))
@@ -201,7 +201,7 @@ def test_nothing_of_the_callers_changes():
 
 @pytest.mark.quick
 @pytest.mark.parametrize("mode", ["rev", "fwd", "auto"])
-def test_rows_that_mix(mode):
+def test_rows_that_mix_are_refused(mode):
     x = leaf(B, 3)
     for y in (x - x.mean(0), x.softmax(0), x.cumsum(0)):
         with pytest.raises(BatchMixingError, match=r"^batch_jacobian_of: .*rows"):
@@ -214,7 +214,7 @@ def test_rows_that_mix_are_not_looked_for_without_check():
     assert found.shape == (B, 3, 3)
 
 
-def test_rows_that_begin_to_mix():
+def test_rows_that_begin_to_mix_are_seen():
     """The nodes of the graph are the key: another graph is verified anew."""
     for _ in range(20):
         x = leaf(B, 3)
@@ -249,7 +249,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_calls(name):
+def test_wrong_calls_are_refused(name):
     make, words, kind, expected = WRONG[name]
     outputs, inputs = make(leaf(B, 3))
     with pytest.raises(kind, match=rf"^batch_jacobian_of: expected .*({expected})"):

@@ -37,7 +37,7 @@ def by_exec():
 @pytest.mark.quick
 @pytest.mark.parametrize("make", [by_fx, by_exec])
 @pytest.mark.parametrize("transform", [batch_jacobian, batch_laplacian])
-def test_modules_made_by_machines(make, transform):
+def test_modules_made_by_machines_are_right(make, transform):
     net, x = make(), randn(B, 3)
     right = transform(lambda x: net(x), check=False)(x)
     for _ in range(3):
@@ -47,7 +47,7 @@ def test_modules_made_by_machines(make, transform):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_an_exported_module():
+def test_an_exported_module_is_right():
     net, x = network(), randn(B, 3)
     exported = torch.export.export(net, (x,)).module()
     for _ in range(2):
@@ -57,7 +57,7 @@ def test_an_exported_module():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Dynamo detected")
 @pytest.mark.filterwarnings("ignore::funcjac.EngineFallbackWarning")
 @pytest.mark.parametrize("transform", [batch_jacobian, batch_hessian, batch_laplacian])
-def test_a_compiled_network_inside(transform):
+def test_a_compiled_network_inside_is_right_or_refused(transform):
     """Right, or told to compile the whole."""
     net, x = network(), randn(B, 3)
     torch._dynamo.reset()
@@ -72,7 +72,7 @@ def test_a_compiled_network_inside(transform):
         torch._dynamo.reset()
 
 
-def test_packed_sequences():
+def test_packed_sequences_are_right():
     lstm = nn.LSTM(3, 4, batch_first=True).double()
     lengths = torch.tensor([5, 3, 4, 1])
 
@@ -88,7 +88,7 @@ def test_packed_sequences():
     equal(jac.detach(), right.detach())
 
 
-def test_check_derivative_of_a_module_made_by_fx():
+def test_check_derivative_takes_a_module_made_by_fx():
     net: nn.Module = by_fx()
     x: Tensor = randn(B, 3)
     assert check_derivative(batch_jacobian(net), x).ok

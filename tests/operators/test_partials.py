@@ -19,7 +19,7 @@ def wave(x, t):
 @pytest.mark.quick
 @pytest.mark.parametrize("mode", ["auto", "taylor", "rev"])
 @pytest.mark.parametrize("shape", [(B,), (B, 1)], ids=str)
-def test_partials_of_columns(shape, mode):
+def test_columns_are_numbered_through(shape, mode):
     """``u(x, t)`` with coordinates numbered through."""
     x, t = randn(*shape), randn(*shape)
     indices = [[0], [1], [0, 0], [0, 1], []]
@@ -32,7 +32,7 @@ def test_partials_of_columns(shape, mode):
 
 
 @pytest.mark.parametrize("mode", ["auto", "taylor", "rev"])
-def test_partials_of_vectors_and_columns(mode):
+def test_vectors_and_columns_are_numbered_through(mode):
     """``x`` of two coordinates, then ``t``: (0, 1), (2)."""
     x, t = randn(B, 2), randn(B, 1)
     func = lambda x, t: x[:, :1] ** 2 * x[:, 1:] ** 3 * t**2
@@ -43,7 +43,7 @@ def test_partials_of_vectors_and_columns(mode):
         equal(got, expected)
 
 
-def test_partials_in_the_order_of_argnums():
+def test_coordinates_go_by_the_order_of_argnums():
     x, t = randn(B), randn(B)
     by_t_first = batch_partials(wave, [(0,), (1,)], (1, 0))(x, t)
     by_x_first = batch_partials(wave, [(1,), (0,)], (0, 1))(x, t)
@@ -51,7 +51,7 @@ def test_partials_in_the_order_of_argnums():
         equal(one, other)
 
 
-def test_partials_by_one_of_several_arguments():
+def test_other_arguments_have_no_coordinates():
     x, t, scale = randn(B, 1), randn(B, 1), torch.tensor(2.0, dtype=f64)
     func = lambda scale, x, t: scale * wave(x, t)
     found = batch_partials(func, [(1,), (0, 0)], (1, 2), in_dims=(None, 0, 0))(scale, x, t)
@@ -59,7 +59,7 @@ def test_partials_by_one_of_several_arguments():
     equal(found[1], -8 * wave(x, t))
 
 
-def test_a_training_step_of_columns():
+def test_a_training_step_of_columns_is_that_of_plain_autograd():
     net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     u = lambda x, t: net(torch.cat([x, t], 1))
     x, t = randn(B, 1), randn(B, 1)
@@ -76,7 +76,7 @@ def test_a_training_step_of_columns():
     [([(2,)], (randn(B), randn(B))), ([(0, -3)], (randn(B, 1), randn(B, 1)))],
     ids=["columns", "negative"],
 )
-def test_indices_beyond_all_coordinates(indices, args):
+def test_indices_beyond_all_coordinates_are_refused(indices, args):
     with pytest.raises(
         ValueError, match=r"^batch_partials: expected .*ind(ex|ices) between -2 and 1"
     ):

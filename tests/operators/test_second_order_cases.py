@@ -157,7 +157,7 @@ def routes():
     ("case", "route", "dtype"),
     [pytest.param(*route, id=f"{route[0].name}-{route[1]}-{route[2]}") for route in routes()],
 )
-def test_case(case, route, dtype):
+def test_second_derivatives_are_right_on_every_call(case, route, dtype):
     name, mode = route.split("/")
     right = expected(case, name)
     for found in run(TRANSFORMS[name][0], case, mode, dtype):
@@ -167,7 +167,7 @@ def test_case(case, route, dtype):
 # torch.func gives nan for the determinant of the identity, which only verification finds.
 @pytest.mark.parametrize("name", ["hessian", "laplacian"])
 @by_case([case for case in CASES if case.name != "det_at_identity"])
-def test_unverified(case, name):
+def test_auto_is_right_unverified(case, name):
     """``auto`` does not count on verification to find what is known to be wrong in torch."""
     for found in run(TRANSFORMS[name][0], case, "auto", f64, calls=1, check=False):
         assert_right(found, expected(case, name), f64)
@@ -175,7 +175,7 @@ def test_unverified(case, name):
 
 @pytest.mark.parametrize("name", ["hessian", "laplacian"])
 @by_case(CASES)
-def test_value_and_jacobian(case, name):
+def test_value_and_jacobian_come_along(case, name):
     """Both come from the same pass, and are those of ``func``."""
     right = found_by_rows(case.name)
     for found, (jac, value) in run(TRANSFORMS[name][0], case, "auto", f64, return_value=True):
@@ -216,7 +216,7 @@ TRAINED = [case for case in CASES if case.can("second", "third")]
     [pytest.param("laplacian", case, id=f"laplacian-{case.name}") for case in TRAINED]
     + [pytest.param("diagonal", case, id=f"diagonal-{case.name}") for case in TRAINED[::5]],
 )
-def test_training_step(name, case):
+def test_gradients_of_a_loss_on_second_derivatives_are_right(name, case):
     """The gradient of a loss on second derivatives, by the input and by all parameters."""
     setup, leaves = attached(case)
     oracle = functools.partial(getattr(oracles, name), create_graph=True)
@@ -246,7 +246,7 @@ def takes_vectors(case: Case) -> bool:
 VECTORS = [case for case in CASES if takes_vectors(case)]
 
 
-def test_there_are_enough():
+def test_the_table_is_long():
     assert len(CASES) > 150
     assert {case.name for case in CASES} >= FEW
     assert len(VECTORS) > 110
@@ -268,7 +268,7 @@ def partials_by_rows(name: str):
     ids=str,
 )
 @by_case(VECTORS)
-def test_partials(case, mode, dtype):
+def test_partials_up_to_order_three_are_right(case, mode, dtype):
     indices, right = partials_by_rows(case.name)
     for found in run(batch_partials, case, mode, dtype, indices):
         assert isinstance(found, tuple)
@@ -283,7 +283,7 @@ def is_field(case: Case) -> bool:
 
 
 @by_case(CASES)
-def test_divergence(case):
+def test_divergence_is_the_trace_or_is_refused(case):
     """The trace of the Jacobian, where it has one."""
     if not is_field(case):
         setup = case.build(f64)

@@ -241,7 +241,7 @@ ONE_ROW = {"dot_of_one_row", "mv_of_one_row", "dist"}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_operation_unverified(name):
+def test_each_operation_is_right_unverified(name):
     """Linear operations get bent once more, so that lower derivatives matter behind them."""
     torch.manual_seed(0)
     x = randn(1 if name in ONE_ROW else 4, 3)
@@ -266,7 +266,7 @@ def test_a_hook_that_changes_gradients_is_refused():
         batch_hessian_diagonal(func, mode="taylor", check=False)(randn(4, 3))
 
 
-def test_chunks_of_different_order():
+def test_chunks_of_different_order_agree():
     """Derivatives of operations that served a chunk of low order serve no higher one."""
     x = randn(4, 2)
     words = {"mode": "taylor", "check": False, "chunk_size": 1}
@@ -279,7 +279,7 @@ def test_chunks_of_different_order():
 # --- of any order ------------------------------------------------------------------------
 
 
-def test_orders_up_to_five():
+def test_orders_up_to_five_are_right():
     x = randn(4, 2)
     func = lambda x: (x[:, 0].exp() * (2 * x[:, 1]).sin()).tanh() / (2 + x[:, 0].cos())
     indices = [(), (0,), (1, 0), (0, 1, 1), (1, 1, 0, 0), (0, 1, 0, 1, 1)]
@@ -324,7 +324,7 @@ ELEMENTWISE = {
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
-def test_three_orders_of_elementwise_functions(name):
+def test_three_orders_of_elementwise_functions_are_right(name):
     """One call after the other, at other values and shapes: nothing of an earlier call is used."""
     func, indices = ELEMENTWISE[name], [(0, 0, 0), (0,), (0, 0)]
     transformed = batch_partials(func, indices, mode="taylor", check=False)
@@ -389,7 +389,7 @@ def explicit_norm(x):
 
 @pytest.mark.parametrize("transform", [batch_hessian, batch_hessian_diagonal, batch_laplacian])
 @pytest.mark.parametrize("inside", [False, True])
-def test_third_derivatives_of_layer_norm(transform, inside):
+def test_third_derivatives_of_layer_norm_are_right(transform, inside):
     """PyTorch's own are wrong, in plain autograd and in torch.func."""
     x, cotangent = randn(4, 3), None
     found = []
@@ -405,7 +405,7 @@ def test_third_derivatives_of_layer_norm(transform, inside):
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-8)
 
 
-def test_a_norm_that_appears_later():
+def test_a_norm_that_appears_later_is_right():
     now, x = {"norm": False}, randn(4, 3).requires_grad_()
     func = lambda x: (F.layer_norm(x, (3,)) if now["norm"] else x.sin()).exp()
     transformed = batch_hessian(func, mode="rev_over_rev")
@@ -421,7 +421,7 @@ def test_a_norm_that_appears_later():
 
 @pytest.mark.parametrize("transform", [batch_jacobian, batch_hessian_diagonal, batch_laplacian])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_another_precision_inside(transform, dtype):
+def test_another_precision_inside_is_kept(transform, dtype):
     """What counts is the precision that func computes in, not that of its arguments."""
     net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
     x = randn(4, 3)

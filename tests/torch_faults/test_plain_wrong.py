@@ -48,14 +48,14 @@ def assert_slope(value, parameter: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("mode", ["auto", "rev", "fwd"])
-def test_gradient_of_a_jacobian_of_a_jacobian(name, mode):
+def test_gradient_of_a_jacobian_of_a_jacobian_is_right(name, mode):
     net, x = network(name), torch.randn(4, 3, dtype=f64)
     nested = batch_jacobian(batch_jacobian(net, mode=mode), mode=mode)
     assert_slope(lambda: nested(x).square().sum(), net[0].weight)
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_jacobian_differentiated_twice_by_its_user(name):
+def test_jacobian_differentiated_twice_by_its_user_is_right(name):
     net, x = network(name), torch.randn(4, 3, dtype=f64, requires_grad=True)
     jac = batch_jacobian(net)
 
@@ -67,7 +67,7 @@ def test_jacobian_differentiated_twice_by_its_user(name):
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_jacobian_inside_of_two_gradients(name):
+def test_jacobian_inside_of_two_gradients_is_right(name):
     net, x = network(name), torch.randn(4, 3, dtype=f64, requires_grad=True)
     jac = batch_jacobian(net)
     bent = torch.func.grad(lambda x: jac(x).sum())
@@ -78,7 +78,7 @@ def test_jacobian_inside_of_two_gradients(name):
     assert (outer(x) * direction).sum().item() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_second_derivatives_by_the_weights_of_weight_norm():
+def test_second_derivatives_by_the_weights_of_weight_norm_are_right():
     torch.manual_seed(0)
     net = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)).to(f64)
     name = "parametrizations.weight.original1"
@@ -97,7 +97,7 @@ def test_second_derivatives_by_the_weights_of_weight_norm():
 
 @pytest.mark.skipif(not SINCE_2_13, reason="new in PyTorch 2.13")
 @pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_cross_entropy_in_chunks(reduction):
+def test_cross_entropy_in_chunks_is_right(reduction):
     torch.manual_seed(0)
     x, weight = torch.randn(3, 5, dtype=f64), torch.randn(4, 5, dtype=f64)
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=1)

@@ -19,7 +19,7 @@ B = 4
 
 
 @pytest.mark.quick
-def test_a_power_of_zero_at_a_negative_base():
+def test_a_power_of_zero_at_a_negative_base_is_constant():
     """By plain autograd the second derivative of ``(x0 + 2) ** (x1 * 0)`` by ``x0`` is zero."""
     func = lambda x: (x[:, 0] + 2) ** (x[:, 1] * 0)
     x = torch.tensor([[-3.0, 1.0], [1.0, 0.5]], dtype=f64)
@@ -60,7 +60,7 @@ POWERS = {
 
 
 @pytest.mark.parametrize("name", POWERS)
-def test_a_power_with_an_exponent_that_is_zero(name):
+def test_a_power_with_an_exponent_that_is_zero_is_right(name):
     x = torch.tensor([[2.5, 0.0], [2.2, 0.0], [1.3, 0.7]], dtype=f64)
     func = lambda x: POWERS[name](x[:, 0], x[:, 1])
     same = lambda x: (x[:, 1] * x[:, 0].log()).exp()
@@ -75,7 +75,7 @@ def test_a_power_with_an_exponent_that_is_zero(name):
     torch.testing.assert_close(moved.grad, batch_hessian(same)(x)[:, 0])
 
 
-def test_powers_of_less_than_zero():
+def test_powers_of_less_than_zero_are_right():
     exponents = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=f64)
     x = torch.tensor([[-1.5, -0.5, 0.0, 2.0], [-0.3, -0.4, -1.0, -2.0]], dtype=f64)
     right = exponents * (exponents - 1) * torch.tensor([[0, 0, 1, 2.0], [0, 0, 1, -2]], dtype=f64)
@@ -87,7 +87,7 @@ def test_powers_of_less_than_zero():
 
 @pytest.mark.parametrize("transform", EVERY)
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
-def test_determinants_inside_of_transforms(size, transform):
+def test_determinants_inside_of_transforms_are_right(size, transform):
     x = fixed_randn(3, size * size)
     func = lambda x: torch.linalg.det(x.reshape(-1, size, size)) * x[:, 0]
     found = transform(func)
@@ -98,7 +98,7 @@ def test_determinants_inside_of_transforms(size, transform):
 
 
 @pytest.mark.parametrize("size", [2, 4, 5])
-def test_a_determinant_of_a_singular_matrix(size):
+def test_a_determinant_of_a_singular_matrix_is_right(size):
     x = fixed_randn(3, size * size)
     x[0, :size] = x[0, size : 2 * size]
     func = lambda x: torch.det(x.reshape(-1, size, size))
@@ -119,7 +119,7 @@ def test_powers_keep_their_dtype():
     torch.testing.assert_close(found, (1 / x).sum().double(), rtol=1e-5, atol=1e-5)
 
 
-def test_infinity_to_the_power_of_zero():
+def test_infinity_to_the_power_of_zero_is_constant():
     x, zero = torch.tensor([[torch.inf, 2.0]], dtype=f64), torch.zeros(1, dtype=f64)
     value = batch_jacobian(lambda x: x**zero, return_value=True)
     jac, out = torch.func.jvp(value, (x,), (x,))[0]
@@ -141,7 +141,7 @@ def test_powers_and_determinants_compile(name, transform):
     torch.testing.assert_close(found, transform(func)(x), rtol=1e-4, atol=1e-5)
 
 
-def test_keywords_of_replaced_operations():
+def test_replaced_operations_take_their_keywords():
     x = fixed_randn(3, 2, 2)
     by_name = batch_jacobian(lambda x: torch.linalg.det(A=x))
     by_place = batch_jacobian(lambda x: torch.linalg.det(x))
@@ -151,7 +151,7 @@ def test_keywords_of_replaced_operations():
 
 
 @pytest.mark.parametrize("size", [3, 4, 5, 7])
-def test_determinants_of_singular_matrices_inside_of_transforms(size):
+def test_determinants_of_singular_matrices_inside_of_transforms_are_right(size):
     x = torch.diag(torch.arange(size, dtype=f64)).expand(2, size, size).clone()
     func = batch_jacobian(torch.linalg.det)
     right = torch.zeros(size, size, dtype=f64)

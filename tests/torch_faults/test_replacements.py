@@ -80,7 +80,7 @@ def pair_energy(r):
 
 
 @pytest.mark.parametrize("transform", [batch_hessian, batch_laplacian])
-def test_distances_of_the_same_points(transform):
+def test_distances_of_the_same_points_are_right_or_refused(transform):
     """``2 sum |r_i - r_j|^2 / 2``: the right value or an error, and never not-a-number unsaid."""
     r = randn(2, 3, 2)
     plain = lambda r: (r[:, :, None] - r[:, None]).square().sum((1, 2, 3))
@@ -119,7 +119,7 @@ EVERY = (batch_jacobian, batch_hessian, batch_hessian_diagonal, batch_laplacian)
 
 
 @pytest.mark.parametrize("mode", ["auto", "rev", "fwd"])
-def test_gradients_through_batch_norm_within_rows(mode):
+def test_batch_norm_within_rows_moves_once_and_has_right_gradients(mode):
     # Its buffers move with each row of each call, and the graph that is returned stays whole.
     norm = nn.BatchNorm1d(4).double()
     jac = batch_jacobian(stacked(lambda x: norm(x)[:2]), mode=mode)
@@ -136,7 +136,7 @@ def test_gradients_through_batch_norm_within_rows(mode):
     assert [b - a for a, b in itertools.pairwise(moved)] == [3, 3, 3]
 
 
-def test_attention_with_dropout_nested():
+def test_nested_attention_with_dropout_is_finite():
     # PyTorch's own died in forward mode over reverse mode.
     def func(x):
         heads = [y.view(-1, 1, 2, 2) for y in (x, x.sin(), x.cos())]
@@ -152,7 +152,7 @@ def _selected(x):
 
 
 @pytest.mark.parametrize("mode", ["auto", "rev", "fwd"])
-def test_select_scatter_inside_of_a_gradient(mode):
+def test_select_scatter_inside_of_a_gradient_is_right(mode):
     func, x = lambda x: _selected(x).flatten(1), fixed_randn(3, 2, 3)
     inside = torch.func.grad(lambda x: batch_jacobian(func, mode=mode)(x).square().sum())
     leaf = x.clone().requires_grad_()
@@ -161,13 +161,13 @@ def test_select_scatter_inside_of_a_gradient(mode):
     torch.testing.assert_close(inside(x), wanted)
 
 
-def test_select_scatter_under_vmap():
+def test_select_scatter_under_vmap_is_right():
     # Its batching rule has a wrong gradient, which plain autograd shares.
     row, x = lambda x: _selected(x).flatten(), fixed_randn(3, 2, 3)
     torch.testing.assert_close(batch_jacobian(torch.vmap(row))(x), jacobian_by_rows(row, x))
 
 
-def test_cumprod_where_a_zero_comes_later():
+def test_cumprod_is_right_where_a_zero_comes_later():
     # Torch's own forward formula, which engine="vmap" would take, is wrong there.
     hess = batch_hessian(lambda x: x.cumprod(1), mode="fwd_over_fwd", engine="sum")
     with_zero = fixed_randn(3, 5)
@@ -178,7 +178,7 @@ def test_cumprod_where_a_zero_comes_later():
 
 
 @pytest.mark.parametrize("order", ["hessian", "diagonal", "laplacian", "nested"])
-def test_second_derivatives_of_logcumsumexp(order):
+def test_second_derivatives_of_logcumsumexp_are_right(order):
     func, x = lambda x: x.logcumsumexp(-1).sin(), fixed_randn(3, 4)
     one_by_one = lambda z: torch.stack([z[: k + 1].logsumexp(0) for k in range(4)]).sin()
     wanted = hessian_by_rows(one_by_one, x)
@@ -192,14 +192,14 @@ def test_second_derivatives_of_logcumsumexp(order):
     torch.testing.assert_close(found(x), wanted)
 
 
-def test_the_mean_that_native_group_norm_returns():
+def test_the_mean_that_native_group_norm_returns_is_differentiated():
     # Plain autograd's gradient of it is zero.
     mean = lambda x: torch.native_group_norm(x.view(-1, 4, 1), None, None, len(x), 4, 1, 2, 1e-5)[1]
     wanted = torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]], dtype=f64).expand(3, 2, 4)
     torch.testing.assert_close(batch_jacobian(mean)(fixed_randn(3, 4)), wanted)
 
 
-def test_nested_layer_norm_by_its_weight():
+def test_nested_layer_norm_by_its_weight_is_right():
     rows = stacked(lambda x, w, b: F.layer_norm(x, (2,), w, b))
     every = (0, 1, 2)
     args = (fixed_randn(3, 1, 2), fixed_randn(3, 2), fixed_randn(3, 2))
@@ -210,7 +210,7 @@ def test_nested_layer_norm_by_its_weight():
     torch.testing.assert_close(found[1][0].reshape(3, 2, 2, 2), wanted)
 
 
-def test_max_unpool_of_overlapping_windows():
+def test_max_unpool_of_overlapping_windows_counts_once():
     # Plain autograd counts a number twice where two windows have it.
     def func(x):
         pooled, indices = F.max_pool1d(x.unsqueeze(1), 2, 1, return_indices=True)
@@ -232,7 +232,7 @@ def test_a_draw_moves_with_its_parameters():
     torch.testing.assert_close(jac, torch.diag_embed(value / mean))
 
 
-def test_as_strided_scatter():
+def test_as_strided_scatter_is_right():
     src = fixed_randn(2, 2)
     rows = stacked(lambda x: torch.as_strided_scatter(x.clone(), src, (2, 2), (1, 2), 1))
     jac = batch_jacobian(rows)(fixed_randn(3, 3, 3)).reshape(3, 9, 9)
@@ -241,7 +241,7 @@ def test_as_strided_scatter():
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_ctc_loss_of_what_is_no_log_softmax(reduction):
+def test_ctc_loss_is_right_of_what_is_no_log_softmax(reduction):
     targets = torch.tensor([1, 2])
     words = (targets, torch.tensor(5), torch.tensor(2))
     rows = stacked(lambda x: F.ctc_loss(x, *words, reduction=reduction))
@@ -252,7 +252,7 @@ def test_ctc_loss_of_what_is_no_log_softmax(reduction):
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
 
 
-def test_layer_norm_of_large_halves():
+def test_layer_norm_of_large_halves_is_finite():
     norm = nn.LayerNorm(64).half()
     x = (400 * fixed_randn(4, 64)).half()
     jac, value = batch_jacobian(norm, return_value=True)(x)
@@ -260,7 +260,7 @@ def test_layer_norm_of_large_halves():
     assert jac.abs().max() > 1e-3
 
 
-def test_norms_in_another_precision_than_their_weights():
+def test_norms_keep_their_dtype_beside_weights_of_another():
     head, norm = nn.Linear(5, 3).bfloat16(), nn.LayerNorm(5)
     x = fixed_randn(3, 5).bfloat16()
     assert batch_jacobian(norm)(x).dtype == torch.bfloat16
@@ -268,7 +268,7 @@ def test_norms_in_another_precision_than_their_weights():
 
 
 @pytest.mark.parametrize("transform", EVERY)
-def test_attention_of_rows_that_see_nothing(transform):
+def test_attention_of_rows_that_see_nothing_is_finite(transform):
     torch.manual_seed(0)
     heads = nn.MultiheadAttention(4, 2, batch_first=True).double().eval()
     mask = torch.zeros(3, 3, dtype=torch.bool)
@@ -277,7 +277,7 @@ def test_attention_of_rows_that_see_nothing(transform):
     assert transform(func)(fixed_randn(2, 3, 4)).isfinite().all()
 
 
-def test_operations_called_by_keyword():
+def test_operations_may_be_called_by_keyword():
     x = fixed_randn(3, 5)
     scatter = lambda x: torch.select_scatter(input=x.tanh(), src=x[:, 0].exp(), dim=1, index=2)
     assert batch_jacobian(scatter)(x).shape == (3, 5, 5)
@@ -287,7 +287,7 @@ def test_operations_called_by_keyword():
 
 
 @pytest.mark.parametrize("transform", [batch_jacobian, batch_hessian])
-def test_a_norm_of_an_empty_batch(transform):
+def test_a_norm_of_an_empty_batch_has_its_shape(transform):
     assert transform(nn.GroupNorm(1, 5).double())(fixed_randn(0, 5)).shape[:3] == (0, 5, 5)
 
 

@@ -21,7 +21,7 @@ from tests.tensors import equal, randn
 B = 4
 
 
-def test_a_changed_training_flag():
+def test_a_changed_training_flag_is_seen():
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double().eval()
     jacobian = batch_jacobian(net)
     x = randn(B, 3)
@@ -68,7 +68,7 @@ def calls_a_caller(x):
 
 
 @pytest.mark.parametrize("func", [uses_a_global_function, calls_a_caller])
-def test_a_redefined_global_helper(func, monkeypatch):
+def test_a_redefined_global_helper_is_seen(func, monkeypatch):
     jacobian, x = batch_jacobian(func), randn(B, 3)
     for _ in range(20):
         jacobian(x)
@@ -77,7 +77,7 @@ def test_a_redefined_global_helper(func, monkeypatch):
         jacobian(x)
 
 
-def test_a_replaced_global_module(monkeypatch):
+def test_a_replaced_global_module_is_seen(monkeypatch):
     jacobian, x = batch_jacobian(uses_a_global_module), randn(B, 3)
     for _ in range(20):
         jacobian(x)
@@ -86,7 +86,7 @@ def test_a_replaced_global_module(monkeypatch):
         jacobian(x)
 
 
-def test_a_replaced_submodule():
+def test_a_replaced_submodule_is_seen():
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh()).double()
     jacobian, x = batch_jacobian(net), randn(B, 3)
     for _ in range(20):
@@ -96,7 +96,7 @@ def test_a_replaced_submodule():
         jacobian(x)
 
 
-def test_a_changed_closure():
+def test_a_changed_closure_is_seen():
     inner = torch.tanh
 
     def func(x):
@@ -111,7 +111,7 @@ def test_a_changed_closure():
 
 
 @pytest.mark.parametrize("where", ["method", "call", "attribute function"])
-def test_a_changed_attribute(where):
+def test_a_changed_attribute_is_seen(where):
     holder = Holder()
     holder.function = torch.tanh
     func = {
@@ -127,7 +127,7 @@ def test_a_changed_attribute(where):
         jacobian(x)
 
 
-def test_a_changed_flag():
+def test_a_changed_flag_is_seen():
     """A flag given as an argument is part of the signature."""
     func = lambda x, mix: mixes(x) if mix else x
     jacobian, x = batch_jacobian(func), randn(B, 3)
@@ -224,7 +224,7 @@ def test_a_switch_is_verified_anew(name):
 
 
 @pytest.mark.parametrize("kind", [Kind.PLAIN, numpy.int64(0)])
-def test_an_argument_of_another_kind_of_number(kind):
+def test_an_argument_of_another_kind_of_number_is_another_key(kind):
     jacobian, x = batch_jacobian(lambda x, k: mixes(x) if k in (Kind.MIXING, 1) else x), randn(B, 3)
     for _ in range(20):
         jacobian(x, kind)
@@ -232,7 +232,7 @@ def test_an_argument_of_another_kind_of_number(kind):
         jacobian(x, Kind.MIXING if kind is Kind.PLAIN else numpy.int64(1))
 
 
-def test_a_hook_added_later():
+def test_a_hook_added_later_is_seen():
     net = network(5, grad=False)
     jacobian, x = batch_jacobian(net), randn(B, 3)
     for _ in range(20):
@@ -263,7 +263,7 @@ class Unhashable(Payload, enum.Enum):
     TWO = 2
 
 
-def test_members_of_an_enum_without_a_hash():
+def test_members_of_an_enum_without_a_hash_are_told_apart():
     func = lambda x, kind=Unhashable.ONE: x * kind.factor
     jacobian, x = batch_jacobian(func), randn(B, 3)
     equal(jacobian(x), torch.eye(3).double().expand(B, 3, 3))
@@ -271,7 +271,7 @@ def test_members_of_an_enum_without_a_hash():
 
 
 @pytest.mark.quick
-def test_an_int_attribute_that_makes_rows_mix_from_call_20_on():
+def test_an_int_attribute_that_makes_rows_mix_from_call_20_on_is_seen():
     class Net(nn.Module):
         stage = 0
 

@@ -45,7 +45,7 @@ def test_not_a_number_stays_where_it_is():
 @pytest.mark.parametrize(
     "transform", [batch_jacobian, batch_hessian, batch_hessian_diagonal, batch_laplacian]
 )
-def test_a_bad_row_beside_good_ones(transform):
+def test_a_bad_row_leaves_good_ones_finite(transform):
     """Each finite entry of plain autograd, taken alone, is finite and equal here."""
     x = torch.tensor([[0.0, 0.5], [0.7, 0.9], [0.05, 2.0]], dtype=f64)
     found = transform(kinked)(x)
@@ -60,13 +60,13 @@ def test_a_bad_row_beside_good_ones(transform):
     assert finite[1:].all()
 
 
-def test_explain_of_what_is_not_finite():
+def test_explain_takes_what_is_not_finite():
     found = explain(batch_hessian_diagonal(kinked), POINT)
     assert "batch_hessian_diagonal" in str(found)
 
 
 @pytest.mark.quick
-def test_partials_beside_what_is_not_a_number():
+def test_partials_beside_what_is_not_a_number_are_right():
     func = lambda z: torch.where(z[:, :1] > 0.1, z[:, :1].log(), z[:, :1] ** 2) * z[:, 1:].sin()
     point = torch.tensor([[0.0, 0.5], [0.3, 0.7]], dtype=f64)
     (found,) = batch_partials(func, [(1,)])(point)
@@ -103,7 +103,7 @@ def test_a_singular_row_stops_no_other(name, transform):
         assert not found[1].isfinite().all()
 
 
-def test_a_singular_matrix_that_torch_refuses():
+def test_a_singular_matrix_that_torch_refuses_raises_its_error():
     """Where ``func`` itself raises, it is its own error."""
     x = randn(2, 4).abs()
     x[1] = torch.tensor(BAD["slogdet"], dtype=f64)

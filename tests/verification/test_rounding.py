@@ -17,7 +17,7 @@ from tests.oracles import hessian_by_rows, stacked
 from tests.tensors import f64, fixed_randn, quiet, randn
 
 
-def test_a_reference_that_refuses_large_cotangents():
+def test_a_reference_that_refuses_large_cotangents_is_no_failure():
     x = torch.randn(3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     func = lambda x: torch.view_as_real(torch.linalg.eigvals(x))
     nested = batch_jacobian(batch_jacobian(func))(x)
@@ -27,13 +27,13 @@ def test_a_reference_that_refuses_large_cotangents():
 EVERY = (batch_jacobian, batch_hessian, batch_hessian_diagonal, batch_laplacian)
 
 
-def test_a_jacobian_of_what_is_constant_up_to_rounding_with_a_graph():
+def test_a_constant_up_to_rounding_has_a_small_jacobian():
     x = fixed_randn(3, 3, 2).requires_grad_()
     jac = batch_jacobian(stacked(torch.corrcoef))(x)
     assert jac.abs().max() < 1e-12
 
 
-def test_second_derivatives_far_below_the_first():
+def test_second_derivatives_far_below_the_first_are_small():
     func = stacked(lambda x: x.logsumexp(0))
     x = 1000 * fixed_randn(3, 5).abs() + 1000
     nested = batch_jacobian(batch_jacobian(func))
@@ -77,7 +77,7 @@ def test_another_precision_beside_does_not_loosen_what_is_tolerated():
 
 
 @pytest.mark.parametrize("transform", EVERY)
-def test_what_is_left_of_the_derivatives_of_a_constant(transform):
+def test_derivatives_of_a_constant_are_small(transform):
     func = lambda x: (1000 * x).softmax(-1) @ torch.tensor([1.0, 2.0, 3.0], dtype=f64)
     x = torch.tensor([[1.0, 2.0, 3.0], [5.0, 1.0, 2.0]], dtype=f64)
     for _ in range(3):
@@ -85,7 +85,7 @@ def test_what_is_left_of_the_derivatives_of_a_constant(transform):
 
 
 @pytest.mark.parametrize("seed", [2, 9, 22, 36, 49, 53])
-def test_a_norm_of_a_single_feature_which_is_but_rounding(seed):
+def test_a_norm_of_a_single_feature_has_small_derivatives(seed):
     """Derivatives are zero; plain autograd returns rounding of numbers 300 times as large."""
     rng = torch.Generator().manual_seed(seed)
     args = [size * torch.rand(3, 1, generator=rng, dtype=f64) for size in (-1, -5, -8)]
@@ -95,7 +95,7 @@ def test_a_norm_of_a_single_feature_which_is_but_rounding(seed):
 
 
 @pytest.mark.parametrize("seed", [4, 6, 16, 21, 22])
-def test_attention_that_has_made_up_its_mind(seed):
+def test_attention_that_has_made_up_its_mind_is_verified(seed):
     """Weights are 0 and 1 but for rounding, and so little is left of slopes."""
     rng = torch.Generator().manual_seed(seed)
     query = -8 * torch.rand(3, 1, 2, generator=rng, dtype=f64)
@@ -110,7 +110,7 @@ B = 4
 
 
 @pytest.mark.parametrize(("factor", "batch"), [(10, 16), (10, 128), (30, 32)])
-def test_a_softmax_that_has_made_up_its_mind_in_float32(factor, batch):
+def test_a_softmax_that_has_made_up_its_mind_in_float32_is_verified(factor, batch):
     for seed in range(5):
         rng = torch.Generator().manual_seed(seed)
         x, w = (torch.randn(*shape, generator=rng) for shape in ((batch, 8), (8, 1)))
@@ -135,7 +135,7 @@ def test_a_large_row_excuses_no_other(large):
 
 @quiet
 @pytest.mark.parametrize("engine", ["auto", "vmap", "loop"])
-def test_a_value_that_is_zero_but_for_rounding(engine):
+def test_a_value_that_is_zero_but_for_rounding_is_verified(engine):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16))
     x = torch.randn(8, 16)
@@ -147,7 +147,7 @@ def test_a_value_that_is_zero_but_for_rounding(engine):
 
 
 @pytest.mark.parametrize("engine", ["vmap", "loop"])
-def test_an_aux_that_is_zero_but_for_rounding(engine):
+def test_an_aux_that_is_zero_but_for_rounding_is_returned(engine):
     weights = randn(8, 8)
     inverse = torch.linalg.inv(weights)
     func = lambda x: (x.sin(), x @ weights @ inverse - x)

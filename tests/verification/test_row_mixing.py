@@ -100,7 +100,7 @@ def test_the_cotangent_is_not_the_users_own_draw(seed, draw):
 
 
 @pytest.mark.parametrize("pair", [(a, b) for a in range(B) for b in range(B) if a != b], ids=str)
-def test_any_one_row_that_leaks_into_any_other(pair):
+def test_any_one_row_that_leaks_into_any_other_is_found(pair):
     source, target = pair
     where = torch.zeros(B, 1, dtype=torch.float64)
     where[target] = 0.1
@@ -114,7 +114,7 @@ def test_any_one_row_that_leaks_into_any_other(pair):
 @quiet
 @pytest.mark.parametrize("engine", ["sum", "auto"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions_that_mix_rows(name, engine):
+def test_functions_that_mix_rows_are_refused(name, engine):
     func, x = FUNCTIONS[name], randn(B, 3)
     with pytest.raises(BatchMixingError, match=r"No module known to mix rows.*x\.mean\(0\)"):
         batch_jacobian(func, engine=engine)(x)
@@ -131,23 +131,23 @@ def test_mixing_is_no_matter_of_the_engine(name, engine):
 
 
 @pytest.mark.parametrize("name", ["mean", "neighbour"])
-def test_mixing_in_float32(name):
+def test_mixing_in_float32_is_refused(name):
     with pytest.raises(BatchMixingError):
         batch_jacobian(FUNCTIONS[name])(torch.randn(B, 3))
 
 
-def test_mixing_under_no_grad():
+def test_mixing_under_no_grad_is_refused():
     with torch.no_grad(), pytest.raises(BatchMixingError):
         batch_jacobian(FUNCTIONS["mean"])(randn(B, 3))
 
 
-def test_mixing_of_random_functions():
+def test_mixing_of_random_functions_is_refused():
     func = lambda x: (x - x.mean(0)) * torch.rand_like(x)
     with pytest.raises(BatchMixingError):
         batch_jacobian(func, randomness="different")(randn(B, 3))
 
 
-def test_mixing_in_the_second_argument_only():
+def test_mixing_in_the_second_argument_only_is_refused():
     func = lambda x, y: x.sin() * (y - y.mean(0))
     with pytest.raises(BatchMixingError):
         batch_jacobian(func, 1)(randn(B, 3), randn(B, 3))
@@ -159,7 +159,7 @@ def test_mixing_of_what_nobody_differentiates_is_seen_by_check_batched():
         check_batched(func, randn(B, 3), randn(B, 3))
 
 
-def test_mixing_through_detached_values():
+def test_mixing_through_detached_values_is_seen_by_check_batched():
     """A statistic without a graph leaves derivatives right, and values that mix."""
     func = lambda x: x * x.detach().mean(0)
     with pytest.raises(BatchMixingError):
@@ -171,7 +171,7 @@ def test_a_batch_of_one_cannot_mix():
     equal(batch_jacobian(FUNCTIONS["cumulative sum"])(x), torch.eye(3).double().unsqueeze(0))
 
 
-def test_mixing_in_two_levels():
+def test_mixing_in_two_levels_is_refused():
     inner = batch_jacobian(lambda x: (x - x.mean(0)) ** 3)
     with pytest.raises(BatchMixingError):
         batch_jacobian(inner)(randn(B, 3))
@@ -192,7 +192,7 @@ def test_rows_that_do_not_mix_pass():
 
 
 @pytest.mark.parametrize("scale", [1e2, 1e3, 1e5])
-def test_mixing_beside_a_larger_output(scale):
+def test_mixing_beside_a_larger_output_is_refused(scale):
     func = lambda x: torch.cat([scale * x.sum(1, keepdim=True), x.softmax(0)], 1)
     with pytest.raises(BatchMixingError):
         batch_jacobian(func)(randn(8, 3).float())
@@ -212,14 +212,14 @@ def test_the_size_of_the_dependence_is_named():
         batch_jacobian(adaptive_step)(randn(B, 3))
 
 
-def test_batch_norm_with_dropout_in_training():
+def test_batch_norm_with_dropout_in_training_is_named():
     """The real error comes first."""
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).double()
     with pytest.raises(BatchMixingError, match="1: BatchNorm1d in training mode"):
         batch_jacobian(net)(randn(B, 3))
 
 
-def test_rows_that_mix_where_only_single_rows_could_be_tried():
+def test_rows_that_mix_are_refused_where_only_single_rows_could_be_tried():
     func = lambda x, shared: F.batch_norm(x, None, None, training=True) + shared.sum()
     jac = batch_jacobian(func, argnums=(1, 0), in_dims=(0, None))
     with pytest.raises(BatchMixingError):
@@ -227,7 +227,7 @@ def test_rows_that_mix_where_only_single_rows_could_be_tried():
 
 
 @pytest.mark.parametrize("offset", [1e4, 100])
-def test_rows_that_mix_under_a_large_constant(offset):
+def test_rows_that_mix_under_a_large_constant_are_refused(offset):
     x = fixed_randn(4, 2000).float()
     with torch.no_grad(), pytest.raises(BatchMixingError):
         batch_jacobian(lambda x: offset + (x - x.mean(0)))(x)

@@ -35,14 +35,14 @@ DETACHED = {
 @pytest.mark.parametrize("engine", ["sum", "auto"])
 @pytest.mark.parametrize("mode", ["fwd", "rev"])
 @pytest.mark.parametrize("name", DETACHED)
-def test_detached_functions(name, mode, engine):
+def test_detached_functions_are_refused(name, mode, engine):
     with pytest.raises(
         VerificationError, match=r"^batch_jacobian: .*autograd.*Look for.*detach\(\)"
     ):
         batch_jacobian(DETACHED[name], engine=engine, mode=mode)(randn(B, 3))
 
 
-def test_a_detached_leaf_among_others():
+def test_a_detached_leaf_among_others_is_refused():
     func = lambda x: (x.sin(), x.detach() ** 2)
     with pytest.raises(VerificationError, match=r"detach\(\)"):
         batch_jacobian(func)(randn(B, 3))
@@ -99,7 +99,7 @@ BESIDE = {
 
 @pytest.mark.parametrize("mode", ["auto", "fwd", "rev"])
 @pytest.mark.parametrize("name", BESIDE)
-def test_a_wrong_derivative_by_one_weight_among_others(name, mode):
+def test_the_graph_has_right_derivatives_by_each_weight(name, mode):
     w, v = (torch.tensor(t).double().requires_grad_() for t in (0.5, 0.7))
     x = torch.tensor([[0.3], [1.0], [1.2]]).double()
     jac = batch_jacobian(lambda x: CutFromTheWeight.apply(x, w) + BESIDE[name](x, v), mode=mode)(x)
@@ -192,7 +192,7 @@ def test_a_wrong_batching_rule_is_caught(check, harm):
 
 
 @by_harm
-def test_a_wrong_batching_rule_in_float32(harm):
+def test_a_wrong_batching_rule_in_float32_is_caught(harm):
     with pytest.raises(VerificationError, match=r"^batch_jacobian: "):
         batch_jacobian(harmed(harm), engine="vmap", mode="rev")(torch.randn(B, 3))
 
@@ -208,7 +208,7 @@ def test_check_false_sees_nothing(harm):
 
 @quiet
 @by_harm
-def test_auto_does_not_return_it(harm):
+def test_auto_does_not_return_what_a_wrong_batching_rule_makes(harm):
     jacobian = batch_jacobian(harmed(harm))
     weight = torch.arange(1.0, 16.0).double().reshape(3, 5) / 9
     for _ in range(10):
@@ -249,7 +249,7 @@ def test_what_is_differentiable_once_says_so_in_backward(engine):
         jac.sum().backward()
 
 
-def test_an_operation_without_a_batching_rule():
+def test_an_operation_without_a_batching_rule_is_right():
     """Torch runs renorm under vmap one sample at a time, with a warning."""
     func = lambda x: x.renorm(2, 0, 1.0) if x.ndim == 2 else x
     x = randn(B, 3)
@@ -258,7 +258,7 @@ def test_an_operation_without_a_batching_rule():
 
 
 @pytest.mark.parametrize("transform", [batch_jacobian, batch_hessian])
-def test_checks_of_a_function_that_differentiates_by_itself(transform):
+def test_checks_take_a_function_that_differentiates_by_itself(transform):
     base = randn(3, 3)
 
     def force(x):
@@ -268,7 +268,7 @@ def test_checks_of_a_function_that_differentiates_by_itself(transform):
     assert check_derivative(transform(force), randn(B, 3)).ok
 
 
-def test_a_report_where_another_device_is_the_default():
+def test_check_derivative_takes_another_default_device():
     with torch.device("meta"):
         assert check_derivative(batch_jacobian(torch.sin), randn_on_cpu()).ok
 
@@ -287,7 +287,7 @@ def dead_at_first(x):
     "words",
     [{}, {"engine": "vmap"}, *[{"engine": e, "mode": "fwd"} for e in ("sum", "loop")]],
 )
-def test_a_no_grad_block_behind_what_is_dead_at_first(words):
+def test_a_no_grad_block_behind_what_is_dead_at_first_is_constant(words):
     jacobian = batch_jacobian(dead_at_first, **words)
     for _ in range(12):
         jacobian(-randn(B, 3).sigmoid())
@@ -325,7 +325,7 @@ def test_what_was_dead_at_first_is_verified_later(words):
         equal(jacobian(randn(B, 3).abs()), torch.eye(3).double().repeat(B, 20, 1))
 
 
-def test_a_hook_that_is_not_linear():
+def test_a_hook_that_is_not_linear_is_right_or_refused_in_each_call():
     """Verified or refused, and so in each call: never right at first and wrong later."""
 
     def func(x):
