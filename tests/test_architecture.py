@@ -414,8 +414,9 @@ def private_names(tree):
             yield from (a.name for a in node.names if a.name.startswith("funcjac._"))
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("funcjac"):
             yield from (f"{node.module}.{a.name}" for a in node.names)
-        elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("funcjac."):
-            yield ast.unparse(node)
+        elif isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+            name = ast.unparse(node)
+            yield from [name] * name.startswith("funcjac.")
 
 
 @pytest.mark.parametrize("file", TEST_TREES)

@@ -6,10 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from funcjac import (
-    BatchMixingError,
-    VerificationError,
-)
+from funcjac import BatchMixingError, VerificationError
 from tests.tensors import quiet, randn
 from tests.watched import (
     CALLS,

@@ -8,11 +8,7 @@ import pytest
 import torch
 from torch.utils import _pytree as torch_pytree
 
-from funcjac import (
-    batch_hessian,
-    batch_hessian_diagonal,
-    batch_jacobian,
-)
+from funcjac import batch_hessian, batch_hessian_diagonal, batch_jacobian
 from tests.cases.modules import network
 from tests.tensors import equal, f64, randn
 

@@ -4,12 +4,7 @@ import pytest
 import torch
 from torch._C._functorch import peek_interpreter_stack
 
-from funcjac import (
-    batch_jacobian,
-    check_batched,
-    check_derivative,
-    explain,
-)
+from funcjac import batch_jacobian, check_batched, check_derivative, explain
 from tests.tensors import quiet, randn
 from tests.watched import MODES, TRANSFORMS, B, Watched, close, unchanged
 

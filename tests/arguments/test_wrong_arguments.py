@@ -6,13 +6,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from funcjac import (
-    batch_jacobian,
-    batch_laplacian,
-    check_batched,
-    check_derivative,
-    explain,
-)
+from funcjac import batch_jacobian, batch_laplacian, check_batched, check_derivative, explain
 from tests.tensors import randn
 from tests.watched import (
     BETA,

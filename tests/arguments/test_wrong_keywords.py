@@ -4,12 +4,7 @@ import numpy
 import pytest
 import torch
 
-from funcjac import (
-    batch_partials,
-    check_batched,
-    check_derivative,
-    explain,
-)
+from funcjac import batch_partials, check_batched, check_derivative, explain
 from tests.tensors import randn
 from tests.watched import (
     SECOND,

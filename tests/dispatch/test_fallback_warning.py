@@ -6,10 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from funcjac import (
-    EngineFallbackWarning,
-    batch_jacobian,
-)
+from funcjac import EngineFallbackWarning, batch_jacobian
 from tests.cases.functions import assign_masked
 from tests.cases.modules import network
 from tests.fresh import fresh

@@ -4,12 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from funcjac import (
-    batch_hessian,
-    batch_hessian_diagonal,
-    batch_jacobian,
-    batch_laplacian,
-)
+from funcjac import batch_hessian, batch_hessian_diagonal, batch_jacobian, batch_laplacian
 from tests.oracles import stacked
 from tests.tensors import equal, fixed_randn, randn
 

@@ -5,9 +5,7 @@ import random
 import pytest
 import torch
 
-from funcjac import (
-    batch_jacobian,
-)
+from funcjac import batch_jacobian
 from tests.tensors import equal, f64, quiet, randn
 
 B = 4

@@ -6,12 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from funcjac import (
-    batch_hessian,
-    batch_jacobian,
-    batch_laplacian,
-    check_derivative,
-)
+from funcjac import batch_hessian, batch_jacobian, batch_laplacian, check_derivative
 from tests import oracles
 from tests.cases.modules import network
 from tests.tensors import equal, randn

@@ -4,9 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from funcjac import (
-    batch_partials,
-)
+from funcjac import batch_partials
 from tests.tensors import equal, f64, fixed_randn, randn
 
 B = 4

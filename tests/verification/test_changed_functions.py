@@ -10,11 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from funcjac import (
-    BatchMixingError,
-    batch_hessian,
-    batch_jacobian,
-)
+from funcjac import BatchMixingError, batch_hessian, batch_jacobian
 from tests.cases.modules import network
 from tests.tensors import equal, randn
 

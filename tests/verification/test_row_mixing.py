@@ -5,11 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from funcjac import (
-    BatchMixingError,
-    batch_jacobian,
-    check_batched,
-)
+from funcjac import BatchMixingError, batch_jacobian, check_batched
 from tests.tensors import equal, fixed_randn, quiet, randn
 
 B = 4

@@ -12,14 +12,7 @@ from torch import Tensor, nn
 
 import funcjac
 from tests import oracles
-from tests.sweeps.programs.program import (
-    BATCH,
-    HEADER,
-    Program,
-    dice,
-    is_blind,
-    is_moderate,
-)
+from tests.sweeps.programs.program import BATCH, HEADER, Program, dice, is_blind, is_moderate
 
 
 @dataclass(frozen=True)
