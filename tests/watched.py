@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy
 import pytest
 import torch
+import torch.distributed.tensor  # assert_close imports it, which changes filters of warnings
 from torch import nn
 from torch._C._functorch import peek_interpreter_stack
 
