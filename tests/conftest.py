@@ -1,10 +1,33 @@
 """What holds for every test: a seed, one thread, and torch left as it was found."""
 
 import importlib
+import pathlib
 import warnings
 
 import pytest
 import torch
+
+HERE = pathlib.Path(__file__).parent
+# They take longest. ``make test`` hands out whole files, in this order: two workers end together.
+LONGEST = [
+    "torch_faults/test_torch_faults.py",
+    "operators/test_second_order_cases.py",
+    "operators/test_nesting.py",
+    "dispatch/test_stale.py",
+    "dispatch/test_threads.py",
+    "operators/test_second_order_nesting.py",
+    "engines/test_memory.py",
+    "operators/test_jacobian_cases.py",
+    "sweeps/test_programs.py",
+    "sweeps/test_coverage.py",
+    "test_examples.py",
+    "test_demo.py",
+]
+
+
+def pytest_collection_modifyitems(items):
+    rank = {HERE / file: index for index, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 
 import funcjac
+from tests.conftest import LONGEST
 
 ROOT = pathlib.Path(funcjac.__file__).parent
 FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
@@ -431,6 +432,7 @@ def test_private_names_are_met_in_the_folder_of_their_module(file):
 def test_tests_lie_as_the_package_does():
     folders = {file.split("/")[0] for file in TEST_TREES if "/" in file}
     assert folders - {"cases", "sweeps"} <= {name.split("/")[0][1:] for name in FILES}
+    assert set(LONGEST) <= set(TEST_TREES)
     files = Counter(file.rpartition("/")[0] for file in TEST_TREES)
     assert max(files.values()) <= MOST_FILES_OF_A_FOLDER, files
 
