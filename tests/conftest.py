@@ -12,14 +12,15 @@ HERE = pathlib.Path(__file__).parent
 LONGEST = [
     "torch_faults/test_torch_faults.py",
     "operators/test_second_order_cases.py",
-    "operators/test_nesting.py",
+    "dispatch/test_contexts.py",
     "dispatch/test_stale.py",
-    "dispatch/test_threads.py",
+    "operators/test_nesting.py",
+    "sweeps/test_coverage.py",
     "operators/test_second_order_nesting.py",
     "engines/test_memory.py",
+    "dispatch/test_rule.py",
     "operators/test_jacobian_cases.py",
     "sweeps/test_programs.py",
-    "sweeps/test_coverage.py",
     "test_examples.py",
     "test_demo.py",
 ]
