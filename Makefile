@@ -11,7 +11,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/python -m funcjac
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -24,11 +24,11 @@ format: $(VENV)/.dev
 
 # The page in the docs that shows each function in each engine and mode.
 table: $(VENV)/.test
-	$(BIN)/python -m tests.table
+	$(BIN)/python -m tests.sweeps.functions
 
 # Every operator and module of PyTorch, in every transform; goes on where it was left.
 coverage: $(VENV)/.test
-	$(BIN)/python -m tests.coverage
+	$(BIN)/python -m tests.sweeps.coverage
 
 # Speed beside the best way by hand, and whether results are the same under load.
 benchmark: $(VENV)/.test

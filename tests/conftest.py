@@ -1,10 +1,34 @@
 """What holds for every test: a seed, one thread, and torch left as it was found."""
 
 import importlib
+import pathlib
 import warnings
 
 import pytest
 import torch
+
+HERE = pathlib.Path(__file__).parent
+# They take longest. ``make test`` hands out whole files, in this order: two workers end together.
+LONGEST = [
+    "torch_faults/test_torch_faults.py",
+    "operators/test_second_order_cases.py",
+    "dispatch/test_contexts.py",
+    "dispatch/test_stale.py",
+    "operators/test_nesting.py",
+    "sweeps/test_coverage.py",
+    "operators/test_second_order_nesting.py",
+    "engines/test_memory.py",
+    "dispatch/test_rule.py",
+    "operators/test_jacobian_cases.py",
+    "sweeps/test_programs.py",
+    "test_examples.py",
+    "test_demo.py",
+]
+
+
+def pytest_collection_modifyitems(items):
+    rank = {HERE / file: index for index, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,17 +1,26 @@
-"""Slow Jacobians that share nothing with funcjac: rows, one output at a time, and differences.
+"""Slow derivatives that share nothing with funcjac: rows, one output at a time, and differences.
 
-Each takes a function and its arguments as a batched function has them, and returns what
-``batch_jacobian`` should: output structure outside, input structure inside, ``(B, *out, *in)``.
+Each oracle takes a function and its arguments as a batched function has them, and returns what a
+transform should: output structure outside, input structure inside. Jacobians come by rows, by the
+batch and by differences; higher derivatives by rows, each run as a batch of one through
+``torch.autograd.functional``.
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import optree
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import functional
 
 NAMESPACE = "funcjac"
 # It added derivatives: of aminmax, the second of grid_sample.
 SINCE_2_13 = hasattr(F, "linear_cross_entropy")
+
+
+# --- Jacobians ---------------------------------------------------------------------------
 
 
 def by_rows(
@@ -32,10 +41,7 @@ def by_rows(
     for b in range(call.batch):
         if seed is not None and (b == 0 or replay):
             torch.manual_seed(seed)
-        leaves = [
-            x if dim is None else x.narrow(dim, b, 1) for x, dim in zip(call.leaves, call.dims)
-        ]
-        rows.append(call.jacobian(leaves, [0], graph)[0])
+        rows.append(call.jacobian(call.row(b), [0], graph)[0])
     return call.stack(rows)
 
 
@@ -56,9 +62,8 @@ def by_differences(func, args, kwargs=None, *, argnums=0, in_dims=0, out_dims=0,
     call = _Call(func, args, kwargs or {}, argnums, in_dims, out_dims)
     h = 1e-5
     columns = []  # one list of output leaves for each entry of each input
-    for i in call.diff:
+    for i, shape in zip(call.diff, call.in_shapes()):
         x, dim = call.leaves[i], call.dims[i]
-        shape = x.shape if dim is None else x.shape[:dim] + x.shape[dim + 1 :]
         found = []
         for n in range(shape.numel()):
             step = torch.zeros(shape.numel(), dtype=x.dtype)
@@ -113,6 +118,16 @@ class _Call:
         first = next(i for i, dim in enumerate(self.dims) if dim is not None)
         self.batch = self.leaves[first].shape[self.dims[first]]
 
+    def row(self, b):
+        """Arguments as a batch of one."""
+        pairs = zip(self.leaves, self.dims)
+        return [x if dim is None else x.narrow(dim, b, 1) for x, dim in pairs]
+
+    def in_shapes(self):
+        """Shapes of one row of each differentiated leaf."""
+        pairs = [(self.leaves[i].shape, self.dims[i]) for i in self.diff]
+        return [s if dim is None else s[:dim] + s[dim + 1 :] for s, dim in pairs]
+
     def run(self, leaves):
         # func may work in place: it never sees a leaf itself
         given = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
@@ -136,22 +151,12 @@ class _Call:
         return [[self._blocks(out[b], inputs, b, graph) for out in outs] for b in rows]
 
     def _blocks(self, out, inputs, b, graph):
-        grads = [
-            [None] * len(inputs)
-            if not entry.requires_grad
-            else torch.autograd.grad(
-                entry, inputs, retain_graph=True, create_graph=graph, allow_unused=True
-            )
-            for entry in out.reshape(-1)
-        ]
+        grads = [gradients(entry, inputs, create_graph=graph) for entry in out.reshape(-1)]
         blocks = []
-        for j, x in enumerate(inputs):
+        for j, (x, shape) in enumerate(zip(inputs, self.in_shapes())):
             dim = self.dims[self.diff[j]]
-            zero = torch.zeros_like(x)
-            rows = [zero if grad[j] is None else grad[j] for grad in grads]
-            rows = [row if dim is None else row.select(dim, b) for row in rows]
-            shape = (zero if dim is None else zero.select(dim, b)).shape
-            block = torch.stack(rows) if rows else zero.new_zeros(0, *shape)
+            rows = [grad[j] if dim is None else grad[j].select(dim, b) for grad in grads]
+            block = torch.stack(rows) if rows else x.new_zeros(0, *shape)
             dtype = torch.promote_types(out.dtype, x.dtype)
             blocks.append(block.reshape((*out.shape, *shape)).to(dtype))
         return blocks
@@ -159,10 +164,7 @@ class _Call:
     def stack(self, rows):
         if not rows:  # an empty batch: shapes from the function, nothing to differentiate
             outs = self.run(self.leaves)
-            shapes = [
-                x.shape if dim is None else x.shape[:dim] + x.shape[dim + 1 :]
-                for x, dim in ((self.leaves[i], self.dims[i]) for i in self.diff)
-            ]
+            shapes = self.in_shapes()
             return self.tree([[out.new_zeros(*out.shape, *s) for s in shapes] for out in outs])
         return self.tree(
             [
@@ -176,5 +178,190 @@ class _Call:
         return optree.tree_unflatten(self.out_spec, inner)
 
 
+def gradients(out: Tensor, inputs: list[Tensor], *, create_graph: bool) -> list[Tensor]:
+    """Derivatives of one number; zeros where it does not depend on an input."""
+    if not out.requires_grad:
+        return [torch.zeros_like(x) for x in inputs]
+    grads = torch.autograd.grad(
+        out, inputs, retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
+    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads)]
+
+
 def _flatten(tree):
     return optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+
+
+# --- second and higher derivatives -------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """A batched function as one of flat vectors for each row: ``run[b]: (N,) -> (M,)``."""
+
+    run: list[Callable[[Tensor], Tensor]]
+    flat: list[Tensor]  # one (N,) for each row
+    in_spec: Any
+    in_shapes: list[torch.Size]
+    out_spec: Any
+    out_shapes: list[torch.Size]
+
+    def as_output(self, flat: Tensor) -> Any:
+        """``(B, M)`` in the structure of the output, ``(B, *out)``."""
+        return optree.tree_unflatten(self.out_spec, _split(flat, 1, self.out_shapes))
+
+    def as_jacobian(self, flat: Tensor) -> Any:
+        """``(B, M, N)`` with the input structure inside that of the output."""
+        outs = _split(flat, 1, self.out_shapes)
+        last = [_split(out, out.ndim - 1, self.in_shapes) for out in outs]
+        inner = [optree.tree_unflatten(self.in_spec, leaves) for leaves in last]
+        return optree.tree_unflatten(self.out_spec, inner)
+
+    def as_hessian(self, flat: Tensor) -> Any:
+        """``(B, M, N, N)`` with the input structure twice inside that of the output."""
+        trees = []
+        for out in _split(flat, 1, self.out_shapes):
+            rows = []
+            for row in _split(out, out.ndim - 2, self.in_shapes):
+                leaves = _split(row, row.ndim - 1, self.in_shapes)
+                rows.append(optree.tree_unflatten(self.in_spec, leaves))
+            trees.append(optree.tree_unflatten(self.in_spec, rows))
+        return optree.tree_unflatten(self.out_spec, trees)
+
+
+class Derivatives(NamedTuple):
+    rows: Rows
+    value: Tensor  # (B, M)
+    jac: Tensor  # (B, M, N)
+    hess: Tensor  # (B, M, N, N)
+
+    def diagonal(self) -> Tensor:
+        return self.hess.diagonal(dim1=2, dim2=3)
+
+    def laplacian(self, weight: Tensor | None = None) -> Tensor:
+        """``(B, M)``; ``weight`` is a matrix ``(N, N)``, or one for each row."""
+        if weight is None:
+            return self.diagonal().sum(2)
+        return torch.einsum("bmij,bij->bm", self.hess, weight.expand(len(self.hess), -1, -1))
+
+
+def derivatives(func, args, kwargs=None, *, create_graph=False, **words) -> Derivatives:
+    """Value, Jacobian and Hessian of each row; with ``create_graph`` attached to everything."""
+    rows = rows_of(func, args, kwargs, create_graph=create_graph, **words)
+    values, jacs, hessians = [], [], []
+    for run, z in zip(rows.run, rows.flat):
+        values.append(run(z))
+        jacs.append(functional.jacobian(run, z, create_graph=create_graph))
+        found = [
+            functional.hessian(lambda z: run(z)[m], z, create_graph=create_graph)
+            for m in range(len(values[-1]))
+        ]
+        hessians.append(torch.stack(found) if found else z.new_zeros(0, len(z), len(z)))
+    return Derivatives(rows, torch.stack(values), torch.stack(jacs), torch.stack(hessians))
+
+
+def hessian(func, args, kwargs=None, **words):
+    derived = derivatives(func, args, kwargs, **words)
+    return derived.rows.as_hessian(derived.hess)
+
+
+def diagonal(func, args, kwargs=None, **words):
+    derived = derivatives(func, args, kwargs, **words)
+    return derived.rows.as_jacobian(derived.diagonal())
+
+
+def laplacian(func, args, kwargs=None, *, weight=None, **words):
+    derived = derivatives(func, args, kwargs, **words)
+    return derived.rows.as_output(derived.laplacian(weight))
+
+
+def divergence(func, args, kwargs=None, *, create_graph=False, **words) -> Tensor:
+    """``(B,)``: the trace of each row's Jacobian."""
+    rows = rows_of(func, args, kwargs, create_graph=create_graph, **words)
+    return torch.stack(
+        [
+            functional.jacobian(run, z, create_graph=create_graph).trace()
+            for run, z in zip(rows.run, rows.flat)
+        ]
+    )
+
+
+def partials(func, args, indices, kwargs=None, *, create_graph=False, **words) -> tuple:
+    """Mixed partials of any order by nested ``torch.autograd.grad``, one output at a time."""
+    rows = rows_of(func, args, kwargs, create_graph=create_graph, **words)
+    found = []
+    for index in indices:
+        flat = []
+        for run, z in zip(rows.run, rows.flat):
+            attached = create_graph and z.requires_grad
+            z = z.clone() if attached else z.detach().requires_grad_()
+            with torch.enable_grad():
+                outs = [out if out.requires_grad else out + 0 * z.sum() for out in run(z)]
+                for i in index:
+                    outs = [_slope(out, z)[i] for out in outs]
+            flat.append(torch.stack(outs) if create_graph else torch.stack(outs).detach())
+        found.append(rows.as_output(torch.stack(flat)))
+    return tuple(found)
+
+
+def _slope(out: Tensor, z: Tensor) -> Tensor:
+    (grad,) = torch.autograd.grad(out, z, create_graph=True, materialize_grads=True)
+    return grad if grad.requires_grad else grad + 0 * z  # a constant has derivatives too
+
+
+def rows_of(
+    func, args, kwargs=None, *, argnums=0, in_dims=0, out_dims=0, create_graph=False
+) -> Rows:
+    call = _Call(func, args, kwargs or {}, argnums, in_dims, out_dims)
+    shapes = {}
+
+    def row_of(b):
+        row = call.row(b)
+        pieces = [row[i] for i in call.diff]
+        flat = torch.cat([piece.reshape(-1) for piece in pieces])
+
+        def run(z):
+            leaves = list(row)
+            for i, part in zip(call.diff, z.split([piece.numel() for piece in pieces])):
+                leaves[i] = part.reshape(row[i].shape)
+            outs = [out[0] for out in call.run(leaves)]
+            shapes["out"] = [out.shape for out in outs]
+            return torch.cat([out.reshape(-1) for out in outs])
+
+        return run, flat if create_graph else flat.detach()
+
+    runs, flat = zip(*map(row_of, range(call.batch)))
+    runs[0](flat[0])  # for the structure of the output
+    return Rows(
+        list(runs), list(flat), call.in_spec, call.in_shapes(), call.out_spec, shapes["out"]
+    )
+
+
+def _split(flat: Tensor, dim: int, shapes: list[torch.Size]) -> list[Tensor]:
+    """Take dimension ``dim`` apart into one tensor for each of ``shapes``."""
+    parts = flat.split([shape.numel() for shape in shapes], dim)
+    return [
+        part.reshape(*part.shape[:dim], *shape, *part.shape[dim + 1 :])
+        for part, shape in zip(parts, shapes)
+    ]
+
+
+# --- functions of one row ----------------------------------------------------------------
+
+
+def stacked(row):
+    """The batched function of a function of one row."""
+    return lambda *args: torch.stack([row(*rows) for rows in zip(*args)])
+
+
+def jacobian_by_rows(row, x, *, create_graph=False):
+    """``(B, *out, *in)`` of ``row``: ``(*in) -> (*out)``."""
+    return torch.stack([functional.jacobian(row, z, create_graph=create_graph) for z in x])
+
+
+def hessian_by_rows(row, x):
+    """``(B, M, N, N)`` of ``row``: ``(N,) -> (M,)``."""
+    size = len(row(x[0]))
+    hessian = lambda z: torch.stack(
+        [functional.hessian(lambda z: row(z)[m], z) for m in range(size)]
+    )
+    return torch.stack([hessian(z) for z in x])

@@ -1,4 +1,4 @@
-"""What the house is built like: which way imports go, what is public, how long a file is."""
+"""How package and tests are built: which way imports go, what is public, how long a file is."""
 
 import ast
 import doctest
@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 
 import funcjac
+from tests.conftest import LONGEST
 
 ROOT = pathlib.Path(funcjac.__file__).parent
 FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
@@ -350,3 +351,92 @@ def test_errors_bring_their_remedy():
 
 def test_the_package_is_typed():
     assert (ROOT / "py.typed").exists()
+
+
+# --- the tests themselves ----------------------------------------------------------------
+
+TESTS = pathlib.Path(__file__).parent
+TEST_TREES = {
+    path.relative_to(TESTS).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(TESTS.rglob("*.py"))
+}
+MOST_LINES_OF_A_TEST_FILE = 700
+# Calls that fail where something is not as it should be, beside ``assert`` itself.
+CHECKS = {"raises", "warns", "assert_close", "gradcheck", "gradgradcheck"}
+
+
+def called_names(tree):
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return {getattr(func, "attr", getattr(func, "id", "")) for func in calls}
+
+
+def functions_of_tests():
+    """Each function by file and name, and by which file and name another file knows it."""
+    defined, names = {}, {}
+    for file, tree in TEST_TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                defined[file, node.name] = node
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests."):
+                source = node.module.removeprefix("tests.").replace(".", "/") + ".py"
+                names |= {(file, a.asname or a.name): (source, a.name) for a in node.names}
+    return defined, names
+
+
+def functions_that_assert():
+    defined, names = functions_of_tests()
+    calls = {key: called_names(node) for key, node in defined.items()}
+    able = {
+        key
+        for key, node in defined.items()
+        if any(isinstance(part, ast.Assert) for part in ast.walk(node))
+        or any(name in CHECKS or name.startswith("assert_") for name in calls[key])
+    }
+    size = 0
+    while size < len(able):
+        size = len(able)
+        for (file, name), called in calls.items():
+            if any(names.get((file, other), (file, other)) in able for other in called):
+                able.add((file, name))
+    return able
+
+
+def test_every_test_asserts():
+    defined, _ = functions_of_tests()
+    tests = {(f, n) for f, n in defined if n.startswith("test_") and "/test_" in f"/{f}"}
+    assert len(tests) > 700
+    assert tests - functions_that_assert() == set()
+
+
+def private_names(tree):
+    """Private modules of the package that a file imports or reaches by attribute."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.startswith("funcjac._"))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("funcjac"):
+            yield from (f"{node.module}.{a.name}" for a in node.names)
+        elif isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+            name = ast.unparse(node)
+            yield from [name] * name.startswith("funcjac.")
+
+
+@pytest.mark.parametrize("file", TEST_TREES)
+def test_private_names_are_met_in_the_folder_of_their_module(file):
+    """A test in ``tests/taylor`` may import ``funcjac._taylor``; others ask public names."""
+    own = {f"_{file.split('/')[0]}"} if "/" in file else {"_demo"} & {f"_{file[5:-3]}"}
+    for name in private_names(TEST_TREES[file]):
+        parts = [part for part in name.split(".")[1:] if part[0] == "_" and part[:2] != "__"]
+        assert not parts or (parts[0] in own and len(parts) == 1), f"{file}: {name}"
+
+
+def test_tests_lie_as_the_package_does():
+    folders = {file.split("/")[0] for file in TEST_TREES if "/" in file}
+    assert folders - {"cases", "sweeps"} <= {name.split("/")[0][1:] for name in FILES}
+    assert set(LONGEST) <= set(TEST_TREES)
+    files = Counter(file.rpartition("/")[0] for file in TEST_TREES)
+    assert max(files.values()) <= MOST_FILES_OF_A_FOLDER, files
+
+
+@pytest.mark.parametrize("file", TEST_TREES)
+def test_a_test_file_is_short(file):
+    assert len((TESTS / file).read_text("utf-8").splitlines()) <= MOST_LINES_OF_A_TEST_FILE

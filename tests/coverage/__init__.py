@@ -1,5 +1,0 @@
-"""A sweep over PyTorch's own databases of operators and modules.
-
-Each sample becomes a batched function, goes through every transform, and is judged by a loop over
-rows in plain autograd. ``python -m tests.coverage`` runs it whole and writes ``docs/coverage.md``.
-"""

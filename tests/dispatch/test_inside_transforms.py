@@ -1,0 +1,137 @@
+"""Inside of torch.func: data closed over, parts without grad, and writes into the input."""
+
+import pytest
+import torch
+from torch import nn
+
+from funcjac import batch_hessian, batch_hessian_diagonal, batch_jacobian, batch_laplacian
+from tests.oracles import stacked
+from tests.tensors import equal, fixed_randn, randn
+
+B = 4
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("transform", [batch_jacobian, batch_laplacian])
+def test_data_closed_over_inside_of_a_gradient_is_right_or_refused(transform):
+    """One row of data for each sample: right, or an error that says how to pass it."""
+    data, x = randn(B, 3), randn(B, 3)
+    inside = transform(lambda x: (x * data).sin())
+    passed = transform(lambda x, data: (x * data).sin())
+    right = torch.func.grad(lambda x: passed(x, data).square().sum())(x)
+    try:
+        found = torch.func.grad(lambda x: inside(x).square().sum())(x)
+    except (RuntimeError, ValueError) as error:
+        assert "closes over" in str(error) or "argument" in str(error)  # noqa: PT017
+        assert str(error).startswith(f"{transform.__name__}: ")  # noqa: PT017
+    else:
+        equal(found, right)
+
+
+def test_a_batched_tensor_by_keyword_is_right_or_refused():
+    """The remedy is to pass it by position, not torch.vmap."""
+    data, x = randn(B, 3), randn(B, 3)
+    inside = batch_jacobian(lambda x, data: (x * data).sin())
+    right = torch.func.grad(lambda x: inside(x, data).square().sum())(x)
+    try:
+        found = torch.func.grad(lambda x: inside(x, data=data).square().sum())(x)
+    except (RuntimeError, ValueError) as error:
+        assert str(error).startswith("batch_jacobian: ")  # noqa: PT017
+        assert "position" in str(error)  # noqa: PT017
+    else:
+        equal(found, right)
+
+
+def test_a_write_into_the_input_is_right():
+    def func(x):
+        x.mul_(2)
+        return x.sin()
+
+    penalty = lambda x: batch_jacobian(func)(x).square().sum()
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    expected = (2 * (2 * x).cos()).square().sum((1, 2))
+    torch.testing.assert_close(torch.vmap(penalty)(x), expected)
+
+
+EVERY = (batch_jacobian, batch_hessian, batch_hessian_diagonal, batch_laplacian)
+
+
+def test_sparse_inside_of_a_nested_jacobian_is_right():
+    func = stacked(lambda x: x.sin().to_sparse().to_dense())
+    x = fixed_randn(3, 2)
+    found = batch_jacobian(batch_jacobian(func))(x)
+    torch.testing.assert_close(found, torch.diag_embed(torch.diag_embed(-x.sin())))
+
+
+def frozen(x):
+    with torch.no_grad():
+        factor = x.cos()
+    return x.sin() * factor
+
+
+WIDE = fixed_randn(3, 40)
+
+
+@pytest.mark.parametrize("transform", EVERY)
+@pytest.mark.parametrize("func", [frozen, lambda x: frozen(x) @ WIDE], ids=["narrow", "wide"])
+def test_no_grad_makes_constants_inside_of_transforms_too(func, transform):
+    x = fixed_randn(4, 3)
+    found = transform(func)
+    torch.testing.assert_close(torch.vmap(lambda row: found(row[None])[0])(x), found(x))
+    moved = x.clone().requires_grad_()
+    found(moved).square().sum().backward()
+    grad = torch.func.grad(lambda x: found(x).square().sum())(x)
+    torch.testing.assert_close(grad, moved.grad)
+
+
+@pytest.mark.parametrize("transform", EVERY)
+def test_a_residual_may_differentiate_by_itself(transform):
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+    def slope(x):
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        return torch.autograd.grad(net(x).sum(), x, create_graph=True)[0]
+
+    x = fixed_randn(3, 2)
+    found = transform(slope)(x)
+    assert found.requires_grad
+    torch.testing.assert_close(found, transform(batch_jacobian(net))(x).reshape(found.shape))
+
+
+def test_a_harmless_block_without_grad_is_right_in_forward_mode():
+    layer = nn.Linear(3, 3).double()
+
+    def func(x):
+        with torch.no_grad():
+            size = int(x.shape[0])
+        return layer(x) * size
+
+    x = fixed_randn(4, 3)
+    jac = batch_jacobian(func, mode="fwd")
+    right = layer.weight.detach().expand(4, 3, 3)
+    torch.testing.assert_close(torch.vmap(lambda row: jac(row[None])[0])(x).detach(), right)
+
+
+@pytest.mark.parametrize("mode", ["fwd", "rev"])
+def test_a_block_without_grad_is_constant_inside_of_torch_func(mode):
+    def func(x):
+        with torch.no_grad():
+            factor = x.cos()
+        return x * factor
+
+    x, jacobian = fixed_randn(4, 3), batch_jacobian(func, mode=mode)
+    inside = torch.vmap(lambda row: jacobian(row[None])[0])
+    torch.testing.assert_close(inside(x), torch.diag_embed(x.cos()))
+
+
+def test_numbers_written_without_grad_are_constants():
+    def func(x):
+        out = torch.ones_like(x)
+        with torch.no_grad():
+            out[:] = x
+        return (out * x).repeat(1, 20)
+
+    x = fixed_randn(4, 3)
+    for words in ({}, {"mode": "fwd"}, {"engine": "loop", "mode": "fwd", "check": False}):
+        found = batch_jacobian(func, **words)(x)
+        torch.testing.assert_close(found, torch.diag_embed(x).repeat(1, 20, 1))

@@ -1,0 +1,113 @@
+"""Transforms are copied, pickled, saved and printed."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from funcjac import (
+    batch_divergence,
+    batch_hessian,
+    batch_hessian_diagonal,
+    batch_jacobian,
+    batch_laplacian,
+    batch_partials,
+)
+from tests.cases.modules import network
+from tests.tensors import equal, randn
+
+B = 4
+
+
+class Owner(nn.Module):
+    """A module that owns a transform of its own layers."""
+
+    def __init__(self, how="layers"):
+        super().__init__()
+        self.layers = network()
+        self.slopes = batch_jacobian(self.layers if how == "layers" else self.values)
+
+    def values(self, x):
+        return self.layers(x) * 2
+
+    def forward(self, x):
+        return self.slopes(x)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("how", ["layers", "method"])
+def test_a_deep_copy_uses_the_layers_of_the_copy(how):
+    owner, x = Owner(how), randn(B, 3)
+    before = owner(x)
+    other = copy.deepcopy(owner)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    equal(owner(x), before)
+    func = other.layers if how == "layers" else other.values
+    equal(other(x), batch_jacobian(func)(x))
+    other(x).sum().backward()
+    assert other.layers[0].weight.grad is not None
+    assert owner.layers[0].weight.grad is None
+
+
+TRANSFORMS = {
+    "jacobian": lambda net: batch_jacobian(net, chunk_size=2),
+    "hessian": batch_hessian,
+    "diagonal": batch_hessian_diagonal,
+    "laplacian": batch_laplacian,
+    "divergence": batch_divergence,
+    "partials": lambda net: batch_partials(net, [(0,), (1, 1)]),
+    "nested": lambda net: batch_jacobian(batch_jacobian(net)),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transform_is_pickled_and_saved(name, called):
+    transformed, x = TRANSFORMS[name](network()), randn(B, 3)
+    if called:
+        transformed(x)
+    right = transformed(x)
+    equal(pickle.loads(pickle.dumps(transformed))(x), right)
+    equal(copy.deepcopy(transformed)(x), right)
+    buffer = io.BytesIO()
+    torch.save(transformed, buffer)
+    buffer.seek(0)
+    equal(torch.load(buffer, weights_only=False)(x), right)
+
+
+def test_a_module_that_owns_a_transform_is_saved():
+    owner, x = Owner(), randn(B, 3)
+    right = owner(x)
+    equal(pickle.loads(pickle.dumps(owner))(x), right)
+
+
+@pytest.mark.quick
+def test_a_transform_prints_its_function_and_keywords():
+    text = repr(batch_jacobian(network(), mode="rev", chunk_size=2))
+    assert text.startswith("batch_jacobian(")
+    assert "mode='rev'" in text
+    assert "chunk_size=2" in text
+    assert "randomness" not in text
+    assert "sin" in repr(batch_laplacian(torch.sin))
+
+
+def test_a_copy_follows_functions_inside_of_functions():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 1).double()
+            inner = lambda x: self.layer(x).tanh()
+            self.slope = batch_jacobian(lambda x: inner(x))
+
+    x = torch.randn(5, 3, dtype=torch.float64)
+    copied = copy.deepcopy(Model())
+    with torch.no_grad():
+        copied.layer.weight.mul_(3)
+    expected = batch_jacobian(lambda x: copied.layer(x).tanh())(x)
+    torch.testing.assert_close(copied.slope(x), expected)

@@ -1,0 +1,219 @@
+"""Rows that are not finite, kinks and poles: they excuse no other row, and stop none."""
+
+import pytest
+import torch
+from torch import nn
+
+from funcjac import (
+    BatchMixingError,
+    VerificationError,
+    batch_hessian,
+    batch_hessian_diagonal,
+    batch_jacobian,
+    batch_laplacian,
+    batch_partials,
+    check_derivative,
+    explain,
+)
+from tests import oracles
+from tests.cases.modules import WrongBackward
+from tests.tensors import equal, f64, fixed_randn, randn
+
+
+def kinked(x):
+    return torch.where(x > 0.1, x.log(), x * x)
+
+
+POINT = torch.tensor([[0.0, 0.5]], dtype=f64)
+
+
+@pytest.mark.quick
+def test_not_a_number_stays_where_it_is():
+    """Outputs that never saw the bad input are finite, in the first call and in each later one."""
+    diagonal = batch_hessian_diagonal(kinked)
+    fresh_result = diagonal(POINT)
+    for result in (fresh_result, *[diagonal(POINT) for _ in range(4)]):
+        equal(result[0, 1, 1], torch.tensor(-4.0, dtype=f64))
+        assert torch.equal(result.isnan(), fresh_result.isnan())
+    for _ in range(25):
+        diagonal(POINT + 1)
+    result = diagonal(POINT)
+    equal(result[0, 1, 1], torch.tensor(-4.0, dtype=f64))
+    assert torch.equal(result.isnan(), fresh_result.isnan())
+
+
+@pytest.mark.parametrize(
+    "transform", [batch_jacobian, batch_hessian, batch_hessian_diagonal, batch_laplacian]
+)
+def test_a_bad_row_leaves_good_ones_finite(transform):
+    """Each finite entry of plain autograd, taken alone, is finite and equal here."""
+    x = torch.tensor([[0.0, 0.5], [0.7, 0.9], [0.05, 2.0]], dtype=f64)
+    found = transform(kinked)(x)
+    if transform is batch_jacobian:
+        right = oracles.by_rows(kinked, (x,))
+    else:
+        name = transform.__name__.removeprefix("batch_").removeprefix("hessian_")
+        right = getattr(oracles, name)(kinked, (x,))
+    finite = right.isfinite()
+    assert found[finite].isfinite().all()
+    equal(found[finite], right[finite])
+    assert finite[1:].all()
+
+
+def test_explain_takes_what_is_not_finite():
+    found = explain(batch_hessian_diagonal(kinked), POINT)
+    assert "batch_hessian_diagonal" in str(found)
+
+
+@pytest.mark.quick
+def test_partials_beside_what_is_not_a_number_are_right():
+    func = lambda z: torch.where(z[:, :1] > 0.1, z[:, :1].log(), z[:, :1] ** 2) * z[:, 1:].sin()
+    point = torch.tensor([[0.0, 0.5], [0.3, 0.7]], dtype=f64)
+    (found,) = batch_partials(func, [(1,)])(point)
+    first = torch.where(point[:, :1] > 0.1, point[:, :1].log(), point[:, :1] ** 2)
+    equal(found, first * point[:, 1:].cos())
+
+
+SINGULAR = {
+    "slogdet": lambda x: torch.linalg.slogdet(x.view(-1, 2, 2))[1],
+    "inv": lambda x: torch.linalg.inv(x.view(-1, 2, 2)).flatten(1),
+    "log": lambda x: x.sum(1).log(),
+    "norm": lambda x: 1 / x.norm(dim=1),
+}
+
+BAD = {
+    "slogdet": [1.0, 2.0, 2.0, 4.0],
+    "log": [0.0, 0.0, 0.0, 0.0],
+    "norm": [0.0, 0.0, 0.0, 0.0],
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("transform", [batch_jacobian, batch_hessian, batch_laplacian])
+@pytest.mark.parametrize("name", BAD)
+def test_a_singular_row_stops_no_other(name, transform):
+    func = SINGULAR[name]
+    x = randn(3, 4).abs() + torch.tensor([3.0, 0.1, 0.2, 2.0], dtype=f64)
+    right = transform(func)(x)
+    bad = x.clone()
+    bad[1] = torch.tensor(BAD[name], dtype=f64)
+    for _ in range(2):
+        found = transform(func)(bad)
+        equal(found[[0, 2]], right[[0, 2]])
+        assert not found[1].isfinite().all()
+
+
+def test_a_singular_matrix_that_torch_refuses_raises_its_error():
+    """Where ``func`` itself raises, it is its own error."""
+    x = randn(2, 4).abs()
+    x[1] = torch.tensor(BAD["slogdet"], dtype=f64)
+    with pytest.raises(torch.linalg.LinAlgError, match="singular"):
+        batch_jacobian(SINGULAR["inv"])(x)
+
+
+def huber(x):
+    return nn.functional.huber_loss(x, torch.zeros_like(x), reduction="none", delta=1.0)
+
+
+@pytest.mark.parametrize("func", [huber, lambda x: torch.relu(x) ** 2, lambda x: x.clamp(-1, 1)])
+def test_second_derivatives_at_kinks_do_not_depend_on_the_call(func):
+    x = torch.tensor([[1.0, -1.0, 0.0, 0.5]], dtype=f64)
+    first = batch_hessian_diagonal(func)(x)
+    transformed = batch_hessian_diagonal(func)
+    for check in ("auto", False):
+        again = batch_hessian_diagonal(func, check=check)
+        assert all(torch.equal(again(x), first) for _ in range(3))
+    for _ in range(10):
+        transformed(x + 0.3)
+    assert torch.equal(transformed(x), first)
+
+
+class Doubled(torch.autograd.Function):
+    """``2 x g``, with a batching rule that gives three quarters of it."""
+
+    @staticmethod
+    def forward(x, grad):
+        return 2 * x * grad
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, other = ctx.saved_tensors
+        return 2 * other * grad, 2 * x * grad
+
+    @staticmethod
+    def vmap(info, dims, x, grad):
+        x = x if dims[0] is not None else x.expand_as(grad)
+        return 1.5 * x * grad, dims[1] if dims[1] is not None else dims[0]
+
+
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Doubled.apply(*ctx.saved_tensors, grad)
+
+    @staticmethod
+    def vmap(info, dims, x):
+        return Squared.apply(x), dims[0]
+
+
+NOT_SMOOTH_AT_ONE = {
+    "relu": lambda x: torch.relu(1 - x),
+    "other side": lambda x: torch.relu(x - 1),
+    "clamp": lambda x: x.clamp(0, 1),
+    "abs": lambda x: (1 - x).abs(),
+}
+
+
+@pytest.mark.parametrize("name", NOT_SMOOTH_AT_ONE)
+def test_one_kink_excuses_no_other_element(name):
+    func = lambda x: 10 * Squared.apply(x) + NOT_SMOOTH_AT_ONE[name](x)
+    x = fixed_randn(16, 3).sigmoid()
+    x[5, 1] = 1.0
+    with pytest.raises(VerificationError):
+        batch_jacobian(func, engine="vmap", mode="rev")(x)
+
+
+B = 4
+
+
+@pytest.mark.parametrize(
+    ("func", "bad"),
+    [
+        (lambda x: x.softmax(0), lambda x: x.masked_fill(torch.eye(B, 3).bool(), torch.nan)),
+        (lambda x: x / x.norm(dim=0), torch.zeros_like),
+    ],
+    ids=["nan", "zeros"],
+)
+def test_data_without_derivatives_verify_nothing(func, bad):
+    jacobian, x = batch_jacobian(func), randn(B, 3)
+    for _ in range(20):
+        jacobian(bad(x))
+    with pytest.raises(BatchMixingError):
+        jacobian(x)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_row_without_numbers_does_not_hide_a_wrong_backward(poison):
+    x = randn(B, 3)
+    x[0] = poison
+    assert check_derivative(batch_jacobian(torch.sin, mode="rev"), x).ok
+    assert not check_derivative(batch_jacobian(WrongBackward.apply, engine="sum"), x).ok
+
+
+def test_poles_are_no_differences():
+    x = randn(B, 3).abs()
+    x[0, 0] = 0
+    report = check_derivative(batch_jacobian(torch.sqrt), x)
+    assert all(c.difference == 0 for c in report.comparisons if c.mode == "rev")
