@@ -11,7 +11,7 @@ from torch import Tensor
 from funcjac._arguments import pytree
 from funcjac._arguments.batch_dims import argument_dims, batch_size
 from funcjac._arguments.call import Call, Layout, Options
-from funcjac._arguments.check_tensors import check_arguments, check_input
+from funcjac._arguments.check_tensors import check_arguments, check_input, is_plain
 from funcjac._arguments.pytree import TreeSpec
 from funcjac.errors import refuse
 
@@ -28,18 +28,24 @@ def bind(
     Raises:
         TypeError, ValueError: the arguments are not those of a batched function.
     """
+    leaves = list(args)
     if torch.compiler.is_compiling():  # the compiler remembers by itself, and cannot hash a spec
         leaves, spec = pytree.flatten_args(args)
         layout = make_layout(options, args, leaves, spec)
+        check_inputs(options, layout, leaves)
+    elif all(map(is_plain, args)):
+        layout = _remembered(options, tuple(map(_ndim, args)), args, leaves, None)
     else:
-        leaves, spec, kinds = list(args), None, tuple([getattr(arg, "ndim", None) for arg in args])
-        if not all(type(arg) is Tensor for arg in args):
-            leaves, spec = pytree.flatten_args(args)
-            kinds = (spec, *map(_kind, leaves))
+        leaves, spec = pytree.flatten_args(args)
         check_arguments(options.name, leaves)
-        layout = _remembered(options, kinds, args, leaves, spec)
-        check_arguments(options.name, pytree.tensors(kwargs) if kwargs else ())
+        layout = _remembered(options, (spec, *map(_kind, leaves)), args, leaves, spec)
+        check_inputs(options, layout, leaves)
+    if kwargs and not torch.compiler.is_compiling():
+        check_arguments(options.name, pytree.tensors(kwargs))
     return Call(func, options, layout, leaves, kwargs, batch_size(options.name, layout, leaves))
+
+
+_ndim = operator.attrgetter("ndim")
 
 
 def _kind(leaf: Any) -> Any:
@@ -75,10 +81,10 @@ def with_extras(call: Call, extras: list[Any], dims: tuple[int | None, ...]) -> 
     return call._replace(leaves=[*call.leaves, *extras], layout=layout, extra=len(extras))
 
 
-def check_inputs(call: Call) -> None:
+def check_inputs(options: Options, layout: Layout, leaves: list[Any]) -> None:
     """Refuse arguments that cannot be differentiated."""
-    for i in call.layout.diff:
-        check_input(call.options.name, call.leaves[i])
+    for i in layout.diff:
+        check_input(options.name, leaves[i])
 
 
 def make_layout(

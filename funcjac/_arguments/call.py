@@ -11,6 +11,7 @@ from torch import Tensor
 
 from funcjac._arguments import pytree
 from funcjac._arguments.batch_dims import as_batch_first, output_dims
+from funcjac._arguments.check_tensors import is_plain
 from funcjac._arguments.pytree import Tree, TreeSpec
 from funcjac._torch_faults import UseReplacements
 from funcjac.errors import refuse
@@ -127,6 +128,8 @@ class Call(NamedTuple):
 def as_output(options: Options, out: Any, batch: int) -> Output:
     """Take apart what ``func`` returned, and refuse what has no Jacobian."""
     name, out_dims, aux = options.name, options.out_dims, None
+    if is_plain(out) and out_dims == 0 and not options.has_aux and out.shape[:1] == (batch,):
+        return Output([out], None)
     if type(out) is Tensor and type(out_dims) is int and not options.has_aux:
         return Output([as_batch_first(name, out, out_dims, batch)], None)
     if options.has_aux:

@@ -43,6 +43,16 @@ _OUTPUT = _Texts(
 )
 
 
+def is_plain(x: Any) -> bool:
+    """Whether it is what most arguments and outputs are, and need not be looked at further."""
+    return (
+        type(x) is Tensor
+        and x.dtype in _DTYPES
+        and x.layout is torch.strided
+        and not (x.is_nested or x.is_meta or x.is_inference())
+    )
+
+
 def check_input(name: str, leaf: Any) -> None:
     """Refuse what cannot be differentiated."""
     _check_derivable(name, leaf, _INPUT)

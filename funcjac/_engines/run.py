@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -94,13 +97,15 @@ def make_inputs(call: Call, *, copy: bool = False) -> list[Tensor]:
 
     ``copy`` keeps them from a ``func`` that nobody has seen, which may write into its input.
     """
-    keeps_graph = torch.is_grad_enabled()
-    return [
-        x.clone()
-        if keeps_graph and x.requires_grad
-        else (x.detach().clone() if copy else x.detach()).requires_grad_()
-        for x in call.inputs
-    ]
+    inputs, keeps_graph = [], torch.is_grad_enabled()
+    for i in call.layout.diff:
+        x = call.leaves[i]
+        if keeps_graph and x.requires_grad:
+            inputs.append(x.clone())
+        else:
+            x = x.detach()
+            inputs.append((x.clone() if copy else x).requires_grad_())
+    return inputs
 
 
 def run_once(call: Call, recorder_of: Any = None, *, copy: bool = False) -> Run:
@@ -109,25 +114,25 @@ def run_once(call: Call, recorder_of: Any = None, *, copy: bool = False) -> Run:
     Raises:
         ChangedInputError: it wrote into its input.
     """
-    inputs = make_inputs(call, copy=copy)
+    inputs, recorder = make_inputs(call, copy=copy), None
     if recorder_of is not None:  # a negation that is a mere bit would look like a constant
         inputs = [x.resolve_neg().detach().requires_grad_() if x.is_neg() else x for x in inputs]
-    versions = [x._version for x in inputs]
-    recorder = None if recorder_of is None else recorder_of(inputs)
+        recorder = recorder_of(inputs)
+    versions = list(map(_version, inputs))
     try:
-        with torch.enable_grad():
-            if recorder is None:
-                output = call(inputs)
-            else:
-                with recorder:
-                    output = call(inputs)
+        with torch.enable_grad(), _NOTHING if recorder is None else recorder:
+            output = call(inputs)
     except RuntimeError as error:
         if call.clone or "leaf Variable" not in str(error):
             raise
         raise ChangedInputError from error
-    if not call.clone and [x._version for x in inputs] != versions:
+    if not call.clone and list(map(_version, inputs)) != versions:
         raise ChangedInputError
     return Run(call, inputs, output, recorder=recorder)
+
+
+_NOTHING = contextlib.nullcontext()
+_version = operator.attrgetter("_version")
 
 
 def plain_values(call: Call) -> list[Tensor]:
@@ -138,24 +143,33 @@ def plain_values(call: Call) -> list[Tensor]:
 
 
 def read_graph(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Facts:
-    """Walk the graph from ``outputs`` back to ``inputs``, once, in a fixed order."""
+    """Walk the graph from ``outputs`` back to ``inputs``, once, in the order of graph_nodes."""
     names: list[str] = []
     widest, has_leaves = 1, False
-    for node in graph_nodes(outputs, inputs):
+    seen: set[Any] = {None, *map(_grad_fn, inputs)}
+    stack: list[Any] = list(map(_grad_fn, outputs))
+    while stack:  # of every call: a generator would take twice as long
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
         name = node.name()
         names.append(name)
         if name == "torch::autograd::AccumulateGrad":
             variable = node.variable
             if not has_leaves and _DONE not in variable.__dict__:
-                has_leaves = not any(variable is x for x in inputs)
+                has_leaves = id(variable) not in map(id, inputs)
             continue
         for metadata in node._input_metadata:
-            size = 1
-            for length in metadata.shape:
-                size *= length
+            size = math.prod(metadata.shape)
             if size > widest:
                 widest = size
+        for parent, _ in node.next_functions:
+            stack.append(parent)
     return Facts(hash(tuple(names)), len(names), widest, has_leaves)
+
+
+_grad_fn = operator.attrgetter("grad_fn")
 
 
 def graph_nodes(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[Any]:
@@ -231,8 +245,9 @@ def check_aux(aux: Any) -> None:
 
 def detached(result: Derivatives) -> Derivatives:
     """A result without its graph, which would outlive the call."""
-    blocks = [[b.detach() if b.requires_grad else b for b in row] for row in result.blocks]
-    output = result.output
+    blocks, output = result
+    for row in blocks:
+        row[:] = map(Tensor.detach, row)
     aux = None if output.aux is None else pytree.map_tensors(Tensor.detach, output.aux)
-    leaves = [out.detach() for out in output.leaves]
+    leaves = list(map(Tensor.detach, output.leaves))
     return Derivatives(blocks, Output(leaves, output.spec, aux))

@@ -5,6 +5,7 @@ fallback are needed; the others only save time, and say what runs without them.
 """
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -98,6 +99,9 @@ def load_forward_formulas() -> None:
         getattr(forward_ad, "_maybe_load_decompositions", lambda: None)()
 
 
+_ROOTS = {Tensor, GradientEdge}
+
+
 def backward(
     out: Any, inputs: Sequence[Tensor], cotangent: Tensor, *, retain: bool, graph: bool
 ) -> Tensors:
@@ -116,7 +120,7 @@ def vector_jacobian(
     as long as the backward pass of a small layer, and half a second to import at the first call.
     Without it, ``torch.autograd.grad``.
     """
-    if _ENGINE is None or not all(type(out) in (Tensor, GradientEdge) for out in outs):
+    if _ENGINE is None or not _ROOTS.issuperset(map(type, outs)):
         return torch.autograd.grad(outs, inputs, cotangents, retain, graph, allow_unused=True)
     return _ENGINE.run_backward(
         tuple(outs), tuple(cotangents), retain, graph, tuple(inputs), True, accumulate_grad=False
@@ -129,12 +133,15 @@ def quiet_fallback() -> Iterator[None]:
 
     Torch cannot tell whether its warning was on; it is on afterwards.
     """
-    warn = getattr(_FUNCTORCH, "_set_vmap_fallback_warning_enabled", lambda _: None)
-    warn(False)
+    _warn_of_fallback(False)
     try:
         yield
     finally:
-        warn(True)
+        _warn_of_fallback(True)
+
+
+_warn_of_fallback: Any = getattr(_FUNCTORCH, "_set_vmap_fallback_warning_enabled", lambda _: None)
+_ZEROS = itertools.repeat(0)
 
 
 def over_basis(function: Callable[..., Tensors], *vectors: Tensor) -> Tensors:
@@ -146,14 +153,17 @@ def over_basis(function: Callable[..., Tensors], *vectors: Tensor) -> Tensors:
     """
     if torch.compiler.is_compiling() or not hasattr(_FUNCTORCH, "_vmap_increment_nesting"):
         return _by_vmap(function, vectors)
-    count = len(vectors[0])
+    count, results = len(vectors[0]), []
     level = _FUNCTORCH._vmap_increment_nesting(count, "same")
-    remove = _FUNCTORCH._remove_batch_dim
+    _warn_of_fallback(False)  # an operation without a batching rule runs as a loop in torch
     try:
-        with quiet_fallback():
-            outs = function(*[_FUNCTORCH._add_batch_dim(vector, 0, level) for vector in vectors])
-        return [None if out is None else remove(out, level, count, 0) for out in outs]
+        outs = function(*map(_FUNCTORCH._add_batch_dim, vectors, _ZEROS, itertools.repeat(level)))
+        for out in outs:
+            is_zero = out is None
+            results.append(None if is_zero else _FUNCTORCH._remove_batch_dim(out, level, count, 0))
+        return results
     finally:
+        _warn_of_fallback(True)
         _FUNCTORCH._vmap_decrement_nesting()
 
 

@@ -117,7 +117,7 @@ def _as_run(options: Options, outputs: Any, inputs: Any) -> Run:
     layout = make_layout(options, (inputs,), leaves, spec)
     batch = batch_size(_NAME, layout, leaves)
     call = Call(batch_jacobian_of, options, layout, leaves, {}, batch)
-    check_inputs(call)
+    check_inputs(call.options, call.layout, call.leaves)
     if not all(x.requires_grad for x in call.inputs):
         remedy = "Call requires_grad_() on them before outputs are computed."
         raise refuse(_NAME, ValueError, "inputs that require grad", "one that does not", remedy)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from funcjac._arguments import pytree
-from funcjac._arguments.bind_arguments import bind, check_inputs, with_extras
+from funcjac._arguments.bind_arguments import bind, with_extras
 from funcjac._arguments.call import Call, Options
 from funcjac._arguments.check_keywords import check_options
 from funcjac._arguments.check_tensors import is_uninitialized
@@ -78,7 +78,6 @@ class Transform:
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         call = bind(self.func, self.options, args, kwargs)
-        check_inputs(call)
         if self.extras is None:
             return call
         leaves, dims = self.extras(call, args, kwargs)

@@ -1,8 +1,8 @@
 """Table of the operations that PyTorch differentiates wrongly: one row each.
 
-Every set that the library uses is derived from ``FAULTS``. ``tests/test_torch_faults.py`` derives
-the rows from torch's own database of operators: a release that mends or adds a fault fails there,
-with the name of the operation.
+Every set that the library uses is derived from ``FAULTS``. ``tests/torch_faults`` derives the rows
+from torch's own database of operators: a release that mends or adds a fault fails there, with the
+name of the operation.
 """
 
 from __future__ import annotations
