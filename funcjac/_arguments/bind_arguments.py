@@ -32,8 +32,9 @@ def bind(
         leaves, spec = pytree.flatten_args(args)
         layout = make_layout(options, args, leaves, spec)
     else:
-        leaves, spec, kinds = list(args), None, tuple([getattr(arg, "ndim", None) for arg in args])
-        if not all(type(arg) is Tensor for arg in args):
+        if all(type(arg) is Tensor for arg in args):
+            leaves, spec, kinds = list(args), None, tuple([arg.ndim for arg in args])
+        else:
             leaves, spec = pytree.flatten_args(args)
             kinds = (spec, *map(_kind, leaves))
         check_arguments(options.name, leaves)
