@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -115,12 +116,8 @@ def run_once(call: Call, recorder_of: Any = None, *, copy: bool = False) -> Run:
     versions = [x._version for x in inputs]
     recorder = None if recorder_of is None else recorder_of(inputs)
     try:
-        with torch.enable_grad():
-            if recorder is None:
-                output = call(inputs)
-            else:
-                with recorder:
-                    output = call(inputs)
+        with torch.enable_grad(), nullcontext() if recorder is None else recorder:
+            output = call(inputs)
     except RuntimeError as error:
         if call.clone or "leaf Variable" not in str(error):
             raise
@@ -158,8 +155,9 @@ def read_graph(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Facts:
     return Facts(hash(tuple(names)), len(names), widest, has_leaves)
 
 
-def graph_nodes(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[Any]:
+def graph_nodes(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Any]:
     """The nodes that lead to ``roots``, not through ``inputs``, in a fixed order."""
+    nodes: list[Any] = []
     seen = {x.grad_fn for x in inputs if x.grad_fn is not None}
     stack: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
     while stack:
@@ -167,10 +165,11 @@ def graph_nodes(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[A
         if node in seen:
             continue
         seen.add(node)
-        yield node
+        nodes.append(node)
         for parent, _ in node.next_functions:
             if parent is not None:
                 stack.append(parent)
+    return nodes
 
 
 def graph_leaves(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -231,8 +230,7 @@ def check_aux(aux: Any) -> None:
 
 def detached(result: Derivatives) -> Derivatives:
     """A result without its graph, which would outlive the call."""
-    blocks = [[b.detach() if b.requires_grad else b for b in row] for row in result.blocks]
-    output = result.output
-    aux = None if output.aux is None else pytree.map_tensors(Tensor.detach, output.aux)
-    leaves = [out.detach() for out in output.leaves]
-    return Derivatives(blocks, Output(leaves, output.spec, aux))
+    blocks, (outs, spec, aux) = result
+    blocks = [[b.detach() if b.requires_grad else b for b in row] for row in blocks]
+    aux = None if aux is None else pytree.map_tensors(Tensor.detach, aux)
+    return Derivatives(blocks, Output([out.detach() for out in outs], spec, aux))
