@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -44,18 +44,22 @@ def identity(count: int, like: Tensor) -> Tensor:
 
 def basis_chunks(
     like: Tensor, row: torch.Size, batch: int, dim: int | None, chunk: int | None
-) -> Iterator[Tensor]:
+) -> Iterable[Tensor]:
     """The standard basis of one row, ``(k, ..., B, ...)`` at a time with the batch at ``dim``."""
     count = row.numel()
     step = count if chunk is None else min(chunk, count)
-    for start in range(0, count, step or 1):
-        if step == count or count * count <= _MOST_CACHED:
-            rows = identity(count, like)[start : start + step]
-        else:
-            size = min(step, count - start)
-            rows = torch.zeros(size, count, dtype=like.dtype, device=like.device)
-            rows.diagonal(start).fill_(1)
-        yield spread(rows, row, batch, dim)
+    if step == count:
+        return (spread(identity(count, like), row, batch, dim),) if count else ()
+    if count * count <= _MOST_CACHED:
+        return spread(identity(count, like), row, batch, dim).split(step)
+    return (spread(_units(count, i, step, like), row, batch, dim) for i in range(0, count, step))
+
+
+def _units(count: int, start: int, step: int, like: Tensor) -> Tensor:
+    """Up to ``step`` rows of the identity matrix ``(count, count)`` from ``start`` on."""
+    rows = torch.zeros(min(step, count - start), count, dtype=like.dtype, device=like.device)
+    rows.diagonal(start).fill_(1)
+    return rows
 
 
 def spread(vectors: Tensor, row: torch.Size, batch: int, dim: int | None) -> Tensor:
@@ -73,19 +77,17 @@ def coordinates(x: Tensor, dim: int | None) -> Tensor:
     return spread(identity(row.numel(), x), row, x.shape[dim] if dim is not None else 0, dim)
 
 
-def batch_at(place: int, x: Tensor, dim: int | None, batch: int) -> Tensor:
-    """``x`` with the batch moved from ``dim``; one row, or none, where it has no batch."""
+def batch_at(place: int, x: Tensor, dim: int | None, batch: int, *, skip: int = 0) -> Tensor:
+    """``x`` with the batch moved to ``place``, from ``dim`` behind the first ``skip`` dimensions.
+
+    What has no batch is that of one row, or of none.
+    """
     if dim is None:
         return x.unsqueeze(place).narrow(place, 0, batch)
-    return x if dim == place else x.movedim(dim, place)
-
-
-def behind(dim: int | None) -> int | None:
-    """Where a stack of tensors has what one of them has at ``dim``."""
-    return None if dim is None else dim + 1
+    return x if dim + skip == place else x.movedim(dim + skip, place)
 
 
 def flat_rows(stack: Tensor, dim: int | None, batch: int) -> Tensor:
-    """``(k, ..., B, ...) -> (k, B, N)``, with the batch behind ``dim``."""
-    rows = batch_at(1, stack, behind(dim), batch)
+    """``(k, ..., B, ...) -> (k, B, N)``."""
+    rows = batch_at(1, stack, dim, batch, skip=1)
     return rows.flatten(2) if rows.ndim > 2 else rows.unsqueeze(2)

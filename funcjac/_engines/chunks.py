@@ -34,7 +34,8 @@ class Chunks:
             if self.whole is None:
                 new = piece.new_zeros if start else piece.new_empty
                 self.whole = new(_resized(piece, self.axis, self.count))
-            self.whole.narrow(self.axis, start, size).copy_(piece.detach())
+            piece = piece.detach() if piece.requires_grad else piece
+            self.whole.narrow(self.axis, start, size).copy_(piece)
         elif self.whole is not None:
             self.whole.narrow(self.axis, start, size).zero_()
 

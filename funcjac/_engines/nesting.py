@@ -18,12 +18,11 @@ from torch import Tensor
 from funcjac._engines.basis import (
     basis_chunks,
     batch_at,
-    behind,
     coordinates,
     flat_rows,
     row_shape,
 )
-from funcjac._engines.products import pushforward
+from funcjac._engines.products import Product, pushforwards
 from funcjac._engines.run import Route, Run
 from funcjac._engines.sum import Blocks, column_root, contracted, jacobian_blocks
 from funcjac._environment.torch_private import backward
@@ -113,27 +112,25 @@ def _passes(run: Run, inner: str, directions: Sequence[Tensor]) -> Iterator[Iter
     if inner == "rev":
         yield from (_gradients(run, out) for out in run.output.leaves)
         return
-    outs = run.output.leaves
-    push = pushforward(outs, run.inputs, create_graph=True)
-    yield from (_tangents(outs, functools.partial(push, j), x) for j, x in enumerate(directions))
+    products = pushforwards(run.output.leaves, run.inputs, create_graph=True)
+    yield from (_tangents(run, push, left) for push, left in zip(products, directions))
 
 
 def _gradients(run: Run, out: Tensor) -> Iterator[list[Tensor]]:
+    dims, batch = run.dims, run.call.batch
     for m in range(out.shape[1:].numel()):
         root, cotangent = column_root(out, m)
         grads = backward(root, run.inputs, cotangent, retain=True, graph=True)
         yield [
-            x.new_zeros(run.call.batch, *row_shape(x, dim))
-            if grad is None
-            else batch_at(0, grad, dim, run.call.batch)
-            for x, dim, grad in zip(run.inputs, run.dims, grads)
+            x.new_zeros(batch, *row_shape(x, dim)) if g is None else batch_at(0, g, dim, batch)
+            for x, dim, g in zip(run.inputs, dims, grads)
         ]
 
 
-def _tangents(outs: list[Tensor], push: Any, directions: Tensor) -> Iterator[list[Tensor]]:
-    for direction in directions.split(1) if len(directions) else ():
-        pairs = zip(outs, push(direction))
-        yield [out.new_zeros(out.shape) if t is None else t[0] for out, t in pairs]
+def _tangents(run: Run, push: Product, directions: Tensor) -> Iterator[list[Tensor]]:
+    for direction in directions.unbind():
+        pairs = zip(run.output.leaves, push(direction))
+        yield [out.new_zeros(out.shape) if t is None else t for out, t in pairs]
 
 
 def _released(run: Run, first: Tensor) -> Tensor:
@@ -156,10 +153,10 @@ def _of_gradient(
     left, right, _, basis = pairs
     dim, batch, count = run.dims[j], run.call.batch, len(left)
     flat = None if basis else flat_rows(left, dim, batch)
-    rows = flat_rows(grad.unsqueeze(0), 0, batch)  # (1, B, N)
-    firsts = rows[0].mT if flat is None else (rows * flat).sum(-1)
+    rows = grad.flatten(1) if grad.ndim > 1 else grad.unsqueeze(1)  # (B, N)
+    firsts = rows.mT if flat is None else (rows * flat).sum(-1)
     against = flat if right is None else flat_rows(right, dim, batch)
-    vectors = left if outer.mode == "fwd" else batch_at(1, left, behind(dim), batch)
+    vectors = left if outer.mode == "fwd" else batch_at(1, left, dim, batch, skip=1)
     chunks = vectors.split(outer.chunk or count) if count else ()
     seconds = contracted(run, grad, j, outer.mode, chunks, count, against)
     return _released(run, firsts), seconds
@@ -173,9 +170,9 @@ def _of_tangents(
     right = pair.left if pair.right is None else pair.right
     firsts = [_released(run, t) for t in tangents]
     if outer.mode == "fwd":
-        push = pushforward(tangents, [x], create_graph=run.create_graph)
-        pairs = zip(firsts, push(0, right))
-        return [(t, torch.zeros_like(t) if s is None else s[0]) for t, s in pairs]
+        (push,) = pushforwards(tangents, [x], create_graph=run.create_graph)
+        pairs = zip(firsts, push(right[0]))
+        return [(t, torch.zeros_like(t) if s is None else s) for t, s in pairs]
     against, result = flat_rows(right, dim, batch), []
     for first, t in zip(firsts, tangents):
         basis, count = basis_chunks(t, t.shape[1:], batch, 0, outer.chunk), t.shape[1:].numel()

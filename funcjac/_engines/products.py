@@ -22,8 +22,8 @@ Product = Callable[[Tensor], Tensors]
 
 def of_each(product: Product, vectors: Tensor) -> Tensors:
     """``product`` of each of ``vectors`` ``(k, ...)``; a single one takes no vmap."""
-    if len(vectors) == 1:
-        return [None if x is None else x.unsqueeze(0) for x in product(vectors[0])]
+    if vectors.shape[0] == 1:
+        return [None if x is None else x.unsqueeze(0) for x in product(vectors.select(0, 0))]
     return over_basis(product, vectors)
 
 
@@ -33,26 +33,25 @@ def pull(root: Any, inputs: Sequence[Tensor], cotangents: Tensor, *, create_grap
     return of_each(product, cotangents)
 
 
-def pushforward(
+def pushforwards(
     outs: Sequence[Tensor], inputs: Sequence[Tensor], *, create_graph: bool
-) -> Callable[[int, Tensor], Tensors]:
-    """``(j, tangents of input j) -> tangents of outs``, ``(k, *x.shape) -> (k, *out.shape)``.
+) -> list[Product]:
+    """For each input, what takes a tangent of it to tangents of ``outs``.
 
     The transpose of one vector-Jacobian product: ``u -> J^T u`` is linear, and its own
     vector-Jacobian product is ``J`` (J. Townsend, "A new trick for calculating Jacobian vector
     products", 2017), so that only torch's reverse formulas are used.
     """
     roots = [out for out in outs if out.requires_grad]
-    transposes = _transposes(roots, inputs, create_graph) if roots else [None] * len(inputs)
 
-    def push(j: int, tangents: Tensor) -> Tensors:
-        transpose = transposes[j]
+    def product(transpose: Product | None, tangent: Tensor) -> Tensors:
         if transpose is None:
             return [None] * len(outs)
-        pushed = iter(of_each(transpose, tangents))
+        pushed = iter(transpose(tangent))
         return [next(pushed) if out.requires_grad else None for out in outs]
 
-    return push
+    transposes = _transposes(roots, inputs, create_graph) if roots else [None] * len(inputs)
+    return [functools.partial(product, transpose) for transpose in transposes]
 
 
 def _transposes(

@@ -172,8 +172,9 @@ def read_graph(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Facts:
 _grad_fn = operator.attrgetter("grad_fn")
 
 
-def graph_nodes(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[Any]:
+def graph_nodes(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Any]:
     """The nodes that lead to ``roots``, not through ``inputs``, in a fixed order."""
+    nodes: list[Any] = []
     seen = {x.grad_fn for x in inputs if x.grad_fn is not None}
     stack: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
     while stack:
@@ -181,10 +182,11 @@ def graph_nodes(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[A
         if node in seen:
             continue
         seen.add(node)
-        yield node
+        nodes.append(node)
         for parent, _ in node.next_functions:
             if parent is not None:
                 stack.append(parent)
+    return nodes
 
 
 def graph_leaves(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[Tensor]:

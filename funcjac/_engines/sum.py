@@ -8,7 +8,7 @@ independent, which is how the loop over rows uses this file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,15 +16,13 @@ from torch.autograd.graph import GradientEdge
 
 from funcjac._engines.basis import (
     basis_chunks,
-    batch_at,
-    behind,
     flat_rows,
     identity,
     row_shape,
     spread,
 )
 from funcjac._engines.chunks import Chunks, as_block
-from funcjac._engines.products import pull, pushforward
+from funcjac._engines.products import Product, of_each, pull, pushforwards
 from funcjac._engines.run import Derivatives, Route, Run
 
 Blocks = list[list[Tensor]]
@@ -41,38 +39,38 @@ def jacobian_blocks(run: Run, outs: Sequence[Tensor], route: Route) -> Blocks:
     """``blocks[i][j]`` of shape ``(B, *out, *in)``, of ``outs`` ``(B, *out)`` by the inputs."""
     if route.mode == "rev":
         return [_rows(run, out, route.chunk) for out in outs]
-    push = pushforward(outs, run.inputs, create_graph=run.create_graph)
-    columns = [_columns(run, outs, push, j, route.chunk) for j in range(len(run.inputs))]
+    products = pushforwards(outs, run.inputs, create_graph=run.create_graph)
+    columns = [_columns(run, outs, j, push, route.chunk) for j, push in enumerate(products)]
     return [list(row) for row in zip(*columns)]
 
 
 def _rows(run: Run, out: Tensor, chunk: int | None) -> list[Tensor]:
     """Derivatives of one output by all inputs, by reverse passes."""
-    row, graph = out.shape[1:], run.create_graph
+    row, dims, batch, graph = out.shape[1:], run.dims, run.call.batch, run.create_graph
     root, cotangents = _cotangents(run, out, chunk)
     joined = [Chunks(row.numel(), 1, create_graph=graph) for _ in run.inputs]
     for vectors in cotangents:
         grads = pull(root, run.inputs, vectors, create_graph=graph)
-        for chunks, grad, dim in zip(joined, grads, run.dims):
+        for chunks, grad, dim in zip(joined, grads, dims):
             if grad is not None:  # (k, ..., B, ...) -> (B, k, *in)
-                grad = batch_at(0, grad, behind(dim), run.call.batch)
-            chunks.add(grad, len(vectors))
+                grad = grad.unsqueeze(0)[:batch] if dim is None else grad.movedim(dim + 1, 0)
+            chunks.add(grad, vectors.shape[0])
     return [
         as_block(chunks.result(), (*out.shape, *row_shape(x, dim)), out, x)
-        for chunks, x, dim in zip(joined, run.inputs, run.dims)
+        for chunks, x, dim in zip(joined, run.inputs, dims)
     ]
 
 
 def _columns(
-    run: Run, outs: Sequence[Tensor], push: Callable[..., Any], j: int, chunk: int | None
+    run: Run, outs: Sequence[Tensor], j: int, push: Product, chunk: int | None
 ) -> list[Tensor]:
     """Derivatives of all outputs by one input, by forward passes."""
     x, dim = run.inputs[j], run.dims[j]
     row = row_shape(x, dim)
     joined = [Chunks(row.numel(), -1, create_graph=run.create_graph) for _ in outs]
     for vectors in basis_chunks(x, row, run.call.batch, dim, chunk):
-        for chunks, tangent in zip(joined, push(j, vectors)):  # (k, B, *out) -> (B, *out, k)
-            chunks.add(None if tangent is None else tangent.movedim(0, -1), len(vectors))
+        for chunks, tangent in zip(joined, of_each(push, vectors)):  # (k, B, *out) -> (B, *out, k)
+            chunks.add(None if tangent is None else tangent.movedim(0, -1), vectors.shape[0])
     return [
         as_block(chunks.result(), (*out.shape, *row), out, x) for chunks, out in zip(joined, outs)
     ]
@@ -171,17 +169,17 @@ def contracted(
     ``left`` is ``(K or 1, B, N)``; ``None`` for the standard basis.
     """
     x, dim, batch, graph = run.inputs[j], run.dims[j], run.call.batch, run.create_graph
-    push = pushforward([out], [x], create_graph=graph) if mode == "fwd" else None
+    push = pushforwards([out], [x], create_graph=graph)[0] if mode == "fwd" else None
     joined = Chunks(count, 0, create_graph=graph)
     for chunk in vectors:
-        (product,) = push(0, chunk) if push else pull(out, [x], chunk, create_graph=graph)
+        (product,) = of_each(push, chunk) if push else pull(out, [x], chunk, create_graph=graph)
         if product is not None:
-            start, stop = joined.stop, joined.stop + len(chunk)
+            start, stop = joined.stop, joined.stop + chunk.shape[0]
             rows = flat_rows(product, 0 if push else dim, batch)  # (k, B, N)
             if left is None:
                 product = rows[:, :, start:stop].diagonal(0, 0, 2).mT
             else:
-                product = (rows * (left if len(left) == 1 else left[start:stop])).sum(-1)
-        joined.add(product, len(chunk))
+                product = (rows * (left if left.shape[0] == 1 else left[start:stop])).sum(-1)
+        joined.add(product, chunk.shape[0])
     result = joined.result()
     return out.new_zeros(count, batch) if result is None else result

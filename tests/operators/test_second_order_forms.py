@@ -312,6 +312,18 @@ def test_constant_and_linear_functions(name, mode):
 # --- layout, chunks, repeats -------------------------------------------------------------
 
 
+@by_nested
+def test_chunks_of_hessians_by_vmap(mode):
+    """Where the inner Jacobian comes along, it has no dimension of the outer chunks."""
+    func = lambda x, y: (field(x) * y.sum(-1, keepdim=True), (x.exp(), "aux"))
+    words = {"argnums": (0, 1), "has_aux": True, "return_value": True}
+    args = randn(B, 3), randn(B, 2)
+    chunked = batch_hessian(func, engine="vmap", mode=mode, chunk_size=2, **words)(*args)
+    for got, right in zip(*map(optree.tree_leaves, (chunked, batch_hessian(func, **words)(*args)))):
+        if isinstance(right, torch.Tensor):
+            equal(got, right)
+
+
 @by_route
 @pytest.mark.parametrize("chunk_size", [1, 2, 100])
 def test_chunks_change_no_value(chunk_size, name, mode):
