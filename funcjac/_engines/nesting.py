@@ -204,11 +204,14 @@ def nested_partials(
 
 def _joined(columns: list[Maybe], out: Tensor) -> Maybe:
     """``(B, *out)`` of a column ``(B,)`` or ``(B, 1)`` for each output; ``None`` for zero."""
+    if len(columns) == 1:
+        (column,) = columns
+        return column if column is None or column.shape == out.shape else column.view(out.shape)
     if all(column is None for column in columns):  # or no outputs in a row
         return None
-    if len(columns) > 1:  # a further level enters the stack column by column
-        zero = out.new_zeros(out.shape[0])
-        columns = [zero if c is None else c.squeeze(1) if c.ndim > 1 else c for c in columns]
+    zero = out.new_zeros(out.shape[0])
+    columns = [zero if c is None else c.squeeze(1) if c.ndim > 1 else c for c in columns]
+    # A further level enters the stack column by column.
     return _stacked(columns, -1, out.shape, out)  # type: ignore[arg-type]
 
 
