@@ -159,7 +159,7 @@ def explain(
     always = replace(transform.options, check=transform.options.check and True)
     outcome = Outcome(meter=Meter())
     with outcome.meter as meter:
-        result = Transform(transform.func, always, transform.extras).evaluate(args, kwargs, outcome)
+        result = Transform(transform.func, always).evaluate(args, kwargs, outcome)
     sizes, route = outcome.sizes, outcome.route
     passes = _passes(route.mode, sizes.outputs, sizes.inputs)
     return Explanation(
@@ -204,9 +204,7 @@ def _measured(
     for engine, mode in [("sum", m) for m in modes] + [("vmap", m) for m in nested]:
         for chunk in _CHUNKS if engine == "sum" else (None,):
             given = replace(transform.options, engine=engine, mode=mode, chunk_size=chunk)
-            attempts.append(
-                _timed(Transform(transform.func, given, transform.extras), args, kwargs)
-            )
+            attempts.append(_timed(Transform(transform.func, given), args, kwargs))
     slowest = float("inf")
     return iter(sorted(attempts, key=lambda a: slowest if a.seconds is None else a.seconds))
 
