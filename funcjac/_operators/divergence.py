@@ -12,17 +12,12 @@ from torch import Tensor
 from funcjac._arguments.bind import with_extras
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
-from funcjac._engines.basis import coordinates, row_shape
+from funcjac._engines.basis import identity, row_shape
 from funcjac._engines.divergence import divergence
 from funcjac._engines.graph import Route
 from funcjac._engines.run import Derivatives, Run
-from funcjac._operators.transform import (
-    Operator,
-    Tensors,
-    changed_keywords,
-    documented,
-    make_transform,
-)
+from funcjac._operators.operator import Operator, Tensors
+from funcjac._operators.transform import documented, make_transform
 from funcjac._verification.finite_differences import Pair, difference
 from funcjac._verification.probe import Entry, Probe, row_factors, vjp
 from funcjac.errors import refuse
@@ -39,9 +34,6 @@ class Hutchinson:
     probes: str = "rademacher"
     generator: torch.Generator | None = None
     return_error: bool = False
-
-    def keywords(self) -> list[str]:
-        return changed_keywords(self, ("samples", "probes", "generator", "return_error"))
 
     def check(self, name: str) -> None:
         """Refuse bad values."""
@@ -62,6 +54,10 @@ class Hutchinson:
             remedy = "The error is estimated from how far samples differ."
             expected = "at least two samples with return_error=True"
             raise refuse(name, ValueError, expected, samples, remedy)
+
+    def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
+        del args, kwargs
+        return self.add_probes(call)
 
     def add_probes(
         self, call: Call, tensors: Sequence[Tensor] = (), dims: Sequence[int | None] = ()
@@ -84,6 +80,10 @@ class Hutchinson:
         drawn = torch.randint(0, 2, shape, generator=generator, device=device)
         return (2 * drawn - 1).to(x.device, x.dtype)
 
+    def own_inputs(self, call: Call) -> list[tuple[int, ...]]:
+        del call
+        return [()] * (1 + self.return_error)
+
     def estimates(self, values: Tensor, dim: int) -> list[Tensor]:
         """The trace; of samples along ``dim`` their mean, and its standard error."""
         if self.samples is None:
@@ -93,17 +93,8 @@ class Hutchinson:
 
 
 @dataclass(frozen=True)
-class Divergence(Operator):
+class Divergence(Hutchinson, Operator):
     """One block: the trace, or an estimate and its standard error."""
-
-    hutchinson: Hutchinson
-
-    def keywords(self) -> list[str]:
-        return self.hutchinson.keywords()
-
-    def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
-        del args, kwargs
-        return self.hutchinson.add_probes(call)
 
     def check_output(self, call: Call, outs: Sequence[Tensor]) -> None:
         check_square(call, [tuple(out.shape[1:]) for out in outs])
@@ -113,17 +104,17 @@ class Divergence(Operator):
         dtype = torch.result_type(out, x)
         if not any(y.shape[1:].numel() for y in run.output.leaves):
             zero = out.new_zeros(run.call.batch, dtype=dtype)
-            return Derivatives([[zero] * (1 + self.hutchinson.return_error)], run.output)
-        probes = None if self.hutchinson.samples is None else run.call.extras
+            return Derivatives([[zero] * (1 + self.return_error)], run.output)
+        probes = None if self.samples is None else run.call.extras
         total = divergence(run, route, probes).to(dtype)
-        blocks = [block.contiguous() for block in self.hutchinson.estimates(total, -1)]
+        blocks = [block.contiguous() for block in self.estimates(total, -1)]
         return Derivatives([blocks], run.output)
 
     def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
-        chunk, samples = call.options.chunk_size, self.hutchinson.samples
+        chunk, samples = call.options.chunk_size, self.samples
         if samples is not None and call.options.mode != "fwd" and len(xs) == 1:
             total, along = _estimate_of_row(call, f, xs[0], extras[0])
-            return [self.hutchinson.estimates(total, -1)], along
+            return [self.estimates(total, -1)], along
         jac, along = vmap.jacobian(f, xs, mode, chunk)
         check_square(call, [tuple(out.shape) for out in along[0]])
         total: Any = 0
@@ -134,49 +125,49 @@ class Divergence(Operator):
             else:
                 rows = extras[i].reshape(samples, -1).to(matrix.dtype)
                 total = total + ((rows @ matrix) * rows).sum(-1)
-        return [self.hutchinson.estimates(total, -1)], along
-
-    def by_inputs(self, call: Call) -> list[tuple[int, ...]]:
-        return [(), ()]
+        return [self.estimates(total, -1)], along
 
     def entries(self, run: Run, probe: Probe) -> list[Entry]:
         """One plain backward for each coordinate or sample, other rows by another factor."""
-        batch, outs, samples = run.call.batch, run.output.leaves, self.hutchinson.samples
+        batch, outs = run.call.batch, run.output.leaves
         factors, _ = row_factors(run, probe)
         factors = probe.scale * factors.to(outs[0].dtype)  # they are its seeds
         shared = None in run.dims  # then only the sum over rows is known
         total = outs[0].new_zeros(() if shared else batch)
         size = total.detach()
-        for i, (x, dim) in enumerate(zip(run.inputs, run.dims)):
-            flat = outs[i].reshape(batch, -1)
-            for n in range(flat.shape[1] if samples is None else samples):
-                sample = None if samples is None else run.call.extras[i][:, n].reshape(batch, -1)
-                scalar = flat[:, n] if sample is None else (flat * sample).sum(1)
+        for i, (out, x, dim) in enumerate(zip(outs, run.inputs, run.dims)):
+            for vector in self._vectors(run.call, i):
+                scalar = (out.reshape(batch, -1) * vector.to(out.dtype)).sum(1)
                 (grad,) = vjp([scalar], [x], [factors], create_graph=run.create_graph)
                 if grad is None:
                     continue
                 rows = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
-                rows = rows.reshape(len(rows), -1)
-                term = rows[:, n] if sample is None else (rows * sample).sum(1) / samples
+                terms = rows.reshape(len(rows), -1) * vector
+                term = terms.where(vector != 0, 0).sum(
+                    1
+                )  # what is NaN beside the diagonal stays out
                 term = term.sum() if shared else term
                 total, size = total + term, size + term.detach().abs()
         return [Entry([factors], total, total.detach(), None if shared else 0, size)]
 
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
         """Along each coordinate, or each sample."""
-        total, samples = torch.zeros_like(result.blocks[0][0]), self.hutchinson.samples
+        total = torch.zeros_like(result.blocks[0][0])
         for i, (x, dim) in enumerate(zip(call.inputs, call.layout.diff_dims)):
-            if samples is None:
-                moves = coordinates(x, dim)
-                rows = torch.eye(len(moves), dtype=x.dtype, device=x.device).unsqueeze(1)
-            else:
-                probes = call.extras[i].movedim(1, 0) / samples**0.5  # (k, B, *row)
-                moves = probes if dim in (0, None) else probes.movedim(1, dim + 1)
-                rows = probes.reshape(len(probes), call.batch, -1)
-            for move, row in zip(moves, rows):
+            for vector in self._vectors(call, i):
+                move = vector.view(-1, *row_shape(x, dim))
+                move = move[0] if dim is None else move.movedim(0, dim)
                 slope = difference(call, [{i: move}])[i].reshape(call.batch, -1)
-                total = total + (slope * row).sum(1)
+                total = total + (slope * vector).sum(1)
         yield [total], [result.blocks[0][0]]
+
+    def _vectors(self, call: Call, i: int) -> Tensor:
+        """The basis of input ``i``, ``(N, 1, N)``, or its probes, ``(k, B, N)``, to be averaged."""
+        if self.samples is None:
+            x, dim = call.inputs[i], call.layout.diff_dims[i]
+            return identity(row_shape(x, dim).numel(), x).unsqueeze(1)
+        probes = call.extras[i].movedim(1, 0)  # (k, B, *row)
+        return probes.reshape(self.samples, call.batch, -1) / self.samples**0.5
 
     def tree(self, call: Call, result: Derivatives) -> Any:
         (blocks,) = result.blocks
@@ -219,7 +210,7 @@ def check_square(call: Call, outs: list[tuple[int, ...]]) -> None:
 
 
 @documented
-def batch_divergence(  # noqa: D417  {keywords} are documented once
+def batch_divergence(  # noqa: D417  documented once, for all
     func: Callable[..., Any],
     argnums: int | tuple[int, ...] = 0,
     *,
@@ -246,18 +237,13 @@ def batch_divergence(  # noqa: D417  {keywords} are documented once
     Args:
         func: a batched function whose output has rows of the shape of its input.
         argnums: positional argument or arguments to differentiate.
-        samples: estimate from so many random probes in each row (Hutchinson), without bias: one
-            pass for each instead of one for each coordinate.
-        probes: ``"rademacher"`` (entries 1 and -1) or ``"gaussian"``.
-        generator: where probes are drawn from; ``None`` for PyTorch's default.
-        return_error: ``(estimate, standard error)`` in place of the estimate, from the spread of
-            at least two samples.
+        {samples}
         mode: ``"rev"``, ``"fwd"`` or ``"auto"``, as in :func:`batch_jacobian`.
         {keywords}
 
     Returns:
-        A function of the same arguments. It returns ``div``; ``(div, aux)`` with ``has_aux``;
-        ``(div, value)`` with ``return_value``; ``(div, (value, aux))`` with both.
+        A function of the same arguments that returns ``div``, or ``(div, value)`` with
+        ``return_value``.
 
     Raises:
         {errors}
@@ -275,6 +261,6 @@ def batch_divergence(  # noqa: D417  {keywords} are documented once
         >>> torch.allclose(div, x.cos().sum(-1))
         True
     """
-    hutchinson = Hutchinson(samples, probes, generator, return_error)
-    hutchinson.check("batch_divergence")
-    return make_transform("batch_divergence", Divergence(hutchinson), locals())
+    operator = Divergence(samples, probes, generator, return_error)
+    operator.check("batch_divergence")
+    return make_transform("batch_divergence", operator, locals())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,21 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcjac._arguments import pytree
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
 from funcjac._engines.basis import coordinates, row_sizes
 from funcjac._engines.graph import Blocks, Route
 from funcjac._engines.run import Derivatives, Run
 from funcjac._engines.second_order import hessian_blocks
-from funcjac._operators.transform import (
-    NESTED,
-    SecondOrder,
-    Tensors,
-    by_output,
-    documented,
-    make_transform,
-)
+from funcjac._operators.operator import NESTED, SecondOrder, Tensors
+from funcjac._operators.transform import documented, make_transform
 from funcjac._taylor import Recording, all_pairs, make_recording
 from funcjac._verification.finite_differences import Pair, difference, random_moves, times
 from funcjac._verification.probe import Entry, Probe, outer_product, random_like, vjp
@@ -37,6 +31,7 @@ class Hessian(SecondOrder):
     """``blocks[i]``: ``H[j][k]`` one after the other, then ``J[j]`` where it is returned."""
 
     modes: ClassVar[tuple[str, ...]] = (*NESTED, "taylor")
+    order: ClassVar[int] = 2
 
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
         del call, outputs
@@ -47,18 +42,13 @@ class Hessian(SecondOrder):
             return call.options.mode == "taylor"
         return super().uses_taylor(call, outputs, inputs)
 
-    def own_inputs(self, call: Call) -> list[tuple[int, ...]]:
-        inputs = range(len(call.layout.diff))
-        return [(j, k) for j in inputs for k in inputs]
-
-    def derivatives(self, run: Run, route: Route) -> tuple[list[Any], list[Any]]:
-        hess, jac = _by_taylor(run) if route.mode == "taylor" else hessian_blocks(run, route)
-        return [_flat(blocks) for blocks in hess], jac
+    def derivatives(self, run: Run, route: Route) -> list[list[Any]]:
+        return _joined(*(_by_taylor(run) if route.mode == "taylor" else hessian_blocks(run, route)))
 
     def row_derivatives(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
         del extras
         hess, jac, along = vmap.hessian(f, xs, mode, call.options.chunk_size)
-        return [_flat(blocks) for blocks in hess], jac, along
+        return _joined(hess, jac), along
 
     def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
         """Plain double backward along a random tangent of each input."""
@@ -81,18 +71,10 @@ class Hessian(SecondOrder):
             computed.append(sum(terms[1:], terms[0]))
         yield difference(call, [moves, moves]), computed
 
-    def tree(self, call: Call, result: Derivatives) -> Any:
-        spec, n = call.layout.in_spec, len(call.layout.diff)
 
-        def square(blocks: list[Any]) -> Any:
-            bands = [blocks[j * n : (j + 1) * n] for j in range(n)]
-            return pytree.unflatten(spec, [pytree.unflatten(spec, band) for band in bands])
-
-        return by_output(result, square)
-
-
-def _flat(blocks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    return [block for band in blocks for block in band]
+def _joined(hess: Sequence[Blocks], jac: Blocks) -> list[list[Any]]:
+    """For each output ``H[j][k]``, one after the other, and ``J[j]``."""
+    return [[*itertools.chain(*bands), *slopes] for bands, slopes in zip(hess, jac)]
 
 
 def _by_taylor(run: Run) -> tuple[list[Blocks], Blocks]:
@@ -137,7 +119,7 @@ def stacked_coordinates(run: Run) -> dict[int, Tensor]:
 
 
 @documented
-def batch_hessian(  # noqa: D417  {keywords} are documented once
+def batch_hessian(  # noqa: D417  documented once, for all
     func: Callable[..., Any],
     argnums: int | tuple[int, ...] = 0,
     *,
@@ -171,9 +153,8 @@ def batch_hessian(  # noqa: D417  {keywords} are documented once
         {keywords}
 
     Returns:
-        A function of the same arguments. It returns ``hess``; ``(hess, aux)`` with ``has_aux``;
-        ``(hess, (jac, value))`` with ``return_value``; ``(hess, (jac, (value, aux)))`` with both.
-        Leaves have the dtype that output and input promote to.
+        A function of the same arguments that returns ``hess``, or ``(hess, (jac, value))`` with
+        ``return_value``. Leaves have the dtype that output and input promote to.
 
     Raises:
         {errors}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from funcjac._arguments import pytree
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
 from funcjac._engines.assemble import Chunks, added
@@ -18,7 +17,8 @@ from funcjac._engines.graph import Route
 from funcjac._engines.run import Derivatives, Run
 from funcjac._engines.second_order import Along, Directions, along
 from funcjac._operators.hessian import recording_of
-from funcjac._operators.transform import SecondOrder, Tensors, by_output, documented, make_transform
+from funcjac._operators.operator import SecondOrder, Tensors
+from funcjac._operators.transform import documented, make_transform
 from funcjac._taylor import Recording, directional, largest
 from funcjac._verification.finite_differences import Pair, difference
 from funcjac._verification.probe import Entry, Probe, curvature, row_factors
@@ -35,12 +35,11 @@ class HessianDiagonal(SecondOrder):
     Derivatives along other directions, and what is made of them, are for subclasses to state.
     """
 
+    order: ClassVar[int] = 1
+
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
         del call, outputs
         return inputs, inputs, inputs
-
-    def own_inputs(self, call: Call) -> list[tuple[int, ...]]:
-        return [(j,) for j in range(len(call.layout.diff))]
 
     def directions(
         self,
@@ -65,14 +64,14 @@ class HessianDiagonal(SecondOrder):
         """Blocks, from second derivatives ``(K, ...)`` along the directions of each input."""
         return [_axis_last(columns) for columns in seconds]
 
-    def derivatives(self, run: Run, route: Route) -> tuple[list[Any], list[Any]]:
-        firsts = self.adds_jac(run.call)
+    def derivatives(self, run: Run, route: Route) -> list[list[Any]]:
+        firsts, total = self.adds_jac(run.call), self.adds_up()
         directions = [
             self.directions(j, x, dim, run.call.extras, exact=firsts)
             for j, (x, dim) in enumerate(zip(run.inputs, run.dims))
         ]
         if route.mode == "taylor":
-            recording, total = recording_of(run), self.adds_up()
+            recording = recording_of(run)
             derivatives = [
                 _by_taylor(recording, j, pairs, route.chunk, firsts=firsts, total=total)
                 for j, pairs in enumerate(directions)
@@ -82,7 +81,7 @@ class HessianDiagonal(SecondOrder):
                 Along(slopes, self._summed(seconds, pairs.weights))
                 for (slopes, seconds), pairs in zip(along(run, directions, route), directions)
             ]
-        return self._by_output(derivatives, len(run.output.leaves))
+        return self._by_output(derivatives)
 
     def row_derivatives(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
         derivatives, come_along, chunk = [], None, call.options.chunk_size
@@ -91,12 +90,12 @@ class HessianDiagonal(SecondOrder):
             pairs = left, left if right is None else right
             slopes, seconds, come_along = vmap.along(f, xs, j, pairs, mode, chunk)
             derivatives.append(Along(slopes, self._summed(seconds, weights)))
-        assert come_along is not None
-        return *self._by_output(derivatives, len(come_along[0])), come_along
+        return self._by_output(derivatives), come_along
 
-    def _by_output(self, derivatives: list[Along], outputs: int) -> tuple[list[Any], list[Any]]:
-        own = [self.combine([d.seconds[i] for d in derivatives]) for i in range(outputs)]
-        return own, [[_axis_last(d.firsts[i]) for d in derivatives] for i in range(outputs)]
+    def _by_output(self, derivatives: list[Along]) -> list[list[Any]]:
+        slopes, seconds = zip(*derivatives)
+        jac = [[_axis_last(columns) for columns in row] for row in zip(*slopes)]
+        return [[*self.combine(row), *jac[i]] for i, row in enumerate(zip(*seconds))]
 
     def _summed(self, seconds: Sequence[Maybe], weights: Tensor) -> list[Maybe]:
         """Second derivatives ``(K, ...)``, or ``(1, ...)`` where they are added up."""
@@ -143,10 +142,6 @@ class HessianDiagonal(SecondOrder):
             pairs = [(value.reshape(b.shape), b) for value, b in pairs if value is not None]
             yield [value for value, _ in pairs], [block for _, block in pairs]
 
-    def tree(self, call: Call, result: Derivatives) -> Any:
-        spec, n = call.layout.in_spec, len(call.layout.diff)
-        return by_output(result, lambda blocks: pytree.unflatten(spec, blocks[:n]))
-
 
 def _axis_last(columns: Maybe) -> Maybe:
     return None if columns is None else columns.movedim(0, -1)
@@ -177,7 +172,7 @@ def _by_taylor(
 
 
 @documented
-def batch_hessian_diagonal(  # noqa: D417  {keywords} are documented once
+def batch_hessian_diagonal(  # noqa: D417  documented once, for all
     func: Callable[..., Any],
     argnums: int | tuple[int, ...] = 0,
     *,
@@ -210,15 +205,15 @@ def batch_hessian_diagonal(  # noqa: D417  {keywords} are documented once
         {keywords}
 
     Returns:
-        A function of the same arguments. It returns ``diag``; ``(diag, aux)`` with ``has_aux``;
-        ``(diag, (jac, value))`` with ``return_value``; ``(diag, (jac, (value, aux)))`` with both.
+        A function of the same arguments that returns ``diag``, or ``(diag, (jac, value))`` with
+        ``return_value``.
 
     Raises:
         {errors}
 
     Cost: ``func`` once, and ``2 N`` times its linear operations, for ``N`` inputs in a row, at all
-    ``M`` outputs at once; memory of ``2 N`` of its tensors at a time. A verified
-    call takes ``N + 1`` more passes backward.
+    ``M`` outputs at once; memory of ``2 N`` of its tensors at a time. A verified call takes
+    ``N + 1`` more passes backward.
 
     Sources: see :mod:`funcjac._taylor`; pytorch/pytorch issues 41530 and 87559, which asked.
 

@@ -1,4 +1,4 @@
-"""``batch_jacobian``: the Jacobian of each row of a batch."""
+"""The Jacobian of each row: ``batch_jacobian`` of functions, ``batch_jacobian_of`` of tensors."""
 
 from __future__ import annotations
 
@@ -6,13 +6,29 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from funcjac._arguments import pytree
-from funcjac._arguments.call import Call
+from funcjac._arguments.bind import batch_size, check_inputs, make_layout
+from funcjac._arguments.call import Call, Options, as_output
+from funcjac._arguments.check_keywords import check_options
+from funcjac._arguments.check_tensors import check_arguments
+from funcjac._dispatch.decisions import decision_of
+from funcjac._dispatch.rule import Sizes
 from funcjac._engines import vmap
+from funcjac._engines.basis import elements_of_rows, row_shape, row_sizes
 from funcjac._engines.graph import Route, jacobian
-from funcjac._engines.run import Derivatives, Run
-from funcjac._operators.transform import Operator, Tensors, by_output, documented, make_transform
+from funcjac._engines.run import Derivatives, Run, detached, read_graph
+from funcjac._environment.torch_private import sees_values
+from funcjac._operators.operator import Operator, Tensors
+from funcjac._operators.transform import documented, make_transform
+from funcjac._verification.backward import backward_mismatch
+from funcjac._verification.compare import agrees_with_units, mismatch
 from funcjac._verification.finite_differences import Pair, difference, random_moves, times
+from funcjac._verification.rows import check_rows
+from funcjac.errors import VerificationError, refuse
+
+_OF = "batch_jacobian_of"
 
 
 @dataclass(frozen=True)
@@ -20,6 +36,7 @@ class Jacobian(Operator):
     """``blocks[i][j]``: the derivative of output ``i`` by input ``j``."""
 
     is_jacobian: ClassVar[bool] = True
+    order: ClassVar[int] = 1
 
     def compute(self, run: Run, route: Route) -> Derivatives:
         return jacobian(run, route)
@@ -38,12 +55,9 @@ class Jacobian(Operator):
         ]
         yield difference(call, [moves]), [sum(terms[1:], terms[0]) for terms in products]
 
-    def tree(self, call: Call, result: Derivatives) -> Any:
-        return by_output(result, lambda blocks: pytree.unflatten(call.layout.in_spec, blocks))
-
 
 @documented
-def batch_jacobian(  # noqa: D417  {keywords} are documented once
+def batch_jacobian(  # noqa: D417  documented once, for all
     func: Callable[..., Any],
     argnums: int | tuple[int, ...] = 0,
     *,
@@ -78,11 +92,10 @@ def batch_jacobian(  # noqa: D417  {keywords} are documented once
         {keywords}
 
     Returns:
-        A function of the same arguments. It returns ``jac``; ``(jac, aux)`` with ``has_aux``;
-        ``(jac, value)`` with ``return_value``; ``(jac, (value, aux))`` with both. ``jac`` has
-        the structure of the output outside and that of the input inside. Its leaves are
-        contiguous, of the dtype that output and input promote to, differentiable if grad mode is
-        on and something requires grad, and zero where an output does not depend on an input.
+        A function of the same arguments that returns ``jac``, with the structure of the output
+        outside and that of the input inside. Its leaves are contiguous, of the dtype that output
+        and input promote to, differentiable if grad mode is on and something requires grad, and
+        zero where an output does not depend on an input.
 
     Raises:
         {errors}
@@ -106,3 +119,162 @@ def batch_jacobian(  # noqa: D417  {keywords} are documented once
         torch.Size([2, 3, 3, 3])
     """
     return make_transform("batch_jacobian", Jacobian(), locals())
+
+
+def batch_jacobian_of(
+    outputs: Any,
+    inputs: Any,
+    *,
+    in_dims: Any = 0,
+    out_dims: Any = 0,
+    mode: str = "auto",
+    chunk_size: int | None = None,
+    create_graph: bool | None = None,
+    retain_graph: bool = True,
+    check: bool | str = "auto",
+) -> Any:
+    """Computes the Jacobian of each row of ``outputs`` by the same row of ``inputs``.
+
+    ``outputs`` ``(B, *out)`` were computed from ``inputs`` ``(B, *in)`` under autograd, by
+    operations that keep rows apart. The result has shape ``(B, *out, *in)``. Like
+    ``batch_jacobian``, except that it takes tensors and their graph instead of a function; like
+    TensorFlow's ``tape.batch_jacobian``. Applied to its own result it gives second derivatives.
+
+    Args:
+        outputs: a tensor, or a tree of tensors.
+        inputs: a tensor that requires grad, or a tree of such.
+        in_dims: batch dimension of the inputs, an int for all, or a tree of ints.
+        out_dims: batch dimension of the outputs; the result has it first.
+        mode: ``"rev"``, ``"fwd"`` (the transpose of a vector-Jacobian product) or ``"auto"``.
+        chunk_size: basis vectors per pass; ``None`` leaves it to the rule.
+        create_graph: whether the result can be differentiated; ``None`` follows grad mode.
+        retain_graph: ``False`` frees the graph afterwards, by one more backward pass.
+        check: ``"auto"`` verifies calls 1, 2, 4, 8, … of each graph (by the names of its nodes),
+            ``True`` every call, ``False`` none.
+
+    Returns:
+        The Jacobian, in the structure of ``outputs`` outside and that of ``inputs`` inside; zero
+        where an output does not depend on an input.
+
+    Raises:
+        TypeError, ValueError: bad keywords; inputs that do not require grad; outputs without a
+            graph; unequal batch sizes.
+        BatchMixingError: rows of the outputs depend on other rows of the inputs.
+        VerificationError: the result does not agree with a plain vector-Jacobian product.
+
+    Cost: as many passes through the graph as a row of the output has elements (``rev``), or one
+    more than a row of the input has (``fwd``); nothing is run again.
+
+    Sources: the sum trick of pytorch/functorch issue 328; TensorFlow's ``batch_jacobian``.
+
+    Example:
+        >>> import torch, funcjac
+        >>> x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3).requires_grad_()
+        >>> u = torch.stack([x.prod(-1), x.sin().sum(-1)], -1)
+        >>> u_x = funcjac.batch_jacobian_of(u, x)
+        >>> u_x.shape
+        torch.Size([2, 2, 3])
+        >>> u_xx = funcjac.batch_jacobian_of(u_x[:, 1], x)
+        >>> torch.allclose(u_xx, torch.diag_embed(-x.sin()))
+        True
+    """
+    options = Options(
+        name=_OF,
+        in_dims=in_dims if type(in_dims) is int else (in_dims,),
+        out_dims=out_dims,
+        mode=mode,
+        engine="sum",
+        chunk_size=chunk_size,
+        check=check,
+        operator=Jacobian(),
+    )
+    check_options(batch_jacobian_of, options)
+    if create_graph is not None and type(create_graph) is not bool:
+        raise refuse(_OF, TypeError, "create_graph to be None or a bool", repr(create_graph))
+    if type(retain_graph) is not bool:
+        raise refuse(_OF, TypeError, "retain_graph to be a bool", repr(retain_graph))
+    graph = torch.is_grad_enabled() if create_graph is None else create_graph
+    run = _as_run(options, outputs, inputs)._replace(create_graph=graph)
+    kept = [(x, x.grad) for x in run.inputs if x.retains_grad and not x.is_leaf]
+    result = _solved(run)
+    if not retain_graph:
+        live = [out for out in run.output.leaves if out.requires_grad]
+        zeros = [torch.zeros_like(out) for out in live]
+        torch.autograd.grad(live, run.inputs, zeros, allow_unused=True)
+    for x, grad in kept:  # a retained gradient is that of backward(), not of these passes
+        x.grad = grad
+    result = result if graph else detached(result)
+    return options.operator.assemble(run.call, result)
+
+
+def _as_run(options: Options, outputs: Any, inputs: Any) -> Run:
+    leaves, spec = pytree.flatten_args((inputs,))
+    check_arguments(_OF, leaves)
+    layout = make_layout(options, (inputs,), leaves, spec)
+    batch = batch_size(_OF, layout, leaves)
+    call = Call(batch_jacobian_of, options, layout, leaves, {}, batch)
+    check_inputs(call)
+    if not all(x.requires_grad for x in call.inputs):
+        remedy = "Call requires_grad_() on them before outputs are computed."
+        raise refuse(_OF, ValueError, "inputs that require grad", "one that does not", remedy)
+    output = as_output(options, outputs, batch)
+    if not any(out.requires_grad for out in output.leaves):
+        remedy = "Compute them from inputs with grad mode on, and without detach()."
+        got = "tensors without a graph"
+        raise refuse(_OF, ValueError, "outputs that were computed from inputs", got, remedy)
+    return Run(call, call.inputs, output)
+
+
+def _solved(run: Run) -> Derivatives:
+    options, outs = run.call.options, run.output.leaves
+    facts = read_graph(outs, run.inputs)
+    sizes = Sizes(
+        run.call.batch,
+        elements_of_rows(outs),
+        sum(row_sizes(run.inputs, run.dims)),
+        facts.widest,
+        run.create_graph,
+        all(x.device.type == "cpu" for x in run.inputs),
+    )
+    rows = tuple([(row_shape(x, dim), x.dtype) for x, dim in zip(run.inputs, run.dims)])
+    shapes = tuple([out.shape[1:] for out in outs])
+    key = (
+        _OF,
+        options.mode,
+        options.chunk_size,
+        facts.signature,
+        rows,
+        shapes,
+        run.create_graph,
+    )
+    decision = decision_of(key)
+    decision.calls += 1
+    route = options.operator.route(run.call, sizes)
+    routes = dict.fromkeys((route, route._replace(chunk=1)))
+    hooked = any(x._backward_hooks or (x.retains_grad and not x.is_leaf) for x in run.inputs)
+    check = decision.is_due(options.check, run.call.batch) and not hooked and sees_values()
+    problem = None
+    for candidate in routes:
+        if candidate in decision.left:
+            continue
+        with torch.set_grad_enabled(run.create_graph):
+            result = options.operator.compute(run, candidate)
+        problem = _problem(run, result, decision.calls) if check else None
+        if problem is None:
+            decision.rows |= check and run.call.batch > 1
+            return result
+        decision.left[candidate] = problem
+    decision.left.clear()
+    raise VerificationError(f"{_OF}: the result was verified and refused: {problem}.")
+
+
+def _problem(run: Run, result: Derivatives, number: int) -> str | None:
+    if not run.call.batch or not any(x.numel() for x in run.inputs):
+        return None
+    problem, _ = mismatch(run, result, number)
+    if problem is not None:
+        check_rows(run, [])
+        problem = None if agrees_with_units(run, result) else problem
+    if problem is None and run.create_graph:
+        problem = backward_mismatch(run, result, number)
+    return problem

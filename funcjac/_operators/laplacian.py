@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,46 +23,52 @@ from funcjac._engines.second_order import Directions
 from funcjac._environment.torch_private import is_transformed
 from funcjac._operators.divergence import Hutchinson
 from funcjac._operators.hessian_diagonal import HessianDiagonal, Maybe
-from funcjac._operators.transform import (
-    by_output,
-    changed_keywords,
-    documented,
-    make_transform,
-)
+from funcjac._operators.operator import by_output, changed_keywords
+from funcjac._operators.transform import documented, make_transform
 from funcjac._verification.finite_differences import Pair
 from funcjac._verification.probe import Entry, Probe, row_factors
 from funcjac.errors import refuse
 
 
 @dataclass(frozen=True)
-class Laplacian(HessianDiagonal):
+class Laplacian(Hutchinson, HessianDiagonal):
     """``blocks[i]``: the Laplacian and its standard error, first derivatives where returned."""
 
-    hutchinson: Hutchinson
     weight: Tensor | Callable[..., Tensor] | None = None
     weight_dim: int | None = None
+    order: ClassVar[int] = 0
 
     def keywords(self) -> list[str]:
-        return [*changed_keywords(self, ("weight", "weight_dim")), *self.hutchinson.keywords()]
+        own = ["weight", "weight_dim"]
+        return changed_keywords(self, [*own, *[f.name for f in fields(Hutchinson)]])
+
+    def check(self, name: str) -> None:
+        super().check(name)
+        weight, dim = self.weight, self.weight_dim
+        if dim is not None and (type(dim) is not int or weight is None):
+            remedy = "It says where a weight that differs between rows has the batch."
+            expected = "weight_dim to be None, or an int beside a weight"
+            raise refuse(name, TypeError, expected, repr(dim), remedy)
+        if weight is not None and not isinstance(weight, Tensor) and not callable(weight):
+            expected, kind = "weight to be a tensor or a function that returns one", type(weight)
+            remedy = "Make one of it by torch.as_tensor, with the dtype of the input."
+            raise refuse(name, TypeError, expected, kind.__name__, remedy)
 
     def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
         weight, dim = self.weight, self.weight_dim
         if weight is None:
-            return self.hutchinson.add_probes(call)
+            return self.add_probes(call)
         weight = weight(*args, **kwargs) if callable(weight) else weight
         weight = _checked_weight(call, weight, dim)
-        return self.hutchinson.add_probes(call, [weight], [None if dim is None else 0])
+        return self.add_probes(call, [weight], [None if dim is None else 0])
 
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
         del call, outputs
-        firsts = self.hutchinson.samples or inputs
-        return firsts, firsts if self.hutchinson.return_error else 1, firsts
+        firsts = self.samples or inputs
+        return firsts, firsts if self.return_error else 1, firsts
 
     def adds_jac(self, call: Call) -> bool:
-        return call.options.return_value and self.hutchinson.samples is None
-
-    def own_inputs(self, call: Call) -> list[tuple[int, ...]]:
-        return [()] * (1 + self.hutchinson.return_error)
+        return call.options.return_value and self.samples is None
 
     def directions(
         self,
@@ -77,7 +83,7 @@ class Laplacian(HessianDiagonal):
         row = row_shape(x, dim)
         weight = None if self.weight is None else extras[0]
         shared = of_row or self.weight_dim is None
-        if self.hutchinson.samples is not None:
+        if self.samples is not None:
             probes = extras[j if weight is None else 1]  # (B, k, *row), or (k, *row)
             probes = probes.unsqueeze(1) if dim is None else probes.movedim(1, 0)
             even = x.new_full((len(probes),), 1 / len(probes))
@@ -100,14 +106,14 @@ class Laplacian(HessianDiagonal):
         return Directions(left, right, x.new_ones(len(left)), basis=True)
 
     def adds_up(self) -> bool:
-        return not self.hutchinson.return_error
+        return not self.return_error
 
     def combine(self, seconds: Sequence[Maybe]) -> list[Maybe]:
         terms = [columns for columns in seconds if columns is not None]
         if not terms:
-            return [None] * (1 + self.hutchinson.return_error)
+            return [None] * (1 + self.return_error)
         total = sum(terms[1:], terms[0])
-        return [total[0]] if self.adds_up() else [*self.hutchinson.estimates(total, 0)]
+        return [total[0]] if self.adds_up() else list(self.estimates(total, 0))
 
     def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
         """Plain double backward along each direction, other rows by another factor."""
@@ -127,10 +133,8 @@ class Laplacian(HessianDiagonal):
         return itertools.islice(super().differences(call, result), 1)
 
     def tree(self, call: Call, result: Derivatives) -> Any:
-        tree = by_output(result, lambda blocks: blocks[0])
-        if not self.hutchinson.return_error:
-            return tree
-        return tree, by_output(result, lambda blocks: blocks[1])
+        tree = super().tree(call, result)
+        return (tree, by_output(result, lambda blocks: blocks[1])) if self.return_error else tree
 
 
 def _placed(rows: Tensor, x: Tensor, dim: int | None) -> Tensor:
@@ -151,17 +155,6 @@ def _applied(weight: Tensor, rows: Tensor, row: torch.Size, shared: bool) -> Ten
     flat = rows.reshape(rows.shape[0], rows.shape[1], size)  # (K, B or 1, N)
     products = torch.matmul(matrix, flat.movedim(0, -1)).movedim(-1, 0)
     return products.reshape(rows.shape[0], -1, *row)
-
-
-def _check_weight_keywords(name: str, weight: Any, dim: Any) -> None:
-    if dim is not None and (type(dim) is not int or weight is None):
-        remedy = "It says where a weight that differs between rows has the batch."
-        expected = "weight_dim to be None, or an int beside a weight"
-        raise refuse(name, TypeError, expected, repr(dim), remedy)
-    if weight is not None and not isinstance(weight, Tensor) and not callable(weight):
-        expected = "weight to be a tensor or a function that returns one"
-        remedy = "Make one of it by torch.as_tensor, with the dtype of the input."
-        raise refuse(name, TypeError, expected, type(weight).__name__, remedy)
 
 
 def _checked_weight(call: Call, weight: Any, dim: int | None) -> Tensor:
@@ -220,7 +213,7 @@ def _check_entries(name: str, weight: Tensor) -> None:
 
 
 @documented
-def batch_laplacian(  # noqa: D417  {keywords} are documented once
+def batch_laplacian(  # noqa: D417  documented once, for all
     func: Callable[..., Any],
     argnums: int | tuple[int, ...] = 0,
     *,
@@ -254,20 +247,13 @@ def batch_laplacian(  # noqa: D417  {keywords} are documented once
             input tensor; or a function of the same arguments as ``func`` that returns one. The
             result can be differentiated by it.
         weight_dim: where ``weight`` has a batch dimension, ``None`` if all rows share it.
-        samples: estimate from so many random probes in each row (Hutchinson), without bias,
-            instead of the exact sum over all coordinates.
-        probes: ``"rademacher"`` (entries 1 and -1) or ``"gaussian"``; rows share those of an
-            argument that they share.
-        generator: where probes are drawn from; ``None`` for PyTorch's default.
-        return_error: ``(estimate, standard error)`` in place of the estimate, from the spread of
-            at least two samples.
+        {samples}
         mode: ``"taylor"``, a nested mode, or ``"auto"``, as in :func:`batch_hessian_diagonal`.
         {keywords}
 
     Returns:
-        A function of the same arguments. It returns ``lap`` in the structure of the output;
-        ``(lap, aux)`` with ``has_aux``; ``(lap, (jac, value))`` with ``return_value``;
-        ``(lap, (jac, (value, aux)))`` with both; from ``samples`` without ``jac``.
+        A function of the same arguments that returns ``lap`` in the structure of the output, or
+        ``(lap, (jac, value))`` with ``return_value``, from ``samples`` ``(lap, value)``.
 
     Raises:
         {errors}
@@ -275,8 +261,7 @@ def batch_laplacian(  # noqa: D417  {keywords} are documented once
 
     Cost: ``func`` once, and ``N + 1`` times its linear operations (``samples + 1`` for an
     estimate, up to ``2 N + 1`` with a matrix for each row); memory likewise. The nested modes hold
-    all pairs of the directions of a chunk. A verified call takes as many
-    passes backward more.
+    all pairs of the directions of a chunk. A verified call takes as many passes backward more.
 
     Sources: R. Li et al., "A computational framework for neural network-based variational Monte
     Carlo with forward Laplacian", 2024; M. F. Hutchinson, 1989; pytorch/pytorch issue 53903.
@@ -290,8 +275,6 @@ def batch_laplacian(  # noqa: D417  {keywords} are documented once
         >>> funcjac.batch_laplacian(lambda x: (x**2).sum(-1), weight=weight)(x)
         tensor([-2., -2.], dtype=torch.float64)
     """
-    hutchinson = Hutchinson(samples, probes, generator, return_error)
-    hutchinson.check("batch_laplacian")
-    _check_weight_keywords("batch_laplacian", weight, weight_dim)
-    operator = Laplacian(hutchinson, weight, weight_dim)
+    operator = Laplacian(samples, probes, generator, return_error, weight, weight_dim)
+    operator.check("batch_laplacian")
     return make_transform("batch_laplacian", operator, locals())

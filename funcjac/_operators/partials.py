@@ -18,14 +18,8 @@ from funcjac._engines.graph import Route
 from funcjac._engines.run import Derivatives, Run
 from funcjac._engines.second_order import Index, by_order, nested_partials
 from funcjac._operators.hessian import recording_of, stacked_coordinates
-from funcjac._operators.transform import (
-    SecondOrder,
-    Tensors,
-    as_block,
-    by_output,
-    documented,
-    make_transform,
-)
+from funcjac._operators.operator import SecondOrder, Tensors, as_block, by_output
+from funcjac._operators.transform import documented, make_transform
 from funcjac._taylor import mixed_partials
 from funcjac._verification.finite_differences import Pair, difference
 from funcjac._verification.probe import Entry, Probe, row_factors, vjp
@@ -200,7 +194,7 @@ def _count(indices: tuple[Index, ...], inputs: int) -> tuple[int, int, int]:
 
 
 @documented
-def batch_partials(  # noqa: D417  {keywords} are documented once
+def batch_partials(  # noqa: D417  documented once, for all
     func: Callable[..., Any],
     indices: Sequence[Sequence[int]],
     argnums: int | tuple[int, ...] = 0,
@@ -234,9 +228,8 @@ def batch_partials(  # noqa: D417  {keywords} are documented once
         {keywords}
 
     Returns:
-        A function of the same arguments. It returns a tuple ``partials``, each in the structure
-        of the output; ``(partials, aux)`` with ``has_aux``; ``(partials, value)`` with
-        ``return_value``; ``(partials, (value, aux))`` with both.
+        A function of the same arguments that returns a tuple ``partials``, each in the structure
+        of the output, or ``(partials, value)`` with ``return_value``.
 
     Raises:
         {errors}
@@ -244,8 +237,7 @@ def batch_partials(  # noqa: D417  {keywords} are documented once
             ``(B, d)``.
 
     Cost: ``func`` once, and its linear operations once for each derivative and each one of lower
-    order that it needs; memory likewise. A verified call takes a backward
-    pass for each more.
+    order that it needs; memory likewise. A verified call takes a backward pass for each more.
 
     Sources: the formula of Faà di Bruno; see :mod:`funcjac._taylor`.
 

@@ -1,4 +1,4 @@
-"""An ``Operator`` states what a transform computes; users call a ``Transform``."""
+"""What every transform returns: an object that is called, printed, copied and pickled."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import functools
 import textwrap
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,25 +21,18 @@ from funcjac._arguments.check_keywords import check_options
 from funcjac._arguments.check_tensors import is_uninitialized
 from funcjac._dispatch.attempt import Outcome
 from funcjac._dispatch.inside_transforms import solve_inside
-from funcjac._dispatch.rule import Sizes, first_order_route, prefers_taylor, second_order_route
 from funcjac._dispatch.solve import solve
-from funcjac._engines.basis import row_shape
-from funcjac._engines.graph import Route
-from funcjac._engines.run import Derivatives, Run
 from funcjac._environment.torch_private import is_functional, is_transformed
-from funcjac._verification.finite_differences import Pair
-from funcjac._verification.probe import Entry, Probe
+from funcjac._operators.operator import Operator, changed_keywords
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Tensors = Sequence[Tensor]
-NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd")
 # The keywords that all transforms share.
 KEYWORDS = tuple([f.name for f in fields(Options) if f.name not in ("name", "operator")])
 # Levels of torch's forward mode belong to the process: one thread at a time.
 DUAL_LEVELS = threading.RLock()
 
-# What docstrings say in the place of {keywords} and {errors}.
+# What docstrings say in the place of a name in braces.
 _DOCUMENTATION = {
     "{keywords}": """\
 in_dims: batch dimension of each positional argument, an int for all, or a tuple or prefix
@@ -54,9 +47,12 @@ engine: ``"sum"`` (the sum trick, by plain autograd on the one run of ``func``),
 chunk_size: basis vectors (coordinates, samples) per pass; ``None`` leaves it to the rule:
     what stays in a processor's cache, in bounded memory. It never changes values. Chunks go
     into one preallocated result; where it is to be differentiated, they are joined at the end.
-has_aux: ``func`` returns ``(output, aux)``; ``aux`` is any object.
-return_value: also return ``func``'s output, from the same run, and the Jacobian where second
-    derivatives along all coordinates are computed.
+has_aux: ``func`` returns ``(output, aux)``; ``aux`` is any object. The transform returns
+    ``(result, aux)``.
+return_value: also return ``func``'s output, from the same run, as ``(result, value)``, or
+    ``(result, (value, aux))`` with ``has_aux``. Where second derivatives bring the Jacobian
+    along, ``value`` becomes ``(jac, value)``, and ``(value, aux)`` becomes
+    ``(jac, (value, aux))``.
 randomness: ``"different"``, ``"same"`` or ``"error"`` for draws in ``func`` where
     ``torch.vmap`` or the loop runs it, as in ``torch.vmap``. In the one run of the sum trick a
     draw is what it is in a plain call.
@@ -65,6 +61,14 @@ check: ``"auto"`` verifies calls 1, 2, 4, 8, … of each key, ``True`` every cal
     with the modules, functions, strings, bools and ints that it closes over, ``training``
     flags, trees, dtypes, devices and sizes of a row, not the batch size. All transforms of
     the process share what is known of a key.""",
+    "{samples}": """\
+samples: estimate from so many random probes in each row (Hutchinson), without bias, instead
+    of the exact sum over all coordinates.
+probes: ``"rademacher"`` (entries 1 and -1) or ``"gaussian"``; rows share those of an argument
+    that they share.
+generator: where probes are drawn from; ``None`` for PyTorch's default.
+return_error: ``(estimate, standard error)`` in place of the estimate, from the spread of at
+    least two samples.""",
     "{errors}": """\
 TypeError: keywords or arguments are of the wrong kind; the input or output is not real,
     floating-point and dense.
@@ -86,196 +90,6 @@ def documented(function: Callable[P, R]) -> Callable[P, R]:
             text = textwrap.indent(text, " " * 8).lstrip()
             function.__doc__ = function.__doc__.replace(name, text)
     return function
-
-
-# --- what a transform computes ---------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Operator:
-    """What one transform computes, of one run or of one row, and how it is verified.
-
-    Attributes:
-        modes: what ``mode`` may be, beside ``"auto"``.
-        is_second_order: whether ``func`` is differentiated more than once.
-        is_jacobian: whether each block is the whole derivative of an output by an input.
-    """
-
-    modes: ClassVar[tuple[str, ...]] = ("fwd", "rev")
-    is_second_order: ClassVar[bool] = False
-    is_jacobian: ClassVar[bool] = False
-
-    def keywords(self) -> list[str]:
-        """The operator's own keywords that differ from their defaults, printed."""
-        return []
-
-    def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
-        """Refuse bad inputs, and add the operator's own tensors to a call."""
-        del args, kwargs
-        return call
-
-    def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
-        """First and second derivatives of each output, and gradients differentiated further."""
-        del call, outputs
-        return inputs, 0, 0
-
-    def route(self, call: Call, sizes: Sizes) -> Route:
-        """The mode and the chunk that the rule gives."""
-        return first_order_route(call.options.mode, call.options.chunk_size, sizes)
-
-    def uses_taylor(self, call: Call, outputs: int, inputs: int) -> bool:
-        """Whether operations are recorded as ``func`` runs."""
-        del call, outputs, inputs
-        return False
-
-    def check_output(self, call: Call, outs: Sequence[Tensor]) -> None:
-        """Refuse what ``func`` returned, before any differentiation."""
-
-    def adds_jac(self, call: Call) -> bool:
-        """Whether the Jacobian is returned as well: the last blocks of each output."""
-        del call
-        return False
-
-    def by_inputs(self, call: Call) -> list[tuple[int, ...]]:
-        """For each block: the inputs that it is differentiated by, with axes of their own."""
-        return [(j,) for j in range(len(call.layout.diff))]
-
-    def compute(self, run: Run, route: Route) -> Derivatives:
-        """Derivatives through the graph, or the record, of one run."""
-        raise NotImplementedError
-
-    def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
-        """The same of one row by torch.func: blocks by output, and what comes along."""
-        raise NotImplementedError
-
-    def entries(self, run: Run, probe: Probe) -> list[Entry]:
-        """What blocks contracted with a cotangent must come to, by plain autograd."""
-        pairs = zip(probe.grads, run.inputs, run.dims)
-        return [Entry(probe.seeds, grad, x, dim) for grad, x, dim in pairs]
-
-    def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
-        """What central differences say, and what was computed."""
-        raise NotImplementedError
-
-    def tree(self, call: Call, result: Derivatives) -> Any:
-        """The user's tree: output structure outside, input structure inside."""
-        raise NotImplementedError
-
-    def assemble(self, call: Call, result: Derivatives) -> Any:
-        """The user's tree with aux, with the value, and with the Jacobian."""
-        options, output, tree = call.options, result.output, self.tree(call, result)
-        if not options.return_value:
-            return (tree, output.aux) if options.has_aux else tree
-        value = pytree.unflatten(output.spec, output.leaves)
-        rest = (value, output.aux) if options.has_aux else value
-        if not self.adds_jac(call):
-            return tree, rest
-        spec, n = call.layout.in_spec, len(call.layout.diff)
-        jac = by_output(result, lambda blocks: pytree.unflatten(spec, blocks[-n:]))
-        return tree, (jac, rest)
-
-
-class SecondOrder(Operator):
-    """A second-order transform: blocks of its own, then the Jacobian where it is returned."""
-
-    modes: ClassVar[tuple[str, ...]] = ("taylor", *NESTED)
-    is_second_order: ClassVar[bool] = True
-
-    def uses_taylor(self, call: Call, outputs: int, inputs: int) -> bool:
-        options = call.options
-        if options.mode != "auto" or options.engine not in ("auto", "sum"):
-            return options.mode == "taylor"
-        return prefers_taylor(outputs, self.count(call, outputs, inputs))
-
-    def route(self, call: Call, sizes: Sizes) -> Route:
-        counts = self.count(call, sizes.outputs, sizes.inputs)
-        return second_order_route(call.options.mode, call.options.chunk_size, sizes, counts)
-
-    def adds_jac(self, call: Call) -> bool:
-        return call.options.return_value
-
-    def derivatives(self, run: Run, route: Route) -> tuple[list[Any], list[Any]]:
-        """By output: values of the operator's own blocks, and those of the Jacobian."""
-        raise NotImplementedError
-
-    def row_derivatives(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
-        """The same of one row by torch.func, and what comes along."""
-        raise NotImplementedError
-
-    def own_inputs(self, call: Call) -> list[tuple[int, ...]]:
-        """:meth:`by_inputs` of the operator's own blocks."""
-        raise NotImplementedError
-
-    def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
-        """:meth:`entries` of the operator's own blocks."""
-        raise NotImplementedError
-
-    def compute(self, run: Run, route: Route) -> Derivatives:
-        own, jac = self.derivatives(run, route)
-        names, adds_jac = self.by_inputs(run.call), self.adds_jac(run.call)
-        shapes = [row_shape(x, dim) for x, dim in zip(run.inputs, run.dims)]
-        rows = []
-        for i, out in enumerate(run.output.leaves):
-            row = []
-            for value, name in zip([*own[i], *jac[i]] if adds_jac else own[i], names):
-                shape = [*out.shape, *[size for j in name for size in shapes[j]]]
-                row.append(as_block(value, shape, out, [run.inputs[j] for j in name or (0,)]))
-            rows.append(row)
-        return Derivatives(rows, run.output)
-
-    def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
-        own, jac, along = self.row_derivatives(call, f, xs, extras, mode)
-        names, adds_jac = self.by_inputs(call), self.adds_jac(call)
-        rows = []
-        for i, out in enumerate(along[0]):
-            values = zip([*own[i], *jac[i]] if adds_jac else own[i], names)
-            inner = [
-                (value, [size for j in name for size in xs[j].shape]) for value, name in values
-            ]
-            rows.append([value.reshape(*out.shape, *sizes) for value, sizes in inner])
-        return rows, along
-
-    def by_inputs(self, call: Call) -> list[tuple[int, ...]]:
-        return self.own_inputs(call) + (super().by_inputs(call) if self.adds_jac(call) else [])
-
-    def entries(self, run: Run, probe: Probe) -> list[Entry]:
-        jac = super().entries(run, probe) if self.adds_jac(run.call) else []
-        return self.own_entries(run, probe) + jac
-
-
-def by_output(result: Derivatives, pick: Any) -> Any:
-    return pytree.unflatten(result.output.spec, [pick(blocks) for blocks in result.blocks])
-
-
-def as_block(
-    value: Tensor | None, shape: Sequence[int], out: Tensor, inputs: Sequence[Tensor]
-) -> Tensor:
-    """A contiguous block of the type that ``out`` and ``inputs`` promote to; ``None`` for zeros."""
-    dtype = out.dtype
-    for x in inputs:
-        if x.dtype != dtype and x.ndim:  # a number does not widen a tensor
-            dtype = torch.promote_types(dtype, x.dtype)
-    if value is None:
-        return out.new_zeros(shape, dtype=dtype)
-    value = value if value.dtype == dtype else value.to(dtype)
-    return value.reshape(shape).contiguous()
-
-
-def changed_keywords(thing: Any, names: Sequence[str]) -> list[str]:
-    """Fields of a dataclass that differ from their defaults, printed; tensors without values."""
-    printed = []
-    for field in fields(thing):
-        value = getattr(thing, field.name)
-        if field.name not in names or value is field.default:
-            continue
-        if isinstance(value, (Tensor, torch.Generator)):
-            printed.append(f"{field.name}=<{type(value).__name__}>")
-        elif value != field.default:
-            printed.append(f"{field.name}={value!r}")
-    return printed
-
-
-# --- what users call -------------------------------------------------------------------------
 
 
 class Transform:
