@@ -56,18 +56,17 @@ class Hutchinson:
             raise refuse(name, ValueError, expected, samples, remedy)
 
     def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
-        del args, kwargs
-        return self.add_probes(call)
+        tensors, dims = self.extras(call, args, kwargs)
+        return with_extras(call, tensors, tuple(dims)) if tensors else call
 
-    def add_probes(
-        self, call: Call, tensors: Sequence[Tensor] = (), dims: Sequence[int | None] = ()
-    ) -> Call:
-        """Add an operator's own tensors, and probes ``(B, k, *row)`` for each input, to a call."""
-        if self.samples is not None:
-            pairs = list(zip(call.inputs, call.layout.diff_dims))
-            tensors = [*tensors, *[self._drawn(call.batch, x, dim) for x, dim in pairs]]
-            dims = [*dims, *[None if dim is None else 0 for _, dim in pairs]]
-        return with_extras(call, list(tensors), tuple(dims)) if tensors else call
+    def extras(self, call: Call, args: Any, kwargs: Any) -> tuple[list[Tensor], list[int | None]]:
+        """Probes of each input, ``(B, k, *row)`` or ``(k, *row)``, with their batch dimensions."""
+        del args, kwargs
+        if self.samples is None:
+            return [], []
+        dims = call.layout.diff_dims
+        probes = [self._drawn(call.batch, x, dim) for x, dim in zip(call.inputs, dims)]
+        return probes, [None if dim is None else 0 for dim in dims]
 
     def _drawn(self, batch: int, x: Tensor, dim: int | None) -> Tensor:
         rows = () if dim is None else (batch,)  # what rows share moves the same way in all
@@ -111,11 +110,11 @@ class Divergence(Hutchinson, Operator):
         return Derivatives([blocks], run.output)
 
     def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
-        chunk, samples = call.options.chunk_size, self.samples
+        samples = self.samples
         if samples is not None and call.options.mode != "fwd" and len(xs) == 1:
             total, along = _estimate_of_row(call, f, xs[0], extras[0])
             return [self.estimates(total, -1)], along
-        jac, along = vmap.jacobian(f, xs, mode, chunk)
+        jac, along = vmap.jacobian(f, xs, mode, call.options.chunk_size)
         check_square(call, [tuple(out.shape) for out in along[0]])
         total: Any = 0
         for i, x in enumerate(xs):
@@ -143,10 +142,8 @@ class Divergence(Hutchinson, Operator):
                     continue
                 rows = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
                 terms = rows.reshape(len(rows), -1) * vector
-                term = terms.where(vector != 0, 0).sum(
-                    1
-                )  # what is NaN beside the diagonal stays out
-                term = term.sum() if shared else term
+                terms = terms.where(vector != 0, 0)  # NaN beside the diagonal stays out
+                term = terms.sum() if shared else terms.sum(1)
                 total, size = total + term, size + term.detach().abs()
         return [Entry([factors], total, total.detach(), None if shared else 0, size)]
 

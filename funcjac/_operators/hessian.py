@@ -12,7 +12,7 @@ from torch import Tensor
 
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
-from funcjac._engines.basis import coordinates, row_sizes
+from funcjac._engines.basis import identity, row_shape, row_sizes, spread
 from funcjac._engines.graph import Blocks, Route
 from funcjac._engines.run import Derivatives, Run
 from funcjac._engines.second_order import hessian_blocks
@@ -106,15 +106,10 @@ def recording_of(run: Run) -> Recording:
 
 def stacked_coordinates(run: Run) -> dict[int, Tensor]:
     """The basis of all inputs together: ``(N, *x.shape)`` for each, zero for other inputs."""
-    if len(run.inputs) == 1:
-        return {0: coordinates(run.inputs[0], run.dims[0])}
-    start, total = 0, sum(row_sizes(run.inputs, run.dims))
-    stacks = {}
+    sizes, stacks = row_sizes(run.inputs, run.dims), {}
     for j, (x, dim) in enumerate(zip(run.inputs, run.dims)):
-        basis = coordinates(x, dim)
-        stop = start + len(basis)
-        before, after = x.new_zeros(start, *x.shape), x.new_zeros(total - stop, *x.shape)
-        stacks[j], start = torch.cat([before, basis, after]), stop
+        part = identity(sum(sizes), x).split(sizes, 1)[j]
+        stacks[j] = spread(part, row_shape(x, dim), run.call.batch, dim)
     return stacks
 
 

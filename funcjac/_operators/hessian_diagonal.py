@@ -60,9 +60,9 @@ class HessianDiagonal(SecondOrder):
         """Whether second derivatives are added up on the way, by weights."""
         return False
 
-    def combine(self, seconds: Sequence[Maybe]) -> list[Maybe]:
+    def combine(self, seconds: Sequence[Maybe]) -> Sequence[Maybe]:
         """Blocks, from second derivatives ``(K, ...)`` along the directions of each input."""
-        return [_axis_last(columns) for columns in seconds]
+        return list(map(_axis_last, seconds))
 
     def derivatives(self, run: Run, route: Route) -> list[list[Any]]:
         firsts, total = self.adds_jac(run.call), self.adds_up()
@@ -94,8 +94,8 @@ class HessianDiagonal(SecondOrder):
 
     def _by_output(self, derivatives: list[Along]) -> list[list[Any]]:
         slopes, seconds = zip(*derivatives)
-        jac = [[_axis_last(columns) for columns in row] for row in zip(*slopes)]
-        return [[*self.combine(row), *jac[i]] for i, row in enumerate(zip(*seconds))]
+        rows = zip(zip(*seconds), zip(*slopes))
+        return [[*self.combine(second), *map(_axis_last, first)] for second, first in rows]
 
     def _summed(self, seconds: Sequence[Maybe], weights: Tensor) -> list[Maybe]:
         """Second derivatives ``(K, ...)``, or ``(1, ...)`` where they are added up."""

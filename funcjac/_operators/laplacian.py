@@ -54,13 +54,14 @@ class Laplacian(Hutchinson, HessianDiagonal):
             remedy = "Make one of it by torch.as_tensor, with the dtype of the input."
             raise refuse(name, TypeError, expected, kind.__name__, remedy)
 
-    def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
-        weight, dim = self.weight, self.weight_dim
-        if weight is None:
-            return self.add_probes(call)
-        weight = weight(*args, **kwargs) if callable(weight) else weight
-        weight = _checked_weight(call, weight, dim)
-        return self.add_probes(call, [weight], [None if dim is None else 0])
+    def extras(self, call: Call, args: Any, kwargs: Any) -> tuple[list[Tensor], list[int | None]]:
+        """The weight, and probes."""
+        if self.weight is None:
+            return super().extras(call, args, kwargs)
+        weight = self.weight(*args, **kwargs) if callable(self.weight) else self.weight
+        weight = _checked_weight(call, weight, self.weight_dim)
+        probes, dims = super().extras(call, args, kwargs)
+        return [weight, *probes], [None if self.weight_dim is None else 0, *dims]
 
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
         del call, outputs
@@ -108,12 +109,12 @@ class Laplacian(Hutchinson, HessianDiagonal):
     def adds_up(self) -> bool:
         return not self.return_error
 
-    def combine(self, seconds: Sequence[Maybe]) -> list[Maybe]:
+    def combine(self, seconds: Sequence[Maybe]) -> Sequence[Maybe]:
         terms = [columns for columns in seconds if columns is not None]
         if not terms:
             return [None] * (1 + self.return_error)
         total = sum(terms[1:], terms[0])
-        return [total[0]] if self.adds_up() else list(self.estimates(total, 0))
+        return [total[0]] if self.adds_up() else self.estimates(total, 0)
 
     def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
         """Plain double backward along each direction, other rows by another factor."""

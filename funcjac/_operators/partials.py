@@ -65,17 +65,14 @@ class Partials(SecondOrder):
             columns = _by_taylor(run, names, places, route.chunk)
         else:
             columns = nested_partials(run, names, places.__getitem__)
-        rows = []
-        for i, out in enumerate(run.output.leaves):
-            row = []
-            for e, name in enumerate(names):
-                value = columns[e][i] if name else out
-                x = run.inputs[places[name[0]][0] if name else 0]
-                block = as_block(value, out.shape, out, [x])
-                # One index twice, or the value, must not come as one tensor under two names.
-                twice = name in names[:e] or (run.call.options.return_value and not name)
-                row.append(block.clone() if twice else block)
-            rows.append(row)
+        rows: list[list[Tensor]] = [[] for _ in run.output.leaves]
+        for e, name in enumerate(names):
+            # One index twice, or the value, must not come as one tensor under two names.
+            twice = name in names[:e] or (run.call.options.return_value and not name)
+            x = run.inputs[places[name[0]][0] if name else 0]
+            for i, out in enumerate(run.output.leaves):
+                block = as_block(columns[e][i] if name else out, out.shape, out, [x])
+                rows[i].append(block.clone() if twice else block)
         return Derivatives(rows, run.output)
 
     def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
@@ -113,11 +110,8 @@ class Partials(SecondOrder):
 
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
         """Along the coordinates of each index."""
-        moves = [
-            {j: vector}
-            for j, (x, dim) in enumerate(zip(call.inputs, call.layout.diff_dims))
-            for vector in coordinates(x, dim)
-        ]
+        inputs = enumerate(zip(call.inputs, call.layout.diff_dims))
+        moves = [{j: vector} for j, (x, dim) in inputs for vector in coordinates(x, dim)]
         for e, index in enumerate(self.indices):
             expected = difference(call, [moves[entry] for entry in index])
             yield expected, [blocks[e] for blocks in result.blocks]
@@ -180,12 +174,8 @@ def _names(indices: tuple[Index, ...], total: int) -> tuple[Index, ...]:
 @functools.lru_cache(1024)
 def _count(indices: tuple[Index, ...], inputs: int) -> tuple[int, int, int]:
     names = _names(indices, inputs)
-    parts = {
-        part
-        for n in names
-        for size in range(len(n))
-        for part in itertools.combinations(n, size + 1)
-    }
+    sizes = range(1, max(map(len, names)) + 1)
+    parts = {part for name in names for k in sizes for part in itertools.combinations(name, k)}
     if not parts:
         return 0, 0, 0
     passes = sum(2**order * len(step) for order, step in enumerate(by_order(names)))
@@ -255,9 +245,8 @@ def batch_partials(  # noqa: D417  documented once, for all
 
 
 def _check_indices(name: str, indices: Any) -> None:
-    if not isinstance(indices, (list, tuple)) or not all(
-        isinstance(i, (tuple, list)) for i in indices
-    ):
+    kinds = (list, tuple)
+    if not isinstance(indices, kinds) or not all(isinstance(index, kinds) for index in indices):
         remedy = "Write [(0,), (1, 1)] for the derivatives by x_0 and twice by x_1."
         raise refuse(name, TypeError, "indices to be a list of tuples", repr(indices), remedy)
     if not indices:
