@@ -61,7 +61,6 @@ class Hutchinson:
 
     def extras(self, call: Call, args: Any, kwargs: Any) -> tuple[list[Tensor], list[int | None]]:
         """Probes of each input, ``(B, k, *row)`` or ``(k, *row)``, with their batch dimensions."""
-        del args, kwargs
         if self.samples is None:
             return [], []
         dims = call.layout.diff_dims
@@ -80,7 +79,6 @@ class Hutchinson:
         return (2 * drawn - 1).to(x.device, x.dtype)
 
     def own_inputs(self, call: Call) -> list[tuple[int, ...]]:
-        del call
         return [()] * (1 + self.return_error)
 
     def estimates(self, values: Tensor, dim: int) -> list[Tensor]:

@@ -34,7 +34,6 @@ class Hessian(SecondOrder):
     order: ClassVar[int] = 2
 
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
-        del call, outputs
         return inputs, inputs * (inputs + 1) // 2, inputs
 
     def uses_taylor(self, call: Call, outputs: int, inputs: int) -> bool:
@@ -46,7 +45,6 @@ class Hessian(SecondOrder):
         return _joined(*(_by_taylor(run) if route.mode == "taylor" else hessian_blocks(run, route)))
 
     def row_derivatives(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
-        del extras
         hess, jac, along = vmap.hessian(f, xs, mode, call.options.chunk_size)
         return _joined(hess, jac), along
 

@@ -32,27 +32,18 @@ _PASS_ELEMENTS = 2**21
 class HessianDiagonal(SecondOrder):
     """``blocks[i][j]``: second derivatives by input ``j``, then first ones where returned.
 
-    Derivatives along other directions, and what is made of them, are for subclasses to state.
+    Subclasses state other directions, and how their derivatives become blocks.
     """
 
     order: ClassVar[int] = 1
 
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
-        del call, outputs
         return inputs, inputs, inputs
 
     def directions(
-        self,
-        j: int,
-        x: Tensor,
-        dim: int | None,
-        extras: Sequence[Tensor],
-        *,
-        of_row: bool = False,
-        exact: bool = True,
+        self, j: int, x: Tensor, dim: int | None, extras: Tensors, *, exact: bool, of_row: bool
     ) -> Directions:
         """Directions in input ``j``, of one row or of all; ``exact`` for the basis if possible."""
-        del j, extras, of_row, exact
         left = coordinates(x, dim)
         return Directions(left, None, left.new_ones(len(left)), basis=True)
 
@@ -67,7 +58,7 @@ class HessianDiagonal(SecondOrder):
     def derivatives(self, run: Run, route: Route) -> list[list[Any]]:
         firsts, total = self.adds_jac(run.call), self.adds_up()
         directions = [
-            self.directions(j, x, dim, run.call.extras, exact=firsts)
+            self.directions(j, x, dim, run.call.extras, exact=firsts, of_row=False)
             for j, (x, dim) in enumerate(zip(run.inputs, run.dims))
         ]
         if route.mode == "taylor":
@@ -86,10 +77,9 @@ class HessianDiagonal(SecondOrder):
     def row_derivatives(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
         derivatives, come_along, chunk = [], None, call.options.chunk_size
         for j, x in enumerate(xs):
-            left, right, weights, _ = self.directions(j, x, None, extras, of_row=True)
-            pairs = left, left if right is None else right
-            slopes, seconds, come_along = vmap.along(f, xs, j, pairs, mode, chunk)
-            derivatives.append(Along(slopes, self._summed(seconds, weights)))
+            pairs = self.directions(j, x, None, extras, exact=True, of_row=True)
+            slopes, seconds, come_along = vmap.along(f, xs, j, _both(pairs), mode, chunk)
+            derivatives.append(Along(slopes, self._summed(seconds, pairs.weights)))
         return self._by_output(derivatives), come_along
 
     def _by_output(self, derivatives: list[Along]) -> list[list[Any]]:
@@ -110,9 +100,9 @@ class HessianDiagonal(SecondOrder):
         self, run: Run, probe: Probe, j: int, factors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Double backward in each row along each direction, ``(K, B)`` or ``(K,)``, and weights."""
-        left, right, weights, _ = self.directions(j, run.inputs[j], run.dims[j], run.call.extras)
-        right = left if right is None else right
-        return curvature(run, probe.grads[j], j, left, right, factors), weights
+        x, dim, extras = run.inputs[j], run.dims[j], run.call.extras
+        pairs = self.directions(j, x, dim, extras, exact=True, of_row=False)
+        return curvature(run, probe.grads[j], j, *_both(pairs), factors), pairs.weights
 
     def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
         """Plain double backward along each coordinate, other rows by another factor."""
@@ -131,16 +121,20 @@ class HessianDiagonal(SecondOrder):
         """Along each pair of directions."""
         outputs, seconds = range(len(result.blocks)), []
         for j, (x, dim) in enumerate(zip(call.inputs, call.layout.diff_dims)):
-            left, right, weights, _ = self.directions(j, x, dim, call.extras)
-            pairs = zip(left, left if right is None else right)
-            columns = [difference(call, [{j: first}, {j: second}]) for first, second in pairs]
+            pairs = self.directions(j, x, dim, call.extras, exact=True, of_row=False)
+            moves = [[{j: left}, {j: right}] for left, right in zip(*_both(pairs))]
+            columns = [difference(call, pair) for pair in moves]
             stacks = [torch.stack([c[i] for c in columns]) if columns else None for i in outputs]
-            seconds.append(self._summed(stacks, weights))
+            seconds.append(self._summed(stacks, pairs.weights))
         expected = [self.combine([stacks[i] for stacks in seconds]) for i in outputs]
         for e in range(len(self.own_inputs(call))):
-            pairs = [(rows[e], blocks[e]) for rows, blocks in zip(expected, result.blocks)]
-            pairs = [(value.reshape(b.shape), b) for value, b in pairs if value is not None]
-            yield [value for value, _ in pairs], [block for _, block in pairs]
+            columns = [(rows[e], blocks[e]) for rows, blocks in zip(expected, result.blocks)]
+            columns = [(value.reshape(b.shape), b) for value, b in columns if value is not None]
+            yield [value for value, _ in columns], [block for _, block in columns]
+
+
+def _both(pairs: Directions) -> tuple[Tensor, Tensor]:
+    return pairs.left, pairs.left if pairs.right is None else pairs.right
 
 
 def _axis_last(columns: Maybe) -> Maybe:

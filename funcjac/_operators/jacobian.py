@@ -28,8 +28,6 @@ from funcjac._verification.finite_differences import Pair, difference, random_mo
 from funcjac._verification.rows import check_rows
 from funcjac.errors import VerificationError, refuse
 
-_OF = "batch_jacobian_of"
-
 
 @dataclass(frozen=True)
 class Jacobian(Operator):
@@ -42,7 +40,6 @@ class Jacobian(Operator):
         return jacobian(run, route)
 
     def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
-        del extras
         jac, along = vmap.jacobian(f, xs, mode, call.options.chunk_size)
         return [list(row) for row in jac], along
 
@@ -178,8 +175,9 @@ def batch_jacobian_of(
         >>> torch.allclose(u_xx, torch.diag_embed(-x.sin()))
         True
     """
+    name = "batch_jacobian_of"
     options = Options(
-        name=_OF,
+        name=name,
         in_dims=in_dims if type(in_dims) is int else (in_dims,),
         out_dims=out_dims,
         mode=mode,
@@ -190,85 +188,73 @@ def batch_jacobian_of(
     )
     check_options(batch_jacobian_of, options)
     if create_graph is not None and type(create_graph) is not bool:
-        raise refuse(_OF, TypeError, "create_graph to be None or a bool", repr(create_graph))
+        raise refuse(name, TypeError, "create_graph to be None or a bool", repr(create_graph))
     if type(retain_graph) is not bool:
-        raise refuse(_OF, TypeError, "retain_graph to be a bool", repr(retain_graph))
+        raise refuse(name, TypeError, "retain_graph to be a bool", repr(retain_graph))
     graph = torch.is_grad_enabled() if create_graph is None else create_graph
     run = _as_run(options, outputs, inputs)._replace(create_graph=graph)
-    kept = [(x, x.grad) for x in run.inputs if x.retains_grad and not x.is_leaf]
+    retained = [(x, x.grad) for x in run.inputs if x.retains_grad and not x.is_leaf]
     result = _solved(run)
     if not retain_graph:
         live = [out for out in run.output.leaves if out.requires_grad]
         zeros = [torch.zeros_like(out) for out in live]
         torch.autograd.grad(live, run.inputs, zeros, allow_unused=True)
-    for x, grad in kept:  # a retained gradient is that of backward(), not of these passes
+    for x, grad in retained:  # a retained gradient is that of backward(), not of these passes
         x.grad = grad
     result = result if graph else detached(result)
     return options.operator.assemble(run.call, result)
 
 
 def _as_run(options: Options, outputs: Any, inputs: Any) -> Run:
-    leaves, spec = pytree.flatten_args((inputs,))
-    check_arguments(_OF, leaves)
+    """The run that made tensors, from their graph."""
+    name, (leaves, spec) = options.name, pytree.flatten_args((inputs,))
+    check_arguments(name, leaves)
     layout = make_layout(options, (inputs,), leaves, spec)
-    batch = batch_size(_OF, layout, leaves)
+    batch = batch_size(name, layout, leaves)
     call = Call(batch_jacobian_of, options, layout, leaves, {}, batch)
     check_inputs(call)
     if not all(x.requires_grad for x in call.inputs):
         remedy = "Call requires_grad_() on them before outputs are computed."
-        raise refuse(_OF, ValueError, "inputs that require grad", "one that does not", remedy)
+        raise refuse(name, ValueError, "inputs that require grad", "one that does not", remedy)
     output = as_output(options, outputs, batch)
     if not any(out.requires_grad for out in output.leaves):
+        expected, got = "outputs that were computed from inputs", "tensors without a graph"
         remedy = "Compute them from inputs with grad mode on, and without detach()."
-        got = "tensors without a graph"
-        raise refuse(_OF, ValueError, "outputs that were computed from inputs", got, remedy)
+        raise refuse(name, ValueError, expected, got, remedy)
     return Run(call, call.inputs, output)
 
 
 def _solved(run: Run) -> Derivatives:
-    options, outs = run.call.options, run.output.leaves
+    """The derivatives by the route of the rule, or one by one where those are refused."""
+    call, options, outs, graph = run.call, run.call.options, run.output.leaves, run.create_graph
     facts = read_graph(outs, run.inputs)
-    sizes = Sizes(
-        run.call.batch,
-        elements_of_rows(outs),
-        sum(row_sizes(run.inputs, run.dims)),
-        facts.widest,
-        run.create_graph,
-        all(x.device.type == "cpu" for x in run.inputs),
-    )
+    outputs, inputs = elements_of_rows(outs), sum(row_sizes(run.inputs, run.dims))
+    on_cpu = all(x.device.type == "cpu" for x in run.inputs)
+    sizes = Sizes(call.batch, outputs, inputs, facts.widest, graph, on_cpu)
     rows = tuple([(row_shape(x, dim), x.dtype) for x, dim in zip(run.inputs, run.dims)])
     shapes = tuple([out.shape[1:] for out in outs])
-    key = (
-        _OF,
-        options.mode,
-        options.chunk_size,
-        facts.signature,
-        rows,
-        shapes,
-        run.create_graph,
-    )
-    decision = decision_of(key)
+    keywords = (options.name, options.mode, options.chunk_size)
+    decision = decision_of((*keywords, facts.signature, rows, shapes, graph))
     decision.calls += 1
-    route = options.operator.route(run.call, sizes)
-    routes = dict.fromkeys((route, route._replace(chunk=1)))
     hooked = any(x._backward_hooks or (x.retains_grad and not x.is_leaf) for x in run.inputs)
-    check = decision.is_due(options.check, run.call.batch) and not hooked and sees_values()
-    problem = None
-    for candidate in routes:
+    check = decision.is_due(options.check, call.batch) and not hooked and sees_values()
+    route, problem = options.operator.route(call, sizes), None
+    for candidate in dict.fromkeys((route, route._replace(chunk=1))):
         if candidate in decision.left:
             continue
-        with torch.set_grad_enabled(run.create_graph):
+        with torch.set_grad_enabled(graph):
             result = options.operator.compute(run, candidate)
         problem = _problem(run, result, decision.calls) if check else None
         if problem is None:
-            decision.rows |= check and run.call.batch > 1
+            decision.rows |= check and call.batch > 1
             return result
         decision.left[candidate] = problem
     decision.left.clear()
-    raise VerificationError(f"{_OF}: the result was verified and refused: {problem}.")
+    raise VerificationError(f"{options.name}: the result was verified and refused: {problem}.")
 
 
 def _problem(run: Run, result: Derivatives, number: int) -> str | None:
+    """Where a result and plain autograd disagree."""
     if not run.call.batch or not any(x.numel() for x in run.inputs):
         return None
     problem, _ = mismatch(run, result, number)

@@ -23,7 +23,7 @@ from funcjac._engines.second_order import Directions
 from funcjac._environment.torch_private import is_transformed
 from funcjac._operators.divergence import Hutchinson
 from funcjac._operators.hessian_diagonal import HessianDiagonal, Maybe
-from funcjac._operators.operator import by_output, changed_keywords
+from funcjac._operators.operator import Tensors, by_output, changed_keywords
 from funcjac._operators.transform import documented, make_transform
 from funcjac._verification.finite_differences import Pair
 from funcjac._verification.probe import Entry, Probe, row_factors
@@ -64,7 +64,6 @@ class Laplacian(Hutchinson, HessianDiagonal):
         return [weight, *probes], [None if self.weight_dim is None else 0, *dims]
 
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
-        del call, outputs
         firsts = self.samples or inputs
         return firsts, firsts if self.return_error else 1, firsts
 
@@ -72,14 +71,7 @@ class Laplacian(Hutchinson, HessianDiagonal):
         return call.options.return_value and self.samples is None
 
     def directions(
-        self,
-        j: int,
-        x: Tensor,
-        dim: int | None,
-        extras: Sequence[Tensor],
-        *,
-        of_row: bool = False,
-        exact: bool = True,
+        self, j: int, x: Tensor, dim: int | None, extras: Tensors, *, exact: bool, of_row: bool
     ) -> Directions:
         row = row_shape(x, dim)
         weight = None if self.weight is None else extras[0]

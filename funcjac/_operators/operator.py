@@ -1,4 +1,4 @@
-"""What every transform states of itself: what it computes, of one run or of one row."""
+"""``Operator``: how a transform computes, verifies and arranges its derivatives."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd")
 
 @dataclass(frozen=True)
 class Operator:
-    """What one transform computes, of one run or of one row, and how it is verified.
+    """Computes the derivatives of one transform, of a run or of a row, and their references.
 
     Attributes:
         modes: what ``mode`` may be, beside ``"auto"``.
@@ -45,12 +45,10 @@ class Operator:
 
     def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
         """Refuse bad inputs, and add the operator's own tensors to a call."""
-        del args, kwargs
         return call
 
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
         """First and second derivatives of each output, and gradients differentiated further."""
-        del call, outputs
         return inputs, 0, 0
 
     def route(self, call: Call, sizes: Sizes) -> Route:
@@ -59,7 +57,6 @@ class Operator:
 
     def uses_taylor(self, call: Call, outputs: int, inputs: int) -> bool:
         """Whether operations are recorded as ``func`` runs."""
-        del call, outputs, inputs
         return False
 
     def check_output(self, call: Call, outs: Sequence[Tensor]) -> None:
@@ -67,7 +64,6 @@ class Operator:
 
     def adds_jac(self, call: Call) -> bool:
         """Whether the Jacobian is returned as well: the last blocks of each output."""
-        del call
         return False
 
     def own_inputs(self, call: Call) -> list[tuple[int, ...]]:
@@ -88,12 +84,12 @@ class Operator:
         raise NotImplementedError
 
     def entries(self, run: Run, probe: Probe) -> list[Entry]:
-        """What blocks contracted with a cotangent must come to, by plain autograd."""
+        """References by plain autograd, for blocks that are contracted with a cotangent."""
         pairs = zip(probe.grads, run.inputs, run.dims)
         return [Entry(probe.seeds, grad, x, dim) for grad, x, dim in pairs]
 
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
-        """What central differences say, and what was computed."""
+        """Pairs of central differences and computed values."""
         raise NotImplementedError
 
     def tree(self, call: Call, result: Derivatives) -> Any:
@@ -133,7 +129,7 @@ class SecondOrder(Operator):
         return call.options.return_value
 
     def derivatives(self, run: Run, route: Route) -> list[list[Any]]:
-        """By output: what its own blocks hold, then what the Jacobian's do; ``None`` for zeros."""
+        """By output: values of its own blocks, then those of the Jacobian; ``None`` for zeros."""
         raise NotImplementedError
 
     def row_derivatives(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:

@@ -41,18 +41,15 @@ class Partials(SecondOrder):
 
     def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
         """Refuse inputs whose rows are no vectors or numbers, or too short for the indices."""
-        del args, kwargs
         rows = [row_shape(x, dim) for x, dim in zip(call.inputs, call.layout.diff_dims)]
         _check_rows(call.options.name, self.indices, tuple(rows))
         return call
 
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
         """Terms that Taylor propagates, and gradients, those of higher orders counted double."""
-        del call, outputs
         return _count(self.indices, inputs)
 
     def adds_jac(self, call: Call) -> bool:
-        del call
         return False
 
     def own_inputs(self, call: Call) -> list[tuple[int, ...]]:
@@ -76,7 +73,6 @@ class Partials(SecondOrder):
         return Derivatives(rows, run.output)
 
     def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
-        del call, extras
         basis = [(j, vector) for j, x in enumerate(xs) for vector in coordinates(x, None)]
         mode = "transposed" if mode in ("auto", "taylor") else mode
         columns, along = [], None

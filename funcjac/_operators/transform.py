@@ -1,4 +1,4 @@
-"""What every transform returns: an object that is called, printed, copied and pickled."""
+"""``Transform``: the object that a transform returns, to call, print, copy and pickle."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KEYWORDS = tuple([f.name for f in fields(Options) if f.name not in ("name", "ope
 # Levels of torch's forward mode belong to the process: one thread at a time.
 DUAL_LEVELS = threading.RLock()
 
-# What docstrings say in the place of a name in braces.
+# Texts of docstrings, in the place of a name in braces.
 _DOCUMENTATION = {
     "{keywords}": """\
 in_dims: batch dimension of each positional argument, an int for all, or a tuple or prefix
@@ -84,7 +84,7 @@ RuntimeError: the engine and mode that were asked for cannot differentiate ``fun
 
 
 def documented(function: Callable[P, R]) -> Callable[P, R]:
-    """Completes a docstring by what all transforms have in common."""
+    """Completes a docstring by the texts that transforms share."""
     if function.__doc__:  # there is none under python -OO
         for name, text in _DOCUMENTATION.items():
             text = textwrap.indent(text, " " * 8).lstrip()
@@ -153,7 +153,7 @@ class Transform:
 
 
 def make_transform(name: str, operator: Operator, arguments: dict[str, Any]) -> Transform:
-    """What a public function returns, from the ``locals()`` that hold its arguments."""
+    """Makes the result of a public function from the ``locals()`` that hold its arguments."""
     keywords = {keyword: arguments[keyword] for keyword in KEYWORDS}
     return Transform(arguments["func"], Options(name=name, operator=operator, **keywords))
 
@@ -185,7 +185,7 @@ def _copied_cell(cell: types.CellType, memo: dict[int, Any]) -> types.CellType:
 
 
 def transform_of(transformed: Any, name: str) -> Transform:
-    """Its argument, if it comes from a transform.
+    """Refuses everything but the result of a transform.
 
     Raises:
         TypeError: it does not come from funcjac.
