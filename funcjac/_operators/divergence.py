@@ -258,4 +258,5 @@ def batch_divergence(  # noqa: D417  documented once, for all
     """
     operator = Divergence(samples, probes, generator, return_error)
     operator.check("batch_divergence")
-    return make_transform("batch_divergence", operator, locals())
+    keywords = argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value
+    return make_transform("batch_divergence", func, operator, *keywords, randomness, check)

@@ -168,4 +168,5 @@ def batch_hessian(  # noqa: D417  documented once, for all
         >>> torch.allclose(hess, torch.diag_embed(-x.sin()))
         True
     """
-    return make_transform("batch_hessian", Hessian(), locals())
+    keywords = argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value
+    return make_transform("batch_hessian", func, Hessian(), *keywords, randomness, check)

@@ -220,4 +220,6 @@ def batch_hessian_diagonal(  # noqa: D417  documented once, for all
         >>> torch.allclose(diag, -x.sin())
         True
     """
-    return make_transform("batch_hessian_diagonal", HessianDiagonal(), locals())
+    operator = HessianDiagonal()
+    keywords = argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value
+    return make_transform("batch_hessian_diagonal", func, operator, *keywords, randomness, check)

@@ -115,7 +115,8 @@ def batch_jacobian(  # noqa: D417  documented once, for all
         >>> funcjac.batch_jacobian(funcjac.batch_jacobian(torch.sin))(x).shape
         torch.Size([2, 3, 3, 3])
     """
-    return make_transform("batch_jacobian", Jacobian(), locals())
+    keywords = argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value
+    return make_transform("batch_jacobian", func, Jacobian(), *keywords, randomness, check)
 
 
 def batch_jacobian_of(

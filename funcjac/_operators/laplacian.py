@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +29,8 @@ from funcjac._verification.finite_differences import Pair
 from funcjac._verification.probe import Entry, Probe, row_factors
 from funcjac.errors import refuse
 
+_KEYWORDS = ("weight", "weight_dim", "samples", "probes", "generator", "return_error")
+
 
 @dataclass(frozen=True)
 class Laplacian(Hutchinson, HessianDiagonal):
@@ -39,8 +41,7 @@ class Laplacian(Hutchinson, HessianDiagonal):
     order: ClassVar[int] = 0
 
     def keywords(self) -> list[str]:
-        own = ["weight", "weight_dim"]
-        return changed_keywords(self, [*own, *[f.name for f in fields(Hutchinson)]])
+        return changed_keywords(self, _KEYWORDS)
 
     def check(self, name: str) -> None:
         super().check(name)
@@ -270,4 +271,5 @@ def batch_laplacian(  # noqa: D417  documented once, for all
     """
     operator = Laplacian(samples, probes, generator, return_error, weight, weight_dim)
     operator.check("batch_laplacian")
-    return make_transform("batch_laplacian", operator, locals())
+    keywords = argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value
+    return make_transform("batch_laplacian", func, operator, *keywords, randomness, check)

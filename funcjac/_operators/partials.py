@@ -76,7 +76,8 @@ class Partials(SecondOrder):
         basis = [(j, vector) for j, x in enumerate(xs) for vector in coordinates(x, None)]
         mode = "transposed" if mode in ("auto", "taylor") else mode
         columns, along = [], None
-        for name in _names(self.indices, len(basis)):
+        for index in self.indices:
+            name = _sorted(index, len(basis))
             outs, along = vmap.partial(f, xs, [basis[entry] for entry in name], mode)
             columns.append(outs)
         return [list(row) for row in zip(*columns)], along
@@ -163,8 +164,12 @@ def _places(run: Run) -> Places:
 
 @functools.lru_cache(1024)
 def _names(indices: tuple[Index, ...], total: int) -> tuple[Index, ...]:
-    """Indices with their coordinates counted from 0, in order."""
-    return tuple([tuple(sorted([entry % total for entry in index])) for index in indices])
+    return tuple([_sorted(index, total) for index in indices])
+
+
+def _sorted(index: Index, total: int) -> Index:
+    """An index with its coordinates counted from 0, in order."""
+    return tuple(sorted(entry % total for entry in index))
 
 
 @functools.lru_cache(1024)
@@ -237,7 +242,8 @@ def batch_partials(  # noqa: D417  documented once, for all
     """
     _check_indices("batch_partials", indices)
     operator = Partials(tuple([tuple(index) for index in indices]))
-    return make_transform("batch_partials", operator, locals())
+    keywords = argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value
+    return make_transform("batch_partials", func, operator, *keywords, randomness, check)
 
 
 def _check_indices(name: str, indices: Any) -> None:

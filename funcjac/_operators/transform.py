@@ -27,7 +27,7 @@ from funcjac._operators.operator import Operator, changed_keywords
 
 P = ParamSpec("P")
 R = TypeVar("R")
-# The keywords that all transforms share.
+# The keywords that all transforms share, in their order.
 KEYWORDS = tuple([f.name for f in fields(Options) if f.name not in ("name", "operator")])
 # Levels of torch's forward mode belong to the process: one thread at a time.
 DUAL_LEVELS = threading.RLock()
@@ -152,10 +152,10 @@ class Transform:
         return new
 
 
-def make_transform(name: str, operator: Operator, arguments: dict[str, Any]) -> Transform:
-    """Makes the result of a public function from the ``locals()`` that hold its arguments."""
-    keywords = {keyword: arguments[keyword] for keyword in KEYWORDS}
-    return Transform(arguments["func"], Options(name=name, operator=operator, **keywords))
+def make_transform(name: str, func: Any, operator: Operator, *values: Any) -> Transform:
+    """Makes the result of a public function, from the values of the shared keywords in order."""
+    keywords = dict(zip(KEYWORDS, values, strict=True))
+    return Transform(func, Options(name=name, operator=operator, **keywords))
 
 
 def _copied(func: Any, memo: dict[int, Any]) -> Any:
