@@ -8,7 +8,7 @@ from funcjac._operators.divergence import batch_divergence as batch_divergence
 from funcjac._operators.hessian import batch_hessian as batch_hessian
 from funcjac._operators.hessian_diagonal import batch_hessian_diagonal as batch_hessian_diagonal
 from funcjac._operators.jacobian import batch_jacobian as batch_jacobian
-from funcjac._operators.jacobian_of import batch_jacobian_of as batch_jacobian_of
+from funcjac._operators.jacobian import batch_jacobian_of as batch_jacobian_of
 from funcjac._operators.laplacian import batch_laplacian as batch_laplacian
 from funcjac._operators.partials import batch_partials as batch_partials
 from funcjac.errors import BatchMixingError as BatchMixingError

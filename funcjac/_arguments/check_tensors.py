@@ -49,7 +49,7 @@ def is_plain(x: Any) -> bool:
         type(x) is Tensor
         and x.dtype in _DTYPES
         and x.layout is torch.strided
-        and not (x.is_nested or x.is_meta or x.is_inference())
+        and not (x.is_nested or x.is_meta)
     )
 
 

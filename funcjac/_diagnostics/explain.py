@@ -153,7 +153,7 @@ def explain(
     """
     transform = transform_of(transformed, "explain")
     always = replace(transform.options, check=transform.options.check and True)
-    outcome, verified = Outcome(meter=Meter()), Transform(transform.func, always, transform.extras)
+    outcome, verified = Outcome(meter=Meter()), Transform(transform.func, always)
     with outcome.meter as meter:
         result = verified.evaluate(args, kwargs, outcome)
     attempts = list(_measured(transform, args, kwargs)) if measure else []
@@ -195,7 +195,7 @@ def _measured(transform: Transform, args: Any, kwargs: Any) -> Iterator[Timing]:
     ways += [("vmap", mode, None) for mode in modes if mode != "taylor"]
     for engine, mode, chunk in ways:
         keywords = replace(transform.options, engine=engine, mode=mode, chunk_size=chunk)
-        variant, times = Transform(transform.func, keywords, transform.extras), []
+        variant, times = Transform(transform.func, keywords), []
         try:
             for _ in range(_REPEATS):
                 _synchronize()

@@ -3,33 +3,94 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funcjac._arguments.call import Call, Options
+from funcjac._arguments.bind_arguments import with_extras
+from funcjac._arguments.call import Call
 from funcjac._engines import vmap
-from funcjac._engines.basis import coordinates, row_shape
+from funcjac._engines.basis import identity, row_shape
 from funcjac._engines.run import Derivatives, Route, Run
 from funcjac._engines.sum import divergence
-from funcjac._operators.directions import Spec, check_spec, extras_of
-from funcjac._operators.operator import Operator, finished
-from funcjac._operators.transform import Transform
+from funcjac._operators.operator import Operator, Tensors
+from funcjac._operators.transform import documented, make_transform
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, row_factors, vjp
 from funcjac.errors import refuse
 
 
 @dataclass(frozen=True)
-class Divergence(Operator):
+class Hutchinson:
+    """Random probes that estimate the trace of each row, or none for the exact trace.
+
+    Source: M. F. Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1989.
+    """
+
+    samples: int | None = None
+    probes: str = "rademacher"
+    generator: torch.Generator | None = None
+    return_error: bool = False
+
+    def check(self, name: str) -> None:
+        """Refuse bad values."""
+        samples, probes, generator = self.samples, self.probes, self.generator
+        if samples is not None and (type(samples) is not int or samples < 1):
+            kind = ValueError if type(samples) is int else TypeError
+            raise refuse(name, kind, "samples to be None or a positive int", repr(samples))
+        if not isinstance(probes, str) or probes not in ("rademacher", "gaussian"):
+            expected = "probes to be 'rademacher' or 'gaussian'"
+            raise refuse(name, ValueError, expected, repr(probes))
+        if generator is not None and not isinstance(generator, torch.Generator):
+            kind = type(generator).__name__
+            remedy = "Make one by torch.Generator().manual_seed(0)."
+            raise refuse(name, TypeError, "generator to be a torch.Generator", kind, remedy)
+        if type(self.return_error) is not bool:
+            raise refuse(name, TypeError, "return_error to be a bool", repr(self.return_error))
+        if self.return_error and (samples is None or samples < 2):
+            remedy = "The error is estimated from how far samples differ."
+            expected = "at least two samples with return_error=True"
+            raise refuse(name, ValueError, expected, samples, remedy)
+
+    def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
+        tensors, dims = self.extras(call, args, kwargs)
+        return with_extras(call, tensors, tuple(dims)) if tensors else call
+
+    def extras(self, call: Call, args: Any, kwargs: Any) -> tuple[list[Tensor], list[int | None]]:
+        """Probes of each input, ``(B, k, *row)`` or ``(k, *row)``, with their batch dimensions."""
+        if self.samples is None:
+            return [], []
+        dims = call.layout.diff_dims
+        probes = [self._drawn(call.batch, x, dim) for x, dim in zip(call.inputs, dims)]
+        return probes, [None if dim is None else 0 for dim in dims]
+
+    def _drawn(self, batch: int, x: Tensor, dim: int | None) -> Tensor:
+        rows = () if dim is None else (batch,)  # what rows share moves the same way in all
+        shape = (*rows, self.samples or 0, *row_shape(x, dim))
+        generator = self.generator
+        device = x.device if generator is None else generator.device
+        if self.probes == "gaussian":
+            drawn = torch.randn(shape, dtype=x.dtype, generator=generator, device=device)
+            return drawn.to(x.device)
+        drawn = torch.randint(0, 2, shape, generator=generator, device=device)
+        return (2 * drawn - 1).to(x.device, x.dtype)
+
+    def own_inputs(self, call: Call) -> list[tuple[int, ...]]:
+        return [()] * (1 + self.return_error)
+
+    def estimates(self, values: Tensor, dim: int) -> list[Tensor]:
+        """The trace; of samples along ``dim`` their mean, and its standard error."""
+        if self.samples is None:
+            return [values]
+        mean = values.mean(dim)
+        return [mean, values.std(dim) / self.samples**0.5] if self.return_error else [mean]
+
+
+@dataclass(frozen=True)
+class Divergence(Hutchinson, Operator):
     """One block: the trace, or an estimate and its standard error."""
-
-    spec: Spec = field(default_factory=Spec)
-
-    def words(self) -> list[str]:
-        return self.spec.words()
 
     def check_output(self, call: Call, outs: Sequence[Tensor]) -> None:
         check_square(call, [tuple(out.shape[1:]) for out in outs])
@@ -39,51 +100,28 @@ class Divergence(Operator):
         dtype = torch.result_type(out, x)
         if not any(y.shape[1:].numel() for y in run.output.leaves):
             zero = out.new_zeros(run.call.batch, dtype=dtype)
-            return Derivatives([[zero] * (1 + self.spec.return_error)], run.output)
-        probes = None if self.spec.samples is None else run.call.extras
+            return Derivatives([[zero] * (1 + self.return_error)], run.output)
+        probes = None if self.samples is None else run.call.extras
         total = divergence(run, route, probes).to(dtype)
-        return Derivatives([_estimates(total, self.spec)], run.output)
+        blocks = [block.contiguous() for block in self.estimates(total, -1)]
+        return Derivatives([blocks], run.output)
 
-    def compute_row(
-        self, call: Call, function: Any, xs: Sequence[Tensor], extras: Sequence[Tensor], mode: str
-    ) -> Any:
-        if self.spec.samples is not None and call.options.mode != "fwd":
-            return self._row_of_samples(call, function, xs, extras)
-        jac, along = vmap.jacobian(function, xs, mode, call.options.chunk_size)
+    def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
+        samples = self.samples
+        if samples is not None and call.options.mode != "fwd" and len(xs) == 1:
+            total, along = _estimate_of_row(call, f, xs[0], extras[0])
+            return [self.estimates(total, -1)], along
+        jac, along = vmap.jacobian(f, xs, mode, call.options.chunk_size)
         check_square(call, [tuple(out.shape) for out in along[0]])
         total: Any = 0
         for i, x in enumerate(xs):
             matrix = jac[i][i].reshape(x.numel(), x.numel())
-            if self.spec.samples is None:
+            if samples is None:
                 total = total + matrix.diagonal().sum()
             else:
-                rows = extras[i].reshape(self.spec.samples, -1).to(matrix.dtype)
+                rows = extras[i].reshape(samples, -1).to(matrix.dtype)
                 total = total + ((rows @ matrix) * rows).sum(-1)
-        return [_estimates(total, self.spec)], along
-
-    def _row_of_samples(
-        self, call: Call, function: Any, xs: Sequence[Tensor], extras: Sequence[Tensor]
-    ) -> Any:
-        outs, pull, along = torch.func.vjp(function, *xs, has_aux=True)  # type: ignore[misc]
-        check_square(call, [tuple(out.shape) for out in outs])
-
-        def product(*probes: Tensor) -> Tensor:
-            grads = pull(tuple([p.to(out.dtype) for p, out in zip(probes, outs)]))
-            return torch.stack([(g * p).sum() for g, p in zip(grads, probes)]).sum()
-
-        chunk = call.options.chunk_size
-        if len(xs) == 1:
-            total = torch.vmap(product, randomness="same", chunk_size=chunk)(*extras)
-        else:
-            jac = vmap.jacobian(function, xs, "rev", chunk)[0]
-            total: Any = 0
-            for i, x in enumerate(xs):
-                matrix, rows = jac[i][i].reshape(x.numel(), x.numel()), extras[i].flatten(1)
-                total = total + ((rows.to(matrix.dtype) @ matrix) * rows).sum(-1)
-        return [_estimates(total, self.spec)], along
-
-    def by_inputs(self, call: Call) -> list[tuple[int, ...]]:
-        return [(), ()]
+        return [self.estimates(total, -1)], along
 
     def entries(self, run: Run, probe: Probe) -> list[Entry]:
         """One plain backward for each coordinate or sample, other rows by another factor."""
@@ -93,19 +131,16 @@ class Divergence(Operator):
         shared = None in run.dims  # then only the sum over rows is known
         total = outs[0].new_zeros(() if shared else batch)
         size = total.detach()
-        for i, (x, dim) in enumerate(zip(run.inputs, run.dims)):
-            flat = outs[i].reshape(batch, -1)
-            samples = self.spec.samples
-            for n in range(flat.shape[1] if samples is None else samples):
-                sample = None if samples is None else run.call.extras[i][:, n].reshape(batch, -1)
-                scalar = flat[:, n] if sample is None else (flat * sample).sum(1)
+        for i, (out, x, dim) in enumerate(zip(outs, run.inputs, run.dims)):
+            for vector in self._vectors(run.call, i):
+                scalar = (out.reshape(batch, -1) * vector.to(out.dtype)).sum(1)
                 (grad,) = vjp([scalar], [x], [factors], create_graph=run.create_graph)
                 if grad is None:
                     continue
                 rows = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
-                rows = rows.reshape(len(rows), -1)
-                term = rows[:, n] if sample is None else (rows * sample).sum(1) / samples
-                term = term.sum() if shared else term
+                terms = rows.reshape(len(rows), -1) * vector
+                terms = terms.where(vector != 0, 0)  # NaN beside the diagonal stays out
+                term = terms.sum() if shared else terms.sum(1)
                 total, size = total + term, size + term.detach().abs()
         return [Entry([factors], total, total.detach(), None if shared else 0, size)]
 
@@ -113,31 +148,37 @@ class Divergence(Operator):
         """Along each coordinate, or each sample."""
         total = torch.zeros_like(result.blocks[0][0])
         for i, (x, dim) in enumerate(zip(call.inputs, call.layout.diff_dims)):
-            if self.spec.samples is None:
-                moves = list(coordinates(x, dim))
-                rows = torch.eye(len(moves), dtype=x.dtype, device=x.device).unsqueeze(1)
-            else:
-                probes = call.extras[i].movedim(1, 0) / self.spec.samples**0.5  # (k, B, *row)
-                moves = list(probes if dim in (0, None) else probes.movedim(1, dim + 1))
-                rows = probes.reshape(len(probes), call.batch, -1)
-            for move, row in zip(moves, rows):
+            for vector in self._vectors(call, i):
+                move = vector.view(-1, *row_shape(x, dim))
+                move = move[0] if dim is None else move.movedim(0, dim)
                 slope = difference(call, [{i: move}])[i].reshape(call.batch, -1)
-                total = total + (slope * row).sum(1)
+                total = total + (slope * vector).sum(1)
         yield [total], [result.blocks[0][0]]
 
-    def assemble(self, call: Call, result: Derivatives) -> Any:
+    def _vectors(self, call: Call, i: int) -> Tensor:
+        """The basis of input ``i``, ``(N, 1, N)``, or its probes, ``(k, B, N)``, to be averaged."""
+        if self.samples is None:
+            x, dim = call.inputs[i], call.layout.diff_dims[i]
+            return identity(row_shape(x, dim).numel(), x).unsqueeze(1)
+        probes = call.extras[i].movedim(1, 0)  # (k, B, *row)
+        return probes.reshape(self.samples, call.batch, -1) / self.samples**0.5
+
+    def tree(self, call: Call, result: Derivatives) -> Any:
         (blocks,) = result.blocks
-        return finished(call, result, tuple(blocks) if len(blocks) > 1 else blocks[0], None)
+        return tuple(blocks) if len(blocks) > 1 else blocks[0]
 
 
-def _estimates(total: Tensor, spec: Spec) -> list[Tensor]:
-    """The trace, or of samples ``(…, k)`` their mean and its error."""
-    if spec.samples is None:
-        return [total.contiguous()]
-    blocks = [total.mean(-1).contiguous()]
-    if spec.return_error:
-        blocks.append((total.std(-1) / spec.samples**0.5).contiguous())
-    return blocks
+def _estimate_of_row(call: Call, f: Any, x: Tensor, probes: Tensor) -> tuple[Tensor, Any]:
+    """``v . J v`` for each of ``probes`` ``(k, *row)``, by one pass for each."""
+    outs, pull, along = torch.func.vjp(f, x, has_aux=True)  # type: ignore[misc]
+    check_square(call, [tuple(out.shape) for out in outs])
+
+    def product(probe: Tensor) -> Tensor:
+        (grad,) = pull((probe.to(outs[0].dtype),))
+        return (grad * probe).sum()
+
+    chunk = call.options.chunk_size
+    return torch.vmap(product, randomness="same", chunk_size=chunk)(probes), along
 
 
 def check_square(call: Call, outs: list[tuple[int, ...]]) -> None:
@@ -162,7 +203,8 @@ def check_square(call: Call, outs: list[tuple[int, ...]]) -> None:
         )
 
 
-def batch_divergence(
+@documented
+def batch_divergence(  # noqa: D417  documented once, for all
     func: Callable[..., Any],
     argnums: int | tuple[int, ...] = 0,
     *,
@@ -189,33 +231,17 @@ def batch_divergence(
     Args:
         func: a batched function whose output has rows of the shape of its input.
         argnums: positional argument or arguments to differentiate.
-        samples: estimate from so many random probes in each row (Hutchinson), without bias: one
-            pass for each instead of one for each coordinate.
-        probes: ``"rademacher"`` (entries 1 and -1) or ``"gaussian"``.
-        generator: where probes are drawn from; ``None`` for PyTorch's default.
-        return_error: ``(estimate, standard error)`` in place of the estimate, from the spread of
-            at least two samples.
-        in_dims: batch dimension of each positional argument, as in :func:`batch_jacobian`.
-        out_dims: where ``func`` puts the batch dimension.
+        {samples}
         mode: ``"rev"``, ``"fwd"`` or ``"auto"``, as in :func:`batch_jacobian`.
-        engine: ``"vmap"``, ``"sum"``, ``"loop"`` or ``"auto"``, as in :func:`batch_jacobian`.
-        chunk_size: coordinates (or samples) in one pass.
-        has_aux: ``func`` returns ``(output, aux)``; ``aux`` is any object.
-        return_value: also return ``func``'s output, from the same run.
-        randomness: ``"different"``, ``"same"`` or ``"error"``, as in :func:`batch_jacobian`.
-        check: ``"auto"`` verifies calls 1, 2, 4, 8, … of each key, ``True`` every call,
-            ``False`` none; as in :func:`batch_jacobian`.
+        {keywords}
 
     Returns:
-        A function of the same arguments. It returns ``div``; ``(div, aux)`` with ``has_aux``;
-        ``(div, value)`` with ``return_value``; ``(div, (value, aux))`` with both.
+        A function of the same arguments that returns ``div``, or ``(div, value)`` with
+        ``return_value``.
 
     Raises:
-        TypeError, ValueError: bad words or arguments; output rows of another shape than the
-            input's.
-        BatchMixingError: rows of the output depend on other rows of the input.
-        VerificationError: nothing agrees with plain backward passes.
-        RuntimeError: the engine and mode that were asked for cannot differentiate ``func``.
+        {errors}
+        ValueError: output rows have another shape than the input's.
 
     Cost: ``N`` passes, forward or backward, for all rows at once, or ``samples`` passes; memory of
     as many as are carried at once. A verified call takes as many again.
@@ -229,20 +255,7 @@ def batch_divergence(
         >>> torch.allclose(div, x.cos().sum(-1))
         True
     """
-    spec = Spec(None, None, samples, probes, generator, return_error)
-    check_spec("batch_divergence", spec)
-    options = Options(
-        name="batch_divergence",
-        argnums=argnums,
-        in_dims=in_dims,
-        out_dims=out_dims,
-        mode=mode,
-        engine=engine,
-        chunk_size=chunk_size,
-        has_aux=has_aux,
-        return_value=return_value,
-        randomness=randomness,
-        check=check,
-        operator=Divergence(spec),
-    )
-    return Transform(func, options, extras_of(spec))
+    operator = Divergence(samples, probes, generator, return_error)
+    operator.check("batch_divergence")
+    keywords = argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value
+    return make_transform("batch_divergence", func, operator, *keywords, randomness, check)

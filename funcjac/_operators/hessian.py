@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,24 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcjac._arguments import pytree
-from funcjac._arguments.call import Call, Options
+from funcjac._arguments.call import Call
 from funcjac._engines import vmap
-from funcjac._engines.basis import coordinates, row_shape, row_sizes
-from funcjac._engines.chunks import as_block
+from funcjac._engines.basis import identity, row_shape, row_sizes, spread
 from funcjac._engines.nesting import hessian_blocks
 from funcjac._engines.run import Derivatives, Route, Run
 from funcjac._engines.sum import Blocks
-from funcjac._operators.directions import recording_of
-from funcjac._operators.operator import (
-    NESTED,
-    SecondOrder,
-    by_output,
-    finished,
-    first_entries,
-)
-from funcjac._operators.transform import Transform
-from funcjac._taylor import all_pairs
+from funcjac._operators.operator import NESTED, SecondOrder, Tensors
+from funcjac._operators.transform import documented, make_transform
+from funcjac._taylor import Recording, all_pairs, make_recording
 from funcjac._verification.central_differences import Pair, difference, random_moves, times
 from funcjac._verification.reference_vjp import Entry, Probe, outer_product, random_like, vjp
 
@@ -39,9 +31,9 @@ class Hessian(SecondOrder):
     """``blocks[i]``: ``H[j][k]`` one after the other, then ``J[j]`` where it is returned."""
 
     modes: ClassVar[tuple[str, ...]] = (*NESTED, "taylor")
+    order: ClassVar[int] = 2
 
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
-        del call, outputs
         return inputs, inputs * (inputs + 1) // 2, inputs
 
     def uses_taylor(self, call: Call, outputs: int, inputs: int) -> bool:
@@ -49,68 +41,38 @@ class Hessian(SecondOrder):
             return call.options.mode == "taylor"
         return super().uses_taylor(call, outputs, inputs)
 
-    def compute(self, run: Run, route: Route) -> Derivatives:
-        hess, jac = _by_taylor(run) if route.mode == "taylor" else hessian_blocks(run, route)
-        rows = []
-        for out, blocks, slopes in zip(run.output.leaves, hess, jac):
-            inputs = list(zip(run.inputs, run.dims))
-            row = []
-            for (x, dim), band in zip(inputs, blocks):
-                for (y, other), block in zip(inputs, band):
-                    shape = (*out.shape, *row_shape(x, dim), *row_shape(y, other))
-                    row.append(as_block(block, shape, out, x).to(torch.result_type(block, y)))
-            if run.call.options.return_value:
-                shapes = [(*out.shape, *row_shape(x, dim)) for x, dim in inputs]
-                row += [as_block(s, n, out, x) for s, n, x in zip(slopes, shapes, run.inputs)]
-            rows.append(row)
-        return Derivatives(rows, run.output)
+    def derivatives(self, run: Run, route: Route) -> list[list[Any]]:
+        return _joined(*(_by_taylor(run) if route.mode == "taylor" else hessian_blocks(run, route)))
 
-    def compute_row(
-        self, call: Call, function: Any, xs: Sequence[Tensor], extras: Sequence[Tensor], mode: str
-    ) -> Any:
-        del extras
-        hess, jac, along = vmap.hessian(function, xs, mode, call.options.chunk_size)
-        slopes = jac if call.options.return_value else [[] for _ in jac]
-        flat = [[block for band in blocks for block in band] for blocks in hess]
-        return [row + list(slope) for row, slope in zip(flat, slopes)], along
+    def row_derivatives(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
+        hess, jac, along = vmap.hessian(f, xs, mode, call.options.chunk_size)
+        return _joined(hess, jac), along
 
-    def by_inputs(self, call: Call) -> list[tuple[int, ...]]:
-        alone = super().by_inputs(call)
-        first = alone if call.options.return_value else []
-        return [a + b for a in alone for b in alone] + first
-
-    def entries(self, run: Run, probe: Probe) -> list[Entry]:
+    def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
         """Plain double backward along a random tangent of each input."""
         entries = []
         for grad, x, dim in zip(probe.grads, run.inputs, run.dims):
             tangent = random_like(x, probe.generator)
             rows = vjp([grad], run.inputs, [tangent], create_graph=run.create_graph)
             seeds = [outer_product(seed, tangent, dim) for seed in probe.seeds]
-            triples = zip(rows, run.inputs, run.dims)
-            entries += [Entry(seeds, row, y, other) for row, y, other in triples]
-        return entries + first_entries(run, probe)
+            entries += [Entry(seeds, *columns) for columns in zip(rows, run.inputs, run.dims)]
+        return entries
 
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
         """Twice along one random direction."""
-        moves, dims = random_moves(call), call.layout.diff_dims
-        n, computed = len(dims), []
+        moves, dims, computed = random_moves(call), call.layout.diff_dims, []
         for blocks in result.blocks:
             terms = [
-                times(times(blocks[j * n + k], moves[k], dims[k]), moves[j], dims[j])
-                for j in range(n)
-                for k in range(n)
+                times(times(block, moves[k], dims[k]), moves[j], dims[j])
+                for block, (j, k) in zip(blocks, self.own_inputs(call))
             ]
             computed.append(sum(terms[1:], terms[0]))
         yield difference(call, [moves, moves]), computed
 
-    def assemble(self, call: Call, result: Derivatives) -> Any:
-        spec, n = call.layout.in_spec, len(call.layout.diff)
 
-        def square(blocks: list[Any]) -> Any:
-            rows = [pytree.unflatten(spec, blocks[j * n : (j + 1) * n]) for j in range(n)]
-            return pytree.unflatten(spec, rows)
-
-        return finished(call, result, by_output(result, square), n * n)
+def _joined(hess: Sequence[Blocks], jac: Blocks) -> list[list[Any]]:
+    """For each output ``H[j][k]``, one after the other, and ``J[j]``."""
+    return [[*itertools.chain(*bands), *slopes] for bands, slopes in zip(hess, jac)]
 
 
 def _by_taylor(run: Run) -> tuple[list[Blocks], Blocks]:
@@ -131,21 +93,26 @@ def _by_taylor(run: Run) -> tuple[list[Blocks], Blocks]:
     return hess, jac
 
 
+def recording_of(run: Run) -> Recording:
+    """The operations of a run that Taylor propagation follows.
+
+    Raises:
+        UntraceableError: it does something through which nothing can be propagated.
+    """
+    return make_recording(run.recorder, run.output.leaves, create_graph=run.create_graph)
+
+
 def stacked_coordinates(run: Run) -> dict[int, Tensor]:
     """The basis of all inputs together: ``(N, *x.shape)`` for each, zero for other inputs."""
-    if len(run.inputs) == 1:
-        return {0: coordinates(run.inputs[0], run.dims[0])}
-    sizes = row_sizes(run.inputs, run.dims)
-    start, total = 0, sum(sizes)
-    seeds = {}
-    for j, (x, dim, size) in enumerate(zip(run.inputs, run.dims, sizes)):
-        before, after = x.new_zeros(start, *x.shape), x.new_zeros(total - start - size, *x.shape)
-        seeds[j] = torch.cat([before, coordinates(x, dim), after])
-        start += size
-    return seeds
+    sizes, stacks = row_sizes(run.inputs, run.dims), {}
+    for j, (x, dim) in enumerate(zip(run.inputs, run.dims)):
+        part = identity(sum(sizes), x).split(sizes, 1)[j]
+        stacks[j] = spread(part, row_shape(x, dim), run.call.batch, dim)
+    return stacks
 
 
-def batch_hessian(
+@documented
+def batch_hessian(  # noqa: D417  documented once, for all
     func: Callable[..., Any],
     argnums: int | tuple[int, ...] = 0,
     *,
@@ -172,30 +139,18 @@ def batch_hessian(
             inputs alone.
         argnums: positional argument or arguments to differentiate. A tuple adds two levels
             inside each output leaf: ``hess[i][j]`` of shape ``(B, *out, *in_i, *in_j)``.
-        in_dims: batch dimension of each positional argument, as in :func:`batch_jacobian`.
-        out_dims: where ``func`` puts the batch dimension; results have it first.
         mode: ``"fwd_over_rev"``, ``"rev_over_rev"``, ``"rev_over_fwd"``, ``"fwd_over_fwd"``: how
             the Jacobian is differentiated, over how it is computed; ``"taylor"``: all pairs of
             coordinates are propagated through the operations of the one run. ``"auto"`` goes by
             the numbers of inputs and outputs.
-        engine: ``"vmap"``, ``"sum"``, ``"loop"`` or ``"auto"``, as in :func:`batch_jacobian`.
-        chunk_size: basis vectors in one pass, at both levels.
-        has_aux: ``func`` returns ``(output, aux)``; ``aux`` is any object.
-        return_value: also return the Jacobian and ``func``'s output, which come for free.
-        randomness: ``"different"``, ``"same"`` or ``"error"``, as in :func:`batch_jacobian`.
-        check: ``"auto"`` verifies calls 1, 2, 4, 8, … of each key, ``True`` every call,
-            ``False`` none; as in :func:`batch_jacobian`.
+        {keywords}
 
     Returns:
-        A function of the same arguments. It returns ``hess``; ``(hess, aux)`` with ``has_aux``;
-        ``(hess, (jac, value))`` with ``return_value``; ``(hess, (jac, (value, aux)))`` with both.
-        Leaves have the dtype that output and input promote to.
+        A function of the same arguments that returns ``hess``, or ``(hess, (jac, value))`` with
+        ``return_value``. Leaves have the dtype that output and input promote to.
 
     Raises:
-        TypeError, ValueError: bad words or arguments, as for :func:`batch_jacobian`.
-        BatchMixingError: rows of the output depend on other rows of the input.
-        VerificationError: nothing agrees with plain double backward along a random direction.
-        RuntimeError: the engine and mode that were asked for cannot differentiate ``func``.
+        {errors}
 
     Cost: one run of ``func``; ``M (1 + N)`` passes with reverse inside, ``N (1 + N)`` with forward
     inside, for ``M`` outputs and ``N`` inputs in a row; memory of the result and of as many passes
@@ -213,18 +168,5 @@ def batch_hessian(
         >>> torch.allclose(hess, torch.diag_embed(-x.sin()))
         True
     """
-    options = Options(
-        name="batch_hessian",
-        argnums=argnums,
-        in_dims=in_dims,
-        out_dims=out_dims,
-        mode=mode,
-        engine=engine,
-        chunk_size=chunk_size,
-        has_aux=has_aux,
-        return_value=return_value,
-        randomness=randomness,
-        check=check,
-        operator=Hessian(),
-    )
-    return Transform(func, options)
+    keywords = argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value
+    return make_transform("batch_hessian", func, Hessian(), *keywords, randomness, check)

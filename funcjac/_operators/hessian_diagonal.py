@@ -9,107 +9,163 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcjac._arguments import pytree
-from funcjac._arguments.call import Call, Options
+from funcjac._arguments.call import Call
 from funcjac._engines import vmap
 from funcjac._engines.basis import coordinates, row_shape
-from funcjac._engines.chunks import as_block
-from funcjac._engines.nesting import Directions
+from funcjac._engines.chunks import Chunks, added
+from funcjac._engines.nesting import Along, Directions, along
 from funcjac._engines.run import Derivatives, Route, Run
-from funcjac._operators.directions import Spec, derivatives_along, of_row
-from funcjac._operators.operator import (
-    NESTED,
-    SecondOrder,
-    by_output,
-    finished,
-    first_entries,
-)
-from funcjac._operators.transform import Transform
+from funcjac._operators.hessian import recording_of
+from funcjac._operators.operator import SecondOrder, Tensors
+from funcjac._operators.transform import documented, make_transform
+from funcjac._taylor import Recording, directional, largest
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, curvature, row_factors
+
+Maybe = Tensor | None
+# Derivatives of one tensor that are propagated together: 2**21 floats are 8 MiB.
+_PASS_ELEMENTS = 2**21
 
 
 @dataclass(frozen=True)
 class HessianDiagonal(SecondOrder):
-    """``blocks[i][j]``: second derivatives by input ``j``, then first ones where returned."""
+    """``blocks[i][j]``: second derivatives by input ``j``, then first ones where returned.
 
-    modes: ClassVar[tuple[str, ...]] = ("taylor", *NESTED)
+    Subclasses state other directions, and how their derivatives become blocks.
+    """
+
+    order: ClassVar[int] = 1
 
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
-        del call, outputs
         return inputs, inputs, inputs
 
-    def compute(self, run: Run, route: Route) -> Derivatives:
-        every = [
-            Directions(left, None, left.new_ones(len(left)), basis=True)
-            for left in (coordinates(x, dim) for x, dim in zip(run.inputs, run.dims))
+    def directions(
+        self, j: int, x: Tensor, dim: int | None, extras: Tensors, *, exact: bool, of_row: bool
+    ) -> Directions:
+        """Directions in input ``j``, of one row or of all; ``exact`` for the basis if possible."""
+        left = coordinates(x, dim)
+        return Directions(left, None, left.new_ones(len(left)), basis=True)
+
+    def adds_up(self) -> bool:
+        """Whether second derivatives are added up on the way, by weights."""
+        return False
+
+    def combine(self, seconds: Sequence[Maybe]) -> Sequence[Maybe]:
+        """Blocks, from second derivatives ``(K, ...)`` along the directions of each input."""
+        return list(map(_axis_last, seconds))
+
+    def derivatives(self, run: Run, route: Route) -> list[list[Any]]:
+        firsts, total = self.adds_jac(run.call), self.adds_up()
+        directions = [
+            self.directions(j, x, dim, run.call.extras, exact=firsts, of_row=False)
+            for j, (x, dim) in enumerate(zip(run.inputs, run.dims))
         ]
-        slopes = run.call.options.return_value
-        pairs = derivatives_along(run, every, route, firsts=slopes, total=False)
-        rows = []
-        for i, out in enumerate(run.output.leaves):
-            columns = [pair.seconds[i] for pair in pairs]
-            columns += [pair.firsts[i] for pair in pairs] if slopes else []
-            inputs = list(zip(run.inputs, run.dims)) * (1 + slopes)
-            rows.append(
-                [
-                    as_block(
-                        None if column is None else column.movedim(0, -1),
-                        (*out.shape, *row_shape(x, dim)),
-                        out,
-                        x,
-                    )
-                    for column, (x, dim) in zip(columns, inputs)
-                ]
-            )
-        return Derivatives(rows, run.output)
+        if route.mode == "taylor":
+            recording = recording_of(run)
+            derivatives = [
+                _by_taylor(recording, j, pairs, route.chunk, firsts=firsts, total=total)
+                for j, pairs in enumerate(directions)
+            ]
+        else:
+            derivatives = [
+                Along(slopes, self._summed(seconds, pairs.weights))
+                for (slopes, seconds), pairs in zip(along(run, directions, route), directions)
+            ]
+        return self._by_output(derivatives)
 
-    def compute_row(
-        self, call: Call, function: Any, xs: Sequence[Tensor], extras: Sequence[Tensor], mode: str
-    ) -> Any:
-        columns, slopes, come_along = [], [], None
+    def row_derivatives(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
+        derivatives, come_along, chunk = [], None, call.options.chunk_size
         for j, x in enumerate(xs):
-            left, right, _ = of_row(Spec(), j, x, extras)
-            pairs, chunk = (left, right), call.options.chunk_size
-            firsts, seconds, come_along = vmap.along(function, xs, j, pairs, mode, chunk)
-            columns.append([s.movedim(0, -1).reshape(*s.shape[1:], *x.shape) for s in seconds])
-            slopes.append([f.movedim(0, -1).reshape(*f.shape[1:], *x.shape) for f in firsts])
-        columns += slopes if call.options.return_value else []
-        return [list(row) for row in zip(*columns)], come_along
+            pairs = self.directions(j, x, None, extras, exact=True, of_row=True)
+            slopes, seconds, come_along = vmap.along(f, xs, j, _both(pairs), mode, chunk)
+            derivatives.append(Along(slopes, self._summed(seconds, pairs.weights)))
+        return self._by_output(derivatives), come_along
 
-    def by_inputs(self, call: Call) -> list[tuple[int, ...]]:
-        return super().by_inputs(call) * (1 + call.options.return_value)
+    def _by_output(self, derivatives: list[Along]) -> list[list[Any]]:
+        slopes, seconds = zip(*derivatives)
+        rows = zip(zip(*seconds), zip(*slopes))
+        return [[*self.combine(second), *map(_axis_last, first)] for second, first in rows]
 
-    def entries(self, run: Run, probe: Probe) -> list[Entry]:
+    def _summed(self, seconds: Sequence[Maybe], weights: Tensor) -> list[Maybe]:
+        """Second derivatives ``(K, ...)``, or ``(1, ...)`` where they are added up."""
+        if not self.adds_up():
+            return list(seconds)
+        return [
+            None if s is None else torch.tensordot(weights.to(s.dtype), s, 1).unsqueeze(0)
+            for s in seconds
+        ]
+
+    def curvature(
+        self, run: Run, probe: Probe, j: int, factors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Double backward in each row along each direction, ``(K, B)`` or ``(K,)``, and weights."""
+        x, dim, extras = run.inputs[j], run.dims[j], run.call.extras
+        pairs = self.directions(j, x, dim, extras, exact=True, of_row=False)
+        return curvature(run, probe.grads[j], j, *_both(pairs), factors), pairs.weights
+
+    def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
         """Plain double backward along each coordinate, other rows by another factor."""
         entries = []
         factors, seeds = row_factors(run, probe)
         for j, (x, dim) in enumerate(zip(run.inputs, run.dims)):
-            every = coordinates(x, dim)
-            bends = curvature(run, probe.grads[j], j, every, every, factors)
-            row = row_shape(x, dim)
+            columns, _ = self.curvature(run, probe, j, factors)
             if dim is None:
-                entries.append(Entry(probe.seeds, bends.view(row), x, None))
+                entries.append(Entry(probe.seeds, columns.view(x.shape), x, None))
             else:
-                grad = bends.movedim(0, -1).reshape(run.call.batch, *row)
+                grad = columns.movedim(0, -1).reshape(run.call.batch, *row_shape(x, dim))
                 entries.append(Entry(seeds, grad, x.movedim(dim, 0), 0))
-        return entries + first_entries(run, probe)
+        return entries
 
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
-        """Twice along each coordinate."""
+        """Along each pair of directions."""
+        outputs, seconds = range(len(result.blocks)), []
         for j, (x, dim) in enumerate(zip(call.inputs, call.layout.diff_dims)):
-            columns = [difference(call, [{j: one}, {j: one}]) for one in coordinates(x, dim)]
-            for i, blocks in enumerate(result.blocks):
-                stack = torch.stack([column[i] for column in columns], -1)
-                yield [stack], [blocks[j].reshape(stack.shape)]
+            pairs = self.directions(j, x, dim, call.extras, exact=True, of_row=False)
+            moves = [[{j: left}, {j: right}] for left, right in zip(*_both(pairs))]
+            columns = [difference(call, pair) for pair in moves]
+            stacks = [torch.stack([c[i] for c in columns]) if columns else None for i in outputs]
+            seconds.append(self._summed(stacks, pairs.weights))
+        expected = [self.combine([stacks[i] for stacks in seconds]) for i in outputs]
+        for e in range(len(self.own_inputs(call))):
+            columns = [(rows[e], blocks[e]) for rows, blocks in zip(expected, result.blocks)]
+            columns = [(value.reshape(b.shape), b) for value, b in columns if value is not None]
+            yield [value for value, _ in columns], [block for _, block in columns]
 
-    def assemble(self, call: Call, result: Derivatives) -> Any:
-        spec, n = call.layout.in_spec, len(call.layout.diff)
-        tree = by_output(result, lambda blocks: pytree.unflatten(spec, blocks[:n]))
-        return finished(call, result, tree, n)
+
+def _both(pairs: Directions) -> tuple[Tensor, Tensor]:
+    return pairs.left, pairs.left if pairs.right is None else pairs.right
 
 
-def batch_hessian_diagonal(
+def _axis_last(columns: Maybe) -> Maybe:
+    return None if columns is None else columns.movedim(0, -1)
+
+
+def _by_taylor(
+    recording: Recording, j: int, pairs: Directions, chunk: int | None, *, firsts: bool, total: bool
+) -> Along:
+    """Derivatives along directions in input ``j``; their weighted sum ``(1, B, *out)`` if total."""
+    count, graph = len(pairs.left), recording.create_graph
+    step = chunk or max(_PASS_ELEMENTS // max(largest(recording), 1), 1)
+    outputs = range(len(recording.slots))
+    slopes, columns = ([Chunks(count, 0, create_graph=graph) for _ in outputs] for _ in range(2))
+    sums: list[Maybe] = [None for _ in outputs]
+    for start in range(0, max(count, 1), step):
+        part = pairs.narrow(start, min(start + step, count))
+        weights, size = part.weights if total else None, len(part.left)
+        first, second = directional(recording, j, part.left, part.right, weights, firsts=firsts)
+        if size == count:
+            return Along(first, second)
+        for i in outputs:
+            slopes[i].add(first[i], size)
+            if total:
+                sums[i] = added(sums[i], second[i])
+            else:
+                columns[i].add(second[i], size)
+    return Along([c.result() for c in slopes], sums if total else [c.result() for c in columns])
+
+
+@documented
+def batch_hessian_diagonal(  # noqa: D417  documented once, for all
     func: Callable[..., Any],
     argnums: int | tuple[int, ...] = 0,
     *,
@@ -137,32 +193,20 @@ def batch_hessian_diagonal(
             inputs alone.
         argnums: positional argument or arguments to differentiate; a tuple adds a tuple inside
             each output leaf.
-        in_dims: batch dimension of each positional argument, as in :func:`batch_jacobian`.
-        out_dims: where ``func`` puts the batch dimension; results have it first.
         mode: ``"taylor"``; one of the nested modes of :func:`batch_hessian`; or ``"auto"``:
             Taylor where it takes fewer operations and can follow ``func``, else nested.
-        engine: how rows are kept apart in the nested modes, as in :func:`batch_jacobian`.
-            ``"taylor"`` runs the whole batch, and needs ``"sum"`` or ``"auto"``.
-        chunk_size: coordinates in one pass.
-        has_aux: ``func`` returns ``(output, aux)``; ``aux`` is any object.
-        return_value: also return the Jacobian and ``func``'s output, which come for free.
-        randomness: ``"different"``, ``"same"`` or ``"error"``, as in :func:`batch_jacobian`.
-        check: ``"auto"`` verifies calls 1, 2, 4, 8, … of each key, ``True`` every call,
-            ``False`` none; as in :func:`batch_jacobian`.
+        {keywords}
 
     Returns:
-        A function of the same arguments. It returns ``diag``; ``(diag, aux)`` with ``has_aux``;
-        ``(diag, (jac, value))`` with ``return_value``; ``(diag, (jac, (value, aux)))`` with both.
+        A function of the same arguments that returns ``diag``, or ``(diag, (jac, value))`` with
+        ``return_value``.
 
     Raises:
-        TypeError, ValueError: bad words or arguments, as for :func:`batch_jacobian`.
-        BatchMixingError: rows of the output depend on other rows of the input.
-        VerificationError: nothing agrees with plain double backward.
-        RuntimeError: the engine and mode that were asked for cannot differentiate ``func``.
+        {errors}
 
     Cost: ``func`` once, and ``2 N`` times its linear operations, for ``N`` inputs in a row, at all
-    ``M`` outputs at once; memory of ``2 N`` of its tensors at a time. A verified
-    call takes ``N + 1`` more passes backward.
+    ``M`` outputs at once; memory of ``2 N`` of its tensors at a time. A verified call takes
+    ``N + 1`` more passes backward.
 
     Sources: see :mod:`funcjac._taylor`; pytorch/pytorch issues 41530 and 87559, which asked.
 
@@ -175,18 +219,6 @@ def batch_hessian_diagonal(
         >>> torch.allclose(diag, -x.sin())
         True
     """
-    options = Options(
-        name="batch_hessian_diagonal",
-        argnums=argnums,
-        in_dims=in_dims,
-        out_dims=out_dims,
-        mode=mode,
-        engine=engine,
-        chunk_size=chunk_size,
-        has_aux=has_aux,
-        return_value=return_value,
-        randomness=randomness,
-        check=check,
-        operator=HessianDiagonal(),
-    )
-    return Transform(func, options)
+    operator = HessianDiagonal()
+    keywords = argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value
+    return make_transform("batch_hessian_diagonal", func, operator, *keywords, randomness, check)

@@ -1,21 +1,32 @@
-"""``batch_jacobian``: the Jacobian of each row of a batch."""
+"""The Jacobian of each row: ``batch_jacobian`` of functions, ``batch_jacobian_of`` of tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
 
 from funcjac._arguments import pytree
-from funcjac._arguments.call import Call, Options
+from funcjac._arguments.bind_arguments import batch_size, check_inputs, make_layout
+from funcjac._arguments.call import Call, Options, as_output
+from funcjac._arguments.check_keywords import check_options
+from funcjac._arguments.check_tensors import check_arguments
+from funcjac._dispatch.decisions import decision_of
+from funcjac._dispatch.rule import Sizes
 from funcjac._engines import vmap
-from funcjac._engines.run import Derivatives, Route, Run
+from funcjac._engines.basis import elements_of_rows, row_shape, row_sizes
+from funcjac._engines.run import Derivatives, Route, Run, detached, read_graph
 from funcjac._engines.sum import jacobian
-from funcjac._operators.operator import Operator, finished
-from funcjac._operators.transform import Transform
+from funcjac._environment.torch_private import sees_values
+from funcjac._operators.operator import Operator, Tensors
+from funcjac._operators.transform import documented, make_transform
 from funcjac._verification.central_differences import Pair, difference, random_moves, times
+from funcjac._verification.row_independence import check_rows
+from funcjac._verification.verify_backward import backward_mismatch
+from funcjac._verification.verify_result import agrees_with_units, mismatch
+from funcjac.errors import VerificationError, refuse
 
 
 @dataclass(frozen=True)
@@ -23,15 +34,13 @@ class Jacobian(Operator):
     """``blocks[i][j]``: the derivative of output ``i`` by input ``j``."""
 
     is_jacobian: ClassVar[bool] = True
+    order: ClassVar[int] = 1
 
     def compute(self, run: Run, route: Route) -> Derivatives:
         return jacobian(run, route)
 
-    def compute_row(
-        self, call: Call, function: Any, xs: Sequence[Tensor], extras: Sequence[Tensor], mode: str
-    ) -> Any:
-        del extras
-        jac, along = vmap.jacobian(function, xs, mode, call.options.chunk_size)
+    def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
+        jac, along = vmap.jacobian(f, xs, mode, call.options.chunk_size)
         return [list(row) for row in jac], along
 
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
@@ -43,13 +52,9 @@ class Jacobian(Operator):
         ]
         yield difference(call, [moves]), [sum(terms[1:], terms[0]) for terms in products]
 
-    def assemble(self, call: Call, result: Derivatives) -> Any:
-        spec = call.layout.in_spec
-        trees = [pytree.unflatten(spec, blocks) for blocks in result.blocks]
-        return finished(call, result, pytree.unflatten(result.output.spec, trees), None)
 
-
-def batch_jacobian(
+@documented
+def batch_jacobian(  # noqa: D417  documented once, for all
     func: Callable[..., Any],
     argnums: int | tuple[int, ...] = 0,
     *,
@@ -78,49 +83,19 @@ def batch_jacobian(
             inputs alone. A function ``g`` of one sample enters as ``torch.vmap(g)``.
         argnums: positional argument or arguments to differentiate. An int adds no level to the
             result, a tuple adds a tuple inside each output leaf.
-        in_dims: batch dimension of each positional argument, an int for all, or a tuple or
-            prefix tree with ``None`` for what all rows share. A shared argument can be
-            differentiated too: ``(B, *out, *param)``. What is no tensor is always shared.
-        out_dims: where ``func`` puts the batch dimension; results have it first.
         mode: ``"rev"`` pulls back the basis of a row's output (one pass for each element),
             ``"fwd"`` pushes forward that of its input, as the transpose of a vector-Jacobian
             product (with ``engine="vmap"`` by torch's forward formulas); ``"auto"`` goes by sizes.
-        engine: ``"sum"`` (the sum trick, by plain autograd on the one run of ``func``),
-            ``"vmap"`` (``torch.func`` of the function of one row under ``torch.vmap``), ``"loop"``,
-            or ``"auto"``: the sum trick, vmap for arguments that rows share and inside of
-            ``torch.vmap``, and the next one where one fails.
-        chunk_size: basis vectors per pass; ``None`` leaves it to the rule: what stays in a
-            processor's cache, in bounded memory. It never changes values. Chunks go into one
-            preallocated result; where it is to be differentiated, they are joined at the end.
-        has_aux: ``func`` returns ``(output, aux)``; ``aux`` is any object.
-        return_value: also return ``func``'s output, from the same forward pass.
-        randomness: of draws in ``func`` where ``torch.vmap`` or the loop runs it, as in
-            ``torch.vmap``. In the one run of the sum trick a draw is what it is in a plain call.
-        check: ``"auto"`` verifies calls 1, 2, 4, 8, … of each key, ``True`` every call, ``False``
-            none: the caller vouches for the rows. The key is the transform's keywords, the
-            function with the modules, functions, strings, bools and ints that it closes over,
-            ``training`` flags, trees, dtypes, devices and sizes of a row, not the batch size. All
-            transforms of the process share what is known of a key.
+        {keywords}
 
     Returns:
-        A function of the same arguments. It returns ``jac``; ``(jac, aux)`` with ``has_aux``;
-        ``(jac, value)`` with ``return_value``; ``(jac, (value, aux))`` with both. ``jac`` has
-        the structure of the output outside and that of the input inside. Its leaves are
-        contiguous, of the dtype that output and input promote to, differentiable if grad mode is
-        on and something requires grad, and zero where an output does not depend on an input.
+        A function of the same arguments that returns ``jac``, with the structure of the output
+        outside and that of the input inside. Its leaves are contiguous, of the dtype that output
+        and input promote to, differentiable if grad mode is on and something requires grad, and
+        zero where an output does not depend on an input.
 
     Raises:
-        TypeError: the words or arguments are of the wrong kind, the input or output is not
-            real, floating-point and dense.
-        ValueError: bad ``argnums``, ``in_dims``, ``out_dims``, ``mode``, ``engine``,
-            ``chunk_size``, ``randomness`` or ``check``; no batched argument; unequal batch
-            sizes; an output that is no batch.
-        BatchMixingError: rows of the output depend on other rows of the input.
-        VerificationError: no engine agrees with plain autograd, or autograd cannot see how the
-            output depends on the input.
-        RuntimeError: the engine and mode that were asked for cannot differentiate ``func``;
-            ``func`` draws random numbers and ``randomness`` is ``"error"``. What ``func``
-            raises itself is passed on as it is.
+        {errors}
 
     Cost: one run of ``func`` and, in ``rev``, a backward pass for each element of a row of the
     output; in ``fwd`` one more than a row of the input has elements. A pass that carries ``k``
@@ -140,18 +115,153 @@ def batch_jacobian(
         >>> funcjac.batch_jacobian(funcjac.batch_jacobian(torch.sin))(x).shape
         torch.Size([2, 3, 3, 3])
     """
+    keywords = argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value
+    return make_transform("batch_jacobian", func, Jacobian(), *keywords, randomness, check)
+
+
+def batch_jacobian_of(
+    outputs: Any,
+    inputs: Any,
+    *,
+    in_dims: Any = 0,
+    out_dims: Any = 0,
+    mode: str = "auto",
+    chunk_size: int | None = None,
+    create_graph: bool | None = None,
+    retain_graph: bool = True,
+    check: bool | str = "auto",
+) -> Any:
+    """Computes the Jacobian of each row of ``outputs`` by the same row of ``inputs``.
+
+    ``outputs`` ``(B, *out)`` were computed from ``inputs`` ``(B, *in)`` under autograd, by
+    operations that keep rows apart. The result has shape ``(B, *out, *in)``. Like
+    ``batch_jacobian``, except that it takes tensors and their graph instead of a function; like
+    TensorFlow's ``tape.batch_jacobian``. Applied to its own result it gives second derivatives.
+
+    Args:
+        outputs: a tensor, or a tree of tensors.
+        inputs: a tensor that requires grad, or a tree of such.
+        in_dims: batch dimension of the inputs, an int for all, or a tree of ints.
+        out_dims: batch dimension of the outputs; the result has it first.
+        mode: ``"rev"``, ``"fwd"`` (the transpose of a vector-Jacobian product) or ``"auto"``.
+        chunk_size: basis vectors per pass; ``None`` leaves it to the rule.
+        create_graph: whether the result can be differentiated; ``None`` follows grad mode.
+        retain_graph: ``False`` frees the graph afterwards, by one more backward pass.
+        check: ``"auto"`` verifies calls 1, 2, 4, 8, … of each graph (by the names of its nodes),
+            ``True`` every call, ``False`` none.
+
+    Returns:
+        The Jacobian, in the structure of ``outputs`` outside and that of ``inputs`` inside; zero
+        where an output does not depend on an input.
+
+    Raises:
+        TypeError, ValueError: bad keywords; inputs that do not require grad; outputs without a
+            graph; unequal batch sizes.
+        BatchMixingError: rows of the outputs depend on other rows of the inputs.
+        VerificationError: the result does not agree with a plain vector-Jacobian product.
+
+    Cost: as many passes through the graph as a row of the output has elements (``rev``), or one
+    more than a row of the input has (``fwd``); nothing is run again.
+
+    Sources: the sum trick of pytorch/functorch issue 328; TensorFlow's ``batch_jacobian``.
+
+    Example:
+        >>> import torch, funcjac
+        >>> x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3).requires_grad_()
+        >>> u = torch.stack([x.prod(-1), x.sin().sum(-1)], -1)
+        >>> u_x = funcjac.batch_jacobian_of(u, x)
+        >>> u_x.shape
+        torch.Size([2, 2, 3])
+        >>> u_xx = funcjac.batch_jacobian_of(u_x[:, 1], x)
+        >>> torch.allclose(u_xx, torch.diag_embed(-x.sin()))
+        True
+    """
+    name = "batch_jacobian_of"
     options = Options(
-        name="batch_jacobian",
-        argnums=argnums,
-        in_dims=in_dims,
+        name=name,
+        in_dims=in_dims if type(in_dims) is int else (in_dims,),
         out_dims=out_dims,
         mode=mode,
-        engine=engine,
+        engine="sum",
         chunk_size=chunk_size,
-        has_aux=has_aux,
-        return_value=return_value,
-        randomness=randomness,
         check=check,
         operator=Jacobian(),
     )
-    return Transform(func, options)
+    check_options(batch_jacobian_of, options)
+    if create_graph is not None and type(create_graph) is not bool:
+        raise refuse(name, TypeError, "create_graph to be None or a bool", repr(create_graph))
+    if type(retain_graph) is not bool:
+        raise refuse(name, TypeError, "retain_graph to be a bool", repr(retain_graph))
+    graph = torch.is_grad_enabled() if create_graph is None else create_graph
+    run = _as_run(options, outputs, inputs)._replace(create_graph=graph)
+    retained = [(x, x.grad) for x in run.inputs if x.retains_grad and not x.is_leaf]
+    result = _solved(run)
+    if not retain_graph:
+        live = [out for out in run.output.leaves if out.requires_grad]
+        zeros = [torch.zeros_like(out) for out in live]
+        torch.autograd.grad(live, run.inputs, zeros, allow_unused=True)
+    for x, grad in retained:  # a retained gradient is that of backward(), not of these passes
+        x.grad = grad
+    result = result if graph else detached(result)
+    return options.operator.assemble(run.call, result)
+
+
+def _as_run(options: Options, outputs: Any, inputs: Any) -> Run:
+    """The run that made tensors, from their graph."""
+    name, (leaves, spec) = options.name, pytree.flatten_args((inputs,))
+    check_arguments(name, leaves)
+    layout = make_layout(options, (inputs,), leaves, spec)
+    batch = batch_size(name, layout, leaves)
+    call = Call(batch_jacobian_of, options, layout, leaves, {}, batch)
+    check_inputs(call.options, call.layout, call.leaves)
+    if not all(x.requires_grad for x in call.inputs):
+        remedy = "Call requires_grad_() on them before outputs are computed."
+        raise refuse(name, ValueError, "inputs that require grad", "one that does not", remedy)
+    output = as_output(options, outputs, batch)
+    if not any(out.requires_grad for out in output.leaves):
+        expected, got = "outputs that were computed from inputs", "tensors without a graph"
+        remedy = "Compute them from inputs with grad mode on, and without detach()."
+        raise refuse(name, ValueError, expected, got, remedy)
+    return Run(call, call.inputs, output)
+
+
+def _solved(run: Run) -> Derivatives:
+    """The derivatives by the route of the rule, or one by one where those are refused."""
+    call, options, outs, graph = run.call, run.call.options, run.output.leaves, run.create_graph
+    facts = read_graph(outs, run.inputs)
+    outputs, inputs = elements_of_rows(outs), sum(row_sizes(run.inputs, run.dims))
+    on_cpu = all(x.device.type == "cpu" for x in run.inputs)
+    sizes = Sizes(call.batch, outputs, inputs, facts.widest, graph, on_cpu)
+    rows = tuple([(row_shape(x, dim), x.dtype) for x, dim in zip(run.inputs, run.dims)])
+    shapes = tuple([out.shape[1:] for out in outs])
+    keywords = (options.name, options.mode, options.chunk_size)
+    decision = decision_of((*keywords, facts.signature, rows, shapes, graph))
+    decision.calls += 1
+    hooked = any(x._backward_hooks or (x.retains_grad and not x.is_leaf) for x in run.inputs)
+    check = decision.is_due(options.check, call.batch) and not hooked and sees_values()
+    route, problem = options.operator.route(call, sizes), None
+    for candidate in dict.fromkeys((route, route._replace(chunk=1))):
+        if candidate in decision.left:
+            continue
+        with torch.set_grad_enabled(graph):
+            result = options.operator.compute(run, candidate)
+        problem = _problem(run, result, decision.calls) if check else None
+        if problem is None:
+            decision.rows |= check and call.batch > 1
+            return result
+        decision.left[candidate] = problem
+    decision.left.clear()
+    raise VerificationError(f"{options.name}: the result was verified and refused: {problem}.")
+
+
+def _problem(run: Run, result: Derivatives, number: int) -> str | None:
+    """Where a result and plain autograd disagree."""
+    if not run.call.batch or not any(x.numel() for x in run.inputs):
+        return None
+    problem, _ = mismatch(run, result, number)
+    if problem is not None:
+        check_rows(run, [])
+        problem = None if agrees_with_units(run, result) else problem
+    if problem is None and run.create_graph:
+        problem = backward_mismatch(run, result, number)
+    return problem

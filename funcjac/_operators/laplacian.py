@@ -1,162 +1,213 @@
-"""``batch_laplacian``: the trace of each row's Hessian, without the Hessian."""
+"""``batch_laplacian``: the trace of each row's Hessian, without the Hessian.
+
+``sum_r weights[r] D^2 f [left[r], right[r]]`` is a Laplacian for the standard basis, a weighted
+one for directions that are made from it and the weight, and an estimate for random probes.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from funcjac._arguments.call import Call, Options
-from funcjac._engines import vmap
-from funcjac._engines.basis import row_shape
-from funcjac._engines.chunks import as_block
-from funcjac._engines.run import Derivatives, Route, Run
-from funcjac._operators.directions import (
-    Spec,
-    check_spec,
-    derivatives_along,
-    directions,
-    extras_of,
-    of_row,
-)
-from funcjac._operators.operator import (
-    NESTED,
-    SecondOrder,
-    by_output,
-    finished,
-    first_entries,
-)
-from funcjac._operators.transform import Transform
-from funcjac._verification.central_differences import Pair, difference
-from funcjac._verification.reference_vjp import Entry, Probe, curvature, row_factors
+from funcjac._arguments.call import Call
+from funcjac._arguments.check_tensors import check_arguments
+from funcjac._engines.basis import coordinates, row_shape
+from funcjac._engines.nesting import Directions
+from funcjac._engines.run import Derivatives, Run
+from funcjac._environment.torch_private import is_transformed
+from funcjac._operators.divergence import Hutchinson
+from funcjac._operators.hessian_diagonal import HessianDiagonal, Maybe
+from funcjac._operators.operator import Tensors, by_output, changed_keywords
+from funcjac._operators.transform import documented, make_transform
+from funcjac._verification.central_differences import Pair
+from funcjac._verification.reference_vjp import Entry, Probe, row_factors
+from funcjac.errors import refuse
+
+_KEYWORDS = ("weight", "weight_dim", "samples", "probes", "generator", "return_error")
 
 
 @dataclass(frozen=True)
-class Laplacian(SecondOrder):
-    """``blocks[i]``: the Laplacian, first derivatives where returned, the standard error."""
+class Laplacian(Hutchinson, HessianDiagonal):
+    """``blocks[i]``: the Laplacian and its standard error, first derivatives where returned."""
 
-    spec: Spec = field(default_factory=Spec)
-    modes: ClassVar[tuple[str, ...]] = ("taylor", *NESTED)
+    weight: Tensor | Callable[..., Tensor] | None = None
+    weight_dim: int | None = None
+    order: ClassVar[int] = 0
 
-    def words(self) -> list[str]:
-        return self.spec.words()
+    def keywords(self) -> list[str]:
+        return changed_keywords(self, _KEYWORDS)
+
+    def check(self, name: str) -> None:
+        super().check(name)
+        weight, dim = self.weight, self.weight_dim
+        if dim is not None and (type(dim) is not int or weight is None):
+            remedy = "It says where a weight that differs between rows has the batch."
+            expected = "weight_dim to be None, or an int beside a weight"
+            raise refuse(name, TypeError, expected, repr(dim), remedy)
+        if weight is not None and not isinstance(weight, Tensor) and not callable(weight):
+            expected, kind = "weight to be a tensor or a function that returns one", type(weight)
+            remedy = "Make one of it by torch.as_tensor, with the dtype of the input."
+            raise refuse(name, TypeError, expected, kind.__name__, remedy)
+
+    def extras(self, call: Call, args: Any, kwargs: Any) -> tuple[list[Tensor], list[int | None]]:
+        """The weight, and probes."""
+        if self.weight is None:
+            return super().extras(call, args, kwargs)
+        weight = self.weight(*args, **kwargs) if callable(self.weight) else self.weight
+        weight = _checked_weight(call, weight, self.weight_dim)
+        probes, dims = super().extras(call, args, kwargs)
+        return [weight, *probes], [None if self.weight_dim is None else 0, *dims]
 
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
-        del call, outputs
-        spec = self.spec
-        firsts = inputs if spec.samples is None else spec.samples
-        return firsts, firsts if spec.return_error else 1, firsts
+        firsts = self.samples or inputs
+        return firsts, firsts if self.return_error else 1, firsts
 
-    def _directions(self, run: Run, j: int, *, exact: bool) -> Any:
-        x, dim, extras = run.inputs[j], run.dims[j], run.call.extras
-        return directions(run.call, self.spec, j, x, dim, extras, exact=exact)
+    def adds_jac(self, call: Call) -> bool:
+        return call.options.return_value and self.samples is None
 
-    def compute(self, run: Run, route: Route) -> Derivatives:
-        spec = self.spec
-        slopes = run.call.options.return_value and spec.samples is None
-        every = [self._directions(run, j, exact=slopes) for j in range(len(run.inputs))]
-        each = spec.return_error
-        pairs = derivatives_along(run, every, route, firsts=slopes, total=not each)
-        rows, x = [], run.inputs[0]
-        for i, out in enumerate(run.output.leaves):
-            columns = [pair.seconds[i] for pair in pairs]
-            row = _estimates(columns, out, x, spec)
-            if slopes:
-                shapes = [(*out.shape, *row_shape(y, dim)) for y, dim in zip(run.inputs, run.dims)]
-                firsts = [pair.firsts[i] for pair in pairs]
-                firsts = [None if f is None else f.movedim(0, -1) for f in firsts]
-                blocks = [as_block(f, n, out, y) for f, n, y in zip(firsts, shapes, run.inputs)]
-                row[1:1] = blocks
-            rows.append(row)
-        return Derivatives(rows, run.output)
+    def directions(
+        self, j: int, x: Tensor, dim: int | None, extras: Tensors, *, exact: bool, of_row: bool
+    ) -> Directions:
+        row = row_shape(x, dim)
+        weight = None if self.weight is None else extras[0]
+        shared = of_row or self.weight_dim is None
+        if self.samples is not None:
+            probes = extras[j if weight is None else 1]  # (B, k, *row), or (k, *row)
+            probes = probes.unsqueeze(1) if dim is None else probes.movedim(1, 0)
+            even = x.new_full((len(probes),), 1 / len(probes))
+            right = None if weight is None else _applied(weight, probes, row, shared)
+            right = None if right is None else _placed(right, x, dim)
+            return Directions(_placed(probes, x, dim), right, even, basis=False)
+        left = coordinates(x, dim)
+        if weight is None:
+            return Directions(left, None, x.new_ones(len(left)), basis=True)
+        if shared and weight.ndim == len(row):
+            return Directions(left, None, weight.reshape(-1), basis=True)
+        if shared and not (exact or weight.requires_grad or is_transformed()):
+            values, vectors = torch.linalg.eigh(weight.detach().reshape(len(left), -1).double())
+            is_large = values.abs() >= torch.finfo(x.dtype).eps * values.abs().max()
+            rows = vectors.mT[is_large].to(x.dtype).view(-1, 1, *row)
+            weights = values[is_large].to(x.dtype)
+            return Directions(_placed(rows, x, dim), None, weights, basis=False)
+        eye = torch.eye(len(left), dtype=x.dtype, device=x.device).view(-1, 1, *row)
+        right = _placed(_applied(weight, eye, row, shared), x, dim)
+        return Directions(left, right, x.new_ones(len(left)), basis=True)
 
-    def compute_row(
-        self, call: Call, function: Any, xs: Sequence[Tensor], extras: Sequence[Tensor], mode: str
-    ) -> Any:
-        totals: list[Any] = []
-        slopes, come_along = [], None
-        exact = call.options.return_value and self.spec.samples is None
-        for j, x in enumerate(xs):
-            left, right, weights = of_row(self.spec, j, x, extras)
-            if self.spec.return_error:
-                weights = torch.ones_like(weights)
-            pairs, chunk = (left, right), call.options.chunk_size
-            firsts, seconds, come_along = vmap.along(function, xs, j, pairs, mode, chunk)
-            terms = [weights.to(s.dtype).view(-1, *[1] * (s.ndim - 1)) * s for s in seconds]
-            if not totals:
-                totals = terms
-            elif self.spec.return_error:
-                totals = [a + b for a, b in zip(totals, terms)]
-            else:
-                totals = [torch.cat([a, b]) for a, b in zip(totals, terms)]
-            if exact:
-                slopes.append([f.movedim(0, -1).reshape(*f.shape[1:], *x.shape) for f in firsts])
-        rows = []
-        for i, terms in enumerate(totals):
-            if self.spec.return_error:
-                error = terms.std(0) / terms.shape[0] ** 0.5
-                rows.append([terms.mean(0), error])
-            else:
-                rows.append([terms.sum(0), *([s[i] for s in slopes] if exact else [])])
-        return rows, come_along
+    def adds_up(self) -> bool:
+        return not self.return_error
 
-    def by_inputs(self, call: Call) -> list[tuple[int, ...]]:
-        exact = call.options.return_value and self.spec.samples is None
-        return [(), *(super().by_inputs(call) if exact else [()])]
+    def combine(self, seconds: Sequence[Maybe]) -> Sequence[Maybe]:
+        terms = [columns for columns in seconds if columns is not None]
+        if not terms:
+            return [None] * (1 + self.return_error)
+        total = sum(terms[1:], terms[0])
+        return [total[0]] if self.adds_up() else self.estimates(total, 0)
 
-    def entries(self, run: Run, probe: Probe) -> list[Entry]:
+    def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
         """Plain double backward along each direction, other rows by another factor."""
         shared = None in run.dims
         factors, seeds = (None, probe.seeds) if shared else row_factors(run, probe)
         total = run.inputs[0].new_zeros(() if shared else run.call.batch)
         size = total.detach()
         for j in range(len(run.inputs)):
-            left, right, weights, _ = self._directions(run, j, exact=True)
-            bends = curvature(
-                run, probe.grads[j], j, left, left if right is None else right, factors
-            )
-            terms = weights.view(-1, *[1] * (bends.ndim - 1)) * bends
+            columns, weights = self.curvature(run, probe, j, factors)
+            terms = weights.view(-1, *[1] * (columns.ndim - 1)) * columns
             over = list(range(terms.ndim)) if shared else 0
             total, size = total + terms.sum(over), size + terms.detach().abs().sum(over)
-        first = first_entries(run, probe) if self.spec.samples is None else []
-        return [Entry(seeds, total, total.detach(), None if shared else 0, size), *first]
+        return [Entry(seeds, total, total.detach(), None if shared else 0, size)]
 
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
-        """Along every pair of directions."""
-        total: list[Tensor] = []
-        for j, (x, dim) in enumerate(zip(call.inputs, call.layout.diff_dims)):
-            every = directions(call, self.spec, j, x, dim, call.extras, exact=True)
-            right = every.left if every.right is None else every.right
-            for one, two, weight in zip(every.left, right, every.weights):
-                terms = [weight * out for out in difference(call, [{j: one}, {j: two}])]
-                total = [a + b for a, b in zip(total, terms)] if total else terms
-        yield total, [blocks[0] for blocks in result.blocks]
+        """Along each pair of directions; of an estimate, without its error."""
+        return itertools.islice(super().differences(call, result), 1)
 
-    def assemble(self, call: Call, result: Derivatives) -> Any:
-        tree = by_output(result, lambda blocks: blocks[0])
-        if self.spec.return_error:
-            tree = tree, by_output(result, lambda blocks: blocks[-1])
-        return finished(call, result, tree, 1 if self.spec.samples is None else None)
+    def tree(self, call: Call, result: Derivatives) -> Any:
+        tree = super().tree(call, result)
+        return (tree, by_output(result, lambda blocks: blocks[1])) if self.return_error else tree
 
 
-def _estimates(columns: Any, out: Tensor, x: Tensor, spec: Spec) -> list[Tensor]:
-    """The sum of ``(1, B, *out)``; of samples ``(K, B, *out)`` their mean and its error."""
-    total = None
-    for column in columns:
-        if column is not None:
-            total = column if total is None else total + column
-    if not spec.return_error:
-        return [as_block(None if total is None else total[0], out.shape, out, x)]
-    if total is None:
-        return [as_block(None, out.shape, out, x)] * 2
-    error = total.std(0) / total.shape[0] ** 0.5
-    return [as_block(total.mean(0), out.shape, out, x), as_block(error, out.shape, out, x)]
+def _placed(rows: Tensor, x: Tensor, dim: int | None) -> Tensor:
+    """``(K, B or 1, *row)`` with the batch where the input has it."""
+    if dim is None:
+        return rows[:, 0]
+    rows = rows.expand(rows.shape[0], x.shape[dim], *rows.shape[2:])
+    return rows if dim == 0 else rows.movedim(1, dim + 1)
 
 
-def batch_laplacian(
+def _applied(weight: Tensor, rows: Tensor, row: torch.Size, shared: bool) -> Tensor:
+    """The weight times each of ``(K, B or 1, *row)``."""
+    weight = weight.unsqueeze(0) if shared else weight  # (B or 1, *row[, *row])
+    if weight.ndim == len(row) + 1:
+        return weight * rows
+    size = row.numel()
+    matrix = weight.reshape(len(weight), size, size)
+    flat = rows.reshape(rows.shape[0], rows.shape[1], size)  # (K, B or 1, N)
+    products = torch.matmul(matrix, flat.movedim(0, -1)).movedim(-1, 0)
+    return products.reshape(rows.shape[0], -1, *row)
+
+
+def _checked_weight(call: Call, weight: Any, dim: int | None) -> Tensor:
+    """The weight with the batch in front, if it has one.
+
+    Raises:
+        TypeError, ValueError: it is no vector and no symmetric matrix for the one input.
+    """
+    name = call.options.name
+    if len(call.inputs) != 1:
+        expected, remedy = "one input tensor with weight", "Name one in argnums."
+        raise refuse(name, ValueError, expected, len(call.inputs), remedy)
+    (x,) = call.inputs
+    _check_kind(name, weight)
+    row, shape = row_shape(x, call.layout.diff_dims[0]), weight.shape
+    if dim is not None:
+        if not -weight.ndim <= dim < weight.ndim or shape[dim] != call.batch:
+            expected = f"weight to have a batch of {call.batch} in dimension {dim}"
+            remedy = "A weight that is the same in all rows has no weight_dim."
+            raise refuse(name, ValueError, expected, f"shape {tuple(shape)}", remedy)
+        weight = weight.movedim(dim, 0)
+        shape = weight.shape[1:]
+    if shape not in (row, row + row):
+        whole, square = tuple(row), tuple(row + row)
+        rows = "in each row" if dim is not None else "(and weight_dim if there is one for each row)"
+        expected = f"weight of shape {whole} or {square} {rows}"
+        raise refuse(name, ValueError, expected, f"shape {tuple(shape)}")
+    weight = (weight.clone() if weight.is_inference() else weight).to(x.device, x.dtype)
+    if weight.numel() and not is_transformed():
+        square = (-1, row.numel()) if shape == row else (-1, row.numel(), row.numel())
+        _check_entries(name, weight.detach().reshape(square))
+    return weight
+
+
+def _check_kind(name: str, weight: Any) -> None:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        remedy = "Make one of it by torch.as_tensor, with the dtype of the input."
+        raise refuse(name, TypeError, "weight to be a tensor of real numbers", got, remedy)
+    check_arguments(name, [weight], "weight to be a tensor")
+    if weight.layout != torch.strided:
+        remedy = "Call .to_dense() on it."
+        raise refuse(name, TypeError, "weight to be a dense tensor", weight.layout, remedy)
+
+
+def _check_entries(name: str, weight: Tensor) -> None:
+    """Raise unless vectors ``(B or 1, N)``, or matrices ``(B or 1, N, N)``, can be weights."""
+    largest = weight.abs().amax().item()
+    if not math.isfinite(largest):
+        remedy = "Leave out coordinates by a weight of 0."
+        raise refuse(name, ValueError, "weight to be finite", largest, remedy)
+    limit = 100 * torch.finfo(weight.dtype).eps * largest
+    if weight.ndim == 3 and (weight - weight.mT).abs().amax() > limit:
+        remedy = "Pass (W + W.mT) / 2, which has the same sum."
+        raise refuse(name, ValueError, "a symmetric matrix as weight", "another", remedy)
+
+
+@documented
+def batch_laplacian(  # noqa: D417  documented once, for all
     func: Callable[..., Any],
     argnums: int | tuple[int, ...] = 0,
     *,
@@ -190,41 +241,21 @@ def batch_laplacian(
             input tensor; or a function of the same arguments as ``func`` that returns one. The
             result can be differentiated by it.
         weight_dim: where ``weight`` has a batch dimension, ``None`` if all rows share it.
-        samples: estimate from so many random probes in each row (Hutchinson), without bias,
-            instead of the exact sum over all coordinates.
-        probes: ``"rademacher"`` (entries 1 and -1) or ``"gaussian"``; rows share those of an
-            argument that they share.
-        generator: where probes are drawn from; ``None`` for PyTorch's default.
-        return_error: ``(estimate, standard error)`` in place of the estimate, from the spread of
-            at least two samples.
-        in_dims: batch dimension of each positional argument, as in :func:`batch_jacobian`.
-        out_dims: where ``func`` puts the batch dimension; results have it first.
+        {samples}
         mode: ``"taylor"``, a nested mode, or ``"auto"``, as in :func:`batch_hessian_diagonal`.
-        engine: how rows are kept apart in the nested modes.
-        chunk_size: coordinates (or samples) in one pass.
-        has_aux: ``func`` returns ``(output, aux)``; ``aux`` is any object.
-        return_value: also return the Jacobian and ``func``'s output, which come for free; from
-            ``samples`` only the output does.
-        randomness: ``"different"``, ``"same"`` or ``"error"``, as in :func:`batch_jacobian`.
-        check: ``"auto"`` verifies calls 1, 2, 4, 8, … of each key, ``True`` every call,
-            ``False`` none; as in :func:`batch_jacobian`.
+        {keywords}
 
     Returns:
-        A function of the same arguments. It returns ``lap`` in the structure of the output;
-        ``(lap, aux)`` with ``has_aux``; ``(lap, (jac, value))`` with ``return_value``;
-        ``(lap, (jac, (value, aux)))`` with both; from ``samples`` without ``jac``.
+        A function of the same arguments that returns ``lap`` in the structure of the output, or
+        ``(lap, (jac, value))`` with ``return_value``, from ``samples`` ``(lap, value)``.
 
     Raises:
-        TypeError, ValueError: bad words or arguments; a ``weight`` that does not fit or is not
-            symmetric.
-        BatchMixingError: rows of the output depend on other rows of the input.
-        VerificationError: nothing agrees with plain double backward.
-        RuntimeError: the engine and mode that were asked for cannot differentiate ``func``.
+        {errors}
+        ValueError: ``weight`` does not fit or is not symmetric.
 
     Cost: ``func`` once, and ``N + 1`` times its linear operations (``samples + 1`` for an
     estimate, up to ``2 N + 1`` with a matrix for each row); memory likewise. The nested modes hold
-    all pairs of the directions of a chunk. A verified call takes as many
-    passes backward more.
+    all pairs of the directions of a chunk. A verified call takes as many passes backward more.
 
     Sources: R. Li et al., "A computational framework for neural network-based variational Monte
     Carlo with forward Laplacian", 2024; M. F. Hutchinson, 1989; pytorch/pytorch issue 53903.
@@ -238,20 +269,7 @@ def batch_laplacian(
         >>> funcjac.batch_laplacian(lambda x: (x**2).sum(-1), weight=weight)(x)
         tensor([-2., -2.], dtype=torch.float64)
     """
-    spec = Spec(weight, weight_dim, samples, probes, generator, return_error)
-    check_spec("batch_laplacian", spec)
-    options = Options(
-        name="batch_laplacian",
-        argnums=argnums,
-        in_dims=in_dims,
-        out_dims=out_dims,
-        mode=mode,
-        engine=engine,
-        chunk_size=chunk_size,
-        has_aux=has_aux,
-        return_value=return_value,
-        randomness=randomness,
-        check=check,
-        operator=Laplacian(spec),
-    )
-    return Transform(func, options, extras_of(spec))
+    operator = Laplacian(samples, probes, generator, return_error, weight, weight_dim)
+    operator.check("batch_laplacian")
+    keywords = argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value
+    return make_transform("batch_laplacian", func, operator, *keywords, randomness, check)

@@ -1,43 +1,53 @@
-"""What every transform states of itself: what it computes, of one run or of one row."""
+"""``Operator``: how a transform computes, verifies and arranges its derivatives."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from funcjac._arguments import pytree
 from funcjac._arguments.call import Call
 from funcjac._dispatch.rule import Sizes, first_order_route, prefers_taylor, second_order_route
+from funcjac._engines.basis import row_shape
 from funcjac._engines.run import Derivatives, Route, Run
+from funcjac._verification.central_differences import Pair
 from funcjac._verification.reference_vjp import Entry, Probe
 
+Tensors = Sequence[Tensor]
 NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd")
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One transform.
+    """Computes the derivatives of one transform, of a run or of a row, and their references.
 
     Attributes:
         modes: what ``mode`` may be, beside ``"auto"``.
         is_second_order: whether ``func`` is differentiated more than once.
         is_jacobian: whether each block is the whole derivative of an output by an input.
+        order: by how many inputs a block is differentiated, with axes for each.
     """
 
     modes: ClassVar[tuple[str, ...]] = ("fwd", "rev")
     is_second_order: ClassVar[bool] = False
     is_jacobian: ClassVar[bool] = False
+    order: ClassVar[int] = 0
 
-    def words(self) -> list[str]:
+    def keywords(self) -> list[str]:
         """The operator's own keywords that differ from their defaults, printed."""
-        return []
+        return changed_keywords(self, [field.name for field in fields(self)])
+
+    def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
+        """Refuse bad inputs, and add the operator's own tensors to a call."""
+        return call
 
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
         """First and second derivatives of each output, and gradients differentiated further."""
-        del call, outputs
         return inputs, 0, 0
 
     def route(self, call: Call, sizes: Sizes) -> Route:
@@ -46,40 +56,62 @@ class Operator:
 
     def uses_taylor(self, call: Call, outputs: int, inputs: int) -> bool:
         """Whether operations are recorded as ``func`` runs."""
-        del call, outputs, inputs
         return False
 
     def check_output(self, call: Call, outs: Sequence[Tensor]) -> None:
         """Refuse what ``func`` returned, before any differentiation."""
 
+    def adds_jac(self, call: Call) -> bool:
+        """Whether the Jacobian is returned as well: the last blocks of each output."""
+        return False
+
+    def own_inputs(self, call: Call) -> list[tuple[int, ...]]:
+        """For each of the operator's own blocks: the inputs that it has axes of."""
+        return list(itertools.product(range(len(call.layout.diff)), repeat=self.order))
+
+    def by_inputs(self, call: Call) -> list[tuple[int, ...]]:
+        """The same for every block, those of the Jacobian too."""
+        jac = [(j,) for j in range(len(call.layout.diff))] if self.adds_jac(call) else []
+        return self.own_inputs(call) + jac
+
     def compute(self, run: Run, route: Route) -> Derivatives:
         """Derivatives through the graph, or the record, of one run."""
         raise NotImplementedError
 
-    def compute_row(
-        self, call: Call, function: Any, xs: Sequence[Tensor], extras: Sequence[Tensor], mode: str
-    ) -> Any:
+    def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
         """The same of one row by torch.func: blocks by output, and what comes along."""
         raise NotImplementedError
 
-    def by_inputs(self, call: Call) -> list[tuple[int, ...]]:
-        """For each block: the inputs that it is differentiated by, with axes of their own."""
-        return [(j,) for j in range(len(call.layout.diff))]
-
     def entries(self, run: Run, probe: Probe) -> list[Entry]:
-        """What blocks contracted with a cotangent must come to, by plain autograd."""
+        """References by plain autograd, for blocks that are contracted with a cotangent."""
         pairs = zip(probe.grads, run.inputs, run.dims)
         return [Entry(probe.seeds, grad, x, dim) for grad, x, dim in pairs]
 
-    def assemble(self, call: Call, result: Derivatives) -> Any:
-        """The user's tree: output structure outside, input structure inside."""
+    def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
+        """Pairs of central differences and computed values."""
         raise NotImplementedError
+
+    def tree(self, call: Call, result: Derivatives) -> Any:
+        """The operator's own blocks: output structure outside, input structure inside."""
+        return by_output(result, lambda blocks: _by_input(call, blocks, self.order))
+
+    def assemble(self, call: Call, result: Derivatives) -> Any:
+        """The user's tree with aux, with the value, and with the Jacobian."""
+        options, output, tree = call.options, result.output, self.tree(call, result)
+        if not options.return_value:
+            return (tree, output.aux) if options.has_aux else tree
+        value = pytree.unflatten(output.spec, output.leaves)
+        rest = (value, output.aux) if options.has_aux else value
+        if not self.adds_jac(call):
+            return tree, rest
+        first = -len(call.layout.diff)
+        return tree, (by_output(result, lambda blocks: _by_input(call, blocks[first:], 1)), rest)
 
 
 class SecondOrder(Operator):
-    """What second-order transforms share."""
+    """A second-order transform: blocks of its own, then the Jacobian where it is returned."""
 
-    modes: ClassVar[tuple[str, ...]] = NESTED
+    modes: ClassVar[tuple[str, ...]] = ("taylor", *NESTED)
     is_second_order: ClassVar[bool] = True
 
     def uses_taylor(self, call: Call, outputs: int, inputs: int) -> bool:
@@ -92,28 +124,82 @@ class SecondOrder(Operator):
         counts = self.count(call, sizes.outputs, sizes.inputs)
         return second_order_route(call.options.mode, call.options.chunk_size, sizes, counts)
 
+    def adds_jac(self, call: Call) -> bool:
+        return call.options.return_value
 
-def first_entries(run: Run, probe: Probe) -> list[Entry]:
-    """The first derivatives, where they are returned as well."""
-    if not run.call.options.return_value:
-        return []
-    pairs = zip(probe.grads, run.inputs, run.dims)
-    return [Entry(probe.seeds, grad, x, dim) for grad, x, dim in pairs]
+    def derivatives(self, run: Run, route: Route) -> list[list[Any]]:
+        """By output: values of its own blocks, then those of the Jacobian; ``None`` for zeros."""
+        raise NotImplementedError
+
+    def row_derivatives(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
+        """The same of one row by torch.func, and what comes along."""
+        raise NotImplementedError
+
+    def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
+        """:meth:`entries` of the operator's own blocks."""
+        raise NotImplementedError
+
+    def compute(self, run: Run, route: Route) -> Derivatives:
+        names, rows = self.by_inputs(run.call), []
+        shapes = [row_shape(x, dim) for x, dim in zip(run.inputs, run.dims)]
+        for out, values in zip(run.output.leaves, self.derivatives(run, route)):
+            row = []
+            for value, name in zip(values, names):
+                shape = (*out.shape, *[size for j in name for size in shapes[j]])
+                row.append(as_block(value, shape, out, [run.inputs[j] for j in name or (0,)]))
+            rows.append(row)
+        return Derivatives(rows, run.output)
+
+    def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
+        derivatives, along = self.row_derivatives(call, f, xs, extras, mode)
+        names, rows = self.by_inputs(call), []
+        for out, values in zip(along[0], derivatives):
+            shapes = [[size for j in name for size in xs[j].shape] for name in names]
+            rows.append([value.reshape(*out.shape, *s) for value, s in zip(values, shapes)])
+        return rows, along
+
+    def entries(self, run: Run, probe: Probe) -> list[Entry]:
+        jac = super().entries(run, probe) if self.adds_jac(run.call) else []
+        return self.own_entries(run, probe) + jac
 
 
 def by_output(result: Derivatives, pick: Any) -> Any:
     return pytree.unflatten(result.output.spec, [pick(blocks) for blocks in result.blocks])
 
 
-def finished(call: Call, result: Derivatives, tree: Any, slopes: int | None) -> Any:
-    """With aux, with the value, and with first derivatives: those from block ``slopes`` on."""
-    options, output = call.options, result.output
-    if not options.return_value:
-        return (tree, output.aux) if options.has_aux else tree
-    value = pytree.unflatten(output.spec, output.leaves)
-    more = (value, output.aux) if options.has_aux else value
-    if slopes is None:
-        return tree, more
-    spec, n = call.layout.in_spec, len(call.layout.diff)
-    jac = by_output(result, lambda blocks: pytree.unflatten(spec, blocks[slopes : slopes + n]))
-    return tree, (jac, more)
+def _by_input(call: Call, blocks: list[Any], order: int) -> Any:
+    """Blocks by one input, or by each pair of inputs, in the structure of the input."""
+    if not order:
+        return blocks[0]
+    n = len(call.layout.diff)
+    size = n ** (order - 1)
+    parts = [blocks[j * size : (j + 1) * size] for j in range(n)]
+    return pytree.unflatten(call.layout.in_spec, [_by_input(call, p, order - 1) for p in parts])
+
+
+def as_block(
+    value: Tensor | None, shape: Sequence[int], out: Tensor, inputs: Sequence[Tensor]
+) -> Tensor:
+    """A contiguous block of the type that ``out`` and ``inputs`` promote to; ``None`` for zeros."""
+    dtype = out.dtype
+    for x in inputs:
+        if x.dtype != dtype and x.ndim:  # a number does not widen a tensor
+            dtype = torch.promote_types(dtype, x.dtype)
+    if value is None:
+        return out.new_zeros(shape, dtype=dtype)
+    value = value if value.dtype == dtype else value.to(dtype)
+    value = value if value.shape == shape else value.reshape(shape)  # no node of its own
+    return value.contiguous()
+
+
+def changed_keywords(thing: Any, names: Sequence[str]) -> list[str]:
+    """Fields of a dataclass that differ from their defaults, printed; tensors without values."""
+    defaults = {field.name: field.default for field in fields(thing)}
+    printed = []
+    for name in names:
+        value, default = getattr(thing, name), defaults[name]
+        if isinstance(value, (Tensor, torch.Generator)):
+            printed.append(f"{name}=<{type(value).__name__}>")
+        elif value is not default and value != default:
+            printed.append(f"{name}={value!r}")
+    return printed

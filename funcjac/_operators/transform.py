@@ -1,9 +1,10 @@
-"""What every transform returns: an object that is called, printed, copied and pickled."""
+"""``Transform``: the object that a transform returns, to call, print, copy and pickle."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import textwrap
 import threading
 import types
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from funcjac._arguments import pytree
-from funcjac._arguments.bind_arguments import bind, with_extras
+from funcjac._arguments.bind_arguments import bind
 from funcjac._arguments.call import Call, Options
 from funcjac._arguments.check_keywords import check_options
 from funcjac._arguments.check_tensors import is_uninitialized
@@ -22,36 +23,94 @@ from funcjac._dispatch.attempt import Outcome
 from funcjac._dispatch.inside_transforms import solve_inside
 from funcjac._dispatch.solve import solve
 from funcjac._environment.torch_private import is_functional, is_transformed
+from funcjac._operators.operator import Operator, changed_keywords
 
 P = ParamSpec("P")
 R = TypeVar("R")
-# What an operator needs beside the arguments: tensors and their batch dimensions.
-Extras = Callable[..., tuple[list[Tensor], tuple["int | None", ...]]]
+# The keywords that all transforms share, in their order.
+KEYWORDS = tuple([f.name for f in fields(Options) if f.name not in ("name", "operator")])
 # Levels of torch's forward mode belong to the process: one thread at a time.
 DUAL_LEVELS = threading.RLock()
 
+# Texts of docstrings, in the place of a name in braces.
+_DOCUMENTATION = {
+    "{keywords}": """\
+in_dims: batch dimension of each positional argument, an int for all, or a tuple or prefix
+    tree with ``None`` for what all rows share. A shared argument can be differentiated too:
+    ``(B, *out, *param)``. What is no tensor is always shared.
+out_dims: where ``func`` puts the batch dimension; results have it first.
+engine: ``"sum"`` (the sum trick, by plain autograd on the one run of ``func``), ``"vmap"``
+    (``torch.func`` of the function of one row under ``torch.vmap``), ``"loop"``, or
+    ``"auto"``: the sum trick, vmap for arguments that rows share and inside of
+    ``torch.vmap``, and the next one where one fails. ``mode="taylor"`` runs the whole batch,
+    and needs ``"sum"`` or ``"auto"``.
+chunk_size: basis vectors (coordinates, samples) per pass; ``None`` leaves it to the rule:
+    what stays in a processor's cache, in bounded memory. It never changes values. Chunks go
+    into one preallocated result; where it is to be differentiated, they are joined at the end.
+has_aux: ``func`` returns ``(output, aux)``; ``aux`` is any object. The transform returns
+    ``(result, aux)``.
+return_value: also return ``func``'s output, from the same run, as ``(result, value)``, or
+    ``(result, (value, aux))`` with ``has_aux``. Where second derivatives bring the Jacobian
+    along, ``value`` becomes ``(jac, value)``, and ``(value, aux)`` becomes
+    ``(jac, (value, aux))``.
+randomness: ``"different"``, ``"same"`` or ``"error"`` for draws in ``func`` where
+    ``torch.vmap`` or the loop runs it, as in ``torch.vmap``. In the one run of the sum trick a
+    draw is what it is in a plain call.
+check: ``"auto"`` verifies calls 1, 2, 4, 8, … of each key, ``True`` every call, ``False``
+    none: the caller vouches for the rows. The key is the transform's keywords, the function
+    with the modules, functions, strings, bools and ints that it closes over, ``training``
+    flags, trees, dtypes, devices and sizes of a row, not the batch size. All transforms of
+    the process share what is known of a key.""",
+    "{samples}": """\
+samples: estimate from so many random probes in each row (Hutchinson), without bias, instead
+    of the exact sum over all coordinates.
+probes: ``"rademacher"`` (entries 1 and -1) or ``"gaussian"``; rows share those of an argument
+    that they share.
+generator: where probes are drawn from; ``None`` for PyTorch's default.
+return_error: ``(estimate, standard error)`` in place of the estimate, from the spread of at
+    least two samples.""",
+    "{errors}": """\
+TypeError: keywords or arguments are of the wrong kind; the input or output is not real,
+    floating-point and dense.
+ValueError: a keyword has a bad value; no argument is batched, batch sizes differ, or the
+    output is no batch.
+BatchMixingError: rows of the output depend on other rows of the input.
+VerificationError: no engine agrees with plain autograd, or autograd cannot see how the
+    output depends on the input.
+RuntimeError: the engine and mode that were asked for cannot differentiate ``func``; ``func``
+    draws random numbers and ``randomness`` is ``"error"``. What ``func`` raises itself is
+    passed on as it is.""",
+}
+
+
+def documented(function: Callable[P, R]) -> Callable[P, R]:
+    """Completes a docstring by the texts that transforms share."""
+    if function.__doc__:  # there is none under python -OO
+        for name, text in _DOCUMENTATION.items():
+            text = textwrap.indent(text, " " * 8).lstrip()
+            function.__doc__ = function.__doc__.replace(name, text)
+    return function
+
 
 class Transform:
-    """A transformed function.
+    """A transformed function, which can be called, printed, copied and pickled.
 
     Attributes:
         func: what it transforms.
         options: its keywords.
-        extras: makes what its operator needs beside the arguments.
     """
 
-    def __init__(
-        self, func: Callable[..., Any], options: Options, extras: Extras | None = None
-    ) -> None:
+    def __init__(self, func: Callable[..., Any], options: Options) -> None:
         check_options(func, options)
-        self.func, self.options, self.extras = func, options, extras
-        self.__funcjac_key__ = _token(options)
+        self.func, self.options = func, options
+        shared = [repr(getattr(options, name)) for name in KEYWORDS if name != "check"]
+        self.__funcjac_key__ = (options.name, *shared, *options.operator.keywords())
         functools.update_wrapper(self, func, updated=())
         vars(self).pop("__wrapped__", None)  # it would be copied and pickled a second time
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = self.options.engine == "vmap" and "fwd" in self.options.mode
-        if not forward or torch.compiler.is_compiling():
+        options = self.options
+        if options.engine != "vmap" or "fwd" not in options.mode or torch.compiler.is_compiling():
             return self.evaluate(args, kwargs)
         with DUAL_LEVELS:
             return self.evaluate(args, kwargs)
@@ -60,38 +119,27 @@ class Transform:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], outcome: Outcome | None = None
     ) -> Any:
         """The result; ``outcome`` takes down what happened on the way."""
-        token = self.__funcjac_key__
+        key, operator = self.__funcjac_key__, self.options.operator
         if is_transformed():
             call = self.bind(args, kwargs)
-            return self.options.operator.assemble(call, solve_inside(call, token))
-        if torch.is_inference_mode_enabled():
-            return self._without_inference(args, kwargs, outcome)
-        call = self.bind(args, kwargs)
-        if any(map(_is_inference, call.leaves)):
-            return self._without_inference(args, kwargs, outcome)
-        return self.options.operator.assemble(call, solve(call, token, outcome))
-
-    def _without_inference(self, args: Any, kwargs: Any, outcome: Outcome | None) -> Any:
-        with torch.inference_mode(False), torch.no_grad():
-            args, kwargs = usable((args, kwargs))
-            return self.evaluate(args, kwargs, outcome)
+            return operator.assemble(call, solve_inside(call, key))
+        call = None if torch.is_inference_mode_enabled() else self.bind(args, kwargs)
+        if call is None or any(map(_is_inference, call.leaves)):
+            with torch.inference_mode(False), torch.no_grad():
+                args, kwargs = usable((args, kwargs))
+                return self.evaluate(args, kwargs, outcome)
+        return operator.assemble(call, solve(call, key, outcome))
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         call = bind(self.func, self.options, args, kwargs)
-        if self.extras is None:
-            return call
-        leaves, dims = self.extras(call, args, kwargs)
-        return with_extras(call, leaves, dims) if leaves else call
+        return self.options.operator.prepare(call, args, kwargs)
 
     def __repr__(self) -> str:
-        name = getattr(self.func, "__qualname__", None) or _brief(self.func)
-        own = fields(Options)
-        given = [
-            f"{f.name}={getattr(self.options, f.name)!r}"
-            for f in own
-            if f.name not in ("name", "operator") and getattr(self.options, f.name) != f.default
-        ]
-        return f"{self.options.name}({', '.join([name, *self.options.operator.words(), *given])})"
+        func, options = self.func, self.options
+        brief = f"{type(func).__name__}(…)" if isinstance(func, nn.Module) else repr(func)
+        name = getattr(func, "__qualname__", None) or brief.partition("\n")[0]
+        keywords = [*options.operator.keywords(), *changed_keywords(options, KEYWORDS)]
+        return f"{options.name}({', '.join([name, *keywords])})"
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         """Bind like a function where it is an attribute of a class."""
@@ -105,20 +153,20 @@ class Transform:
         return new
 
 
-def _brief(func: Any) -> str:
-    if isinstance(func, nn.Module):
-        return f"{type(func).__name__}(…)"
-    return repr(func).partition("\n")[0]
+def make_transform(name: str, func: Any, operator: Operator, *values: Any) -> Transform:
+    """Makes the result of a public function, from the values of the shared keywords in order."""
+    keywords = dict(zip(KEYWORDS, values, strict=True))
+    return Transform(func, Options(name=name, operator=operator, **keywords))
 
 
 def _copied(func: Any, memo: dict[int, Any]) -> Any:
     if not isinstance(func, types.FunctionType) or not func.__closure__:
         return copy.deepcopy(func, memo)
-    cells = [_copied_cell(cell, memo) for cell in func.__closure__]
-    if all(one is other for one, other in zip(cells, func.__closure__)):
+    cells = tuple([_copied_cell(cell, memo) for cell in func.__closure__])
+    if all(new is old for new, old in zip(cells, func.__closure__)):
         return func
     new = types.FunctionType(
-        func.__code__, func.__globals__, func.__name__, func.__defaults__, tuple(cells)
+        func.__code__, func.__globals__, func.__name__, func.__defaults__, cells
     )
     new.__kwdefaults__ = func.__kwdefaults__
     return functools.update_wrapper(new, func)
@@ -137,26 +185,8 @@ def _copied_cell(cell: types.CellType, memo: dict[int, Any]) -> types.CellType:
     return cell
 
 
-def _token(options: Options) -> Any:
-    """The keywords as part of a key."""
-    operator = options.operator
-    return (
-        options.name,
-        options.argnums,
-        repr(options.in_dims),
-        repr(options.out_dims),
-        options.mode,
-        options.engine,
-        options.chunk_size,
-        options.has_aux,
-        options.return_value,
-        options.randomness,
-        tuple(operator.words()),
-    )
-
-
 def transform_of(transformed: Any, name: str) -> Transform:
-    """What a transform returned.
+    """Refuses everything but the result of a transform.
 
     Raises:
         TypeError: it does not come from funcjac.
