@@ -64,7 +64,8 @@ def directional(
     """
     count = len(left)
     if right is None:
-        scheme, seeds = second_order(None, None, weights), left
+        every = slice(count)
+        scheme, seeds = second_order(every, every, weights), left
     else:
         scheme = second_order(slice(count), slice(count, None), weights)
         seeds = on_one_row(lambda *stacks: torch.cat(stacks), left, right)

@@ -19,11 +19,9 @@ from funcjac._taylor.jets import Derivative, Index, Site, on_one_row, spread
 
 def elementwise(site: Site) -> Derivative:
     """Propagates through an operation that works on each element by itself."""
-    scheme, known = site.scheme, site.recording.partials
+    scheme, of_nodes = site.scheme, site.recording.partials
     key = site.node.outs, site.node.slots, scheme.order
-    if key not in known:
-        known[key] = _Partials(site)
-    partials = known[key]
+    partials = of_nodes[key] = of_nodes.get(key) or _Partials(site)
     jets = [spread(jet, site.shape) for jet in site.jets.values()]
     multiply = functools.partial(on_one_row, torch.mul)
 
@@ -51,11 +49,11 @@ class _Partials:
     def __call__(self, numbers: Index) -> Tensor | None:
         if numbers not in self.known:
             lower, grads = self(numbers[:-1]), [None] * len(self.inputs)
-            again = self.create_graph or len(numbers) < self.order
+            graph = self.create_graph or len(numbers) < self.order
             if lower is not None:
                 ones = lower.new_ones(()).expand(lower.shape)
-                with torch.set_grad_enabled(again):
-                    grads = backward(lower, self.inputs, ones, retain=True, graph=again)
+                with torch.set_grad_enabled(graph):
+                    grads = backward(lower, self.inputs, ones, retain=True, graph=graph)
             for i, grad in enumerate(grads):
                 self.known[tuple(sorted((*numbers[:-1], i)))] = grad
         return self.known[numbers]

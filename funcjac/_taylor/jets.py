@@ -22,7 +22,7 @@ Jet = tuple["Tensor | None", ...]
 # Derivatives of the results of one operation, by order.
 Derivative = Callable[[int], Sequence["Tensor | None"]]
 Index = tuple[int, ...]
-Rows = slice | Tensor | None
+Rows = slice | Tensor
 # Derivative of a variable, by its number, along a part of an index.
 Factor = tuple[int, Index]
 # How often each product occurs.
@@ -172,8 +172,6 @@ def _rows(numbers: Sequence[int], device: torch.device) -> Rows:
 
 
 def _take(stack: Tensor, rows: Rows) -> Tensor:
-    if rows is None:
-        return stack
     if isinstance(rows, slice):
         return stack[rows]
     return on_one_row(lambda stack: stack.index_select(0, rows), stack)
@@ -206,9 +204,8 @@ def spread(jet: Jet, shape: Sequence[int]) -> Jet:
 
 
 def _expanded(stack: Tensor, shape: Sequence[int]) -> Tensor:
-    missing = len(shape) - (stack.ndim - 1)
-    stack = stack.reshape(len(stack), *[1] * missing, *stack.shape[1:])
-    return stack.expand(len(stack), *shape)
+    count, *sizes = stack.shape
+    return stack.reshape(count, *[1] * (len(shape) - len(sizes)), *sizes).expand(count, *shape)
 
 
 class Site(NamedTuple):
@@ -236,11 +233,11 @@ class Site(NamedTuple):
     def filled(self, order: int) -> dict[int, Tensor]:
         """Derivatives of one order, zeros written out."""
         stacks = {slot: jet[order - 1] for slot, jet in self.jets.items()}
-        like = next(stack for stack in stacks.values() if stack is not None)
-        values = [self.recording.values[slot] for slot in stacks]
+        count = next(len(stack) for stack in stacks.values() if stack is not None)
+        values = self.recording.values
         return {
-            slot: value.new_zeros((len(like), *value.shape)) if stack is None else stack
-            for (slot, stack), value in zip(stacks.items(), values)
+            slot: values[slot].new_zeros((count, *values[slot].shape)) if stack is None else stack
+            for slot, stack in stacks.items()
         }
 
     def variables(self) -> dict[int, Tensor]:

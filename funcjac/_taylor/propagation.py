@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,18 +27,18 @@ def make_recording(
     if recorder.failure is not None:
         raise recorder.failure
     values, slots = recorder.values, [recorder.slot(out) for out in outputs]
-    used, bent = {slot for slot in slots if slot is not None}, set[int]()
+    used, curved = {slot for slot in slots if slot is not None}, set[int]()
     steps: list[tuple[Node, set[int], bool]] = []
     for node in reversed(recorder.nodes):
         if used.isdisjoint(node.outs):
             continue
         if any(values[slot]._backward_hooks for slot in node.outs if slot is not None):
             raise UntraceableError("a gradient hook changes derivatives on their way back")
-        is_bent = not bent.isdisjoint(node.outs)
-        steps.append((node, {*node.slots} - used, is_bent))
+        is_curved = not curved.isdisjoint(node.outs)
+        steps.append((node, {*node.slots} - used, is_curved))
         used.update(node.slots)
-        if is_bent or not is_linear(node):
-            bent.update(node.slots)
+        if is_curved or not is_linear(node):
+            curved.update(node.slots)
     return Recording(values, slots, steps[::-1], create_graph, {})
 
 
@@ -52,9 +51,9 @@ def propagate(
     """
     live, zero = dict(jets), (None,) * scheme.order
     with torch.set_grad_enabled(recording.create_graph):
-        for node, done, is_bent in recording.steps:
+        for node, done, is_curved in recording.steps:
             if not live.keys().isdisjoint(node.slots):
-                site = _site(recording, node, live, scheme, 1 if is_bent else lowest)
+                site = _site(recording, node, live, scheme, 1 if is_curved else lowest)
                 live.update(_results(site))
             for slot in done:
                 live.pop(slot, None)
@@ -89,12 +88,10 @@ def _results(site: Site) -> dict[int, Jet]:
 
 def _taken_apart(site: Site) -> Derivative:
     """Propagates through the decomposition of an operation."""
-    function: Callable[..., Any] | None = decomposition(site.node.op)
-    assert function is not None
     values = site.variables()
     recorder = Recorder(list(values.values()))
     with torch.enable_grad(), recorder:
-        outs = site.node._replace(op=function).run(values)
+        outs = site.node._replace(op=decomposition(site.node.op)).run(values)
     if len(outs) != len(site.node.outs):
         raise UntraceableError(f"{site.node.op} does not return what its decomposition does")
     inner = make_recording(recorder, outs, create_graph=site.recording.create_graph)

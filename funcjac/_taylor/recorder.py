@@ -57,23 +57,26 @@ class Recorder(EagerMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         args, kwargs = with_memory(args), kwargs or {}
-        note = self._unless_it_fails(self._before, func, args, kwargs)
+        if self.failure is not None:
+            return func(*args, **kwargs)
+        # What cannot be recorded must not stop func, which runs just this once.
+        try:
+            note = self._before(func, args, kwargs)
+        except Exception as error:
+            self._fail(error)
+            return func(*args, **kwargs)
         out = func(*args, **kwargs)
-        if note is not None:
-            self._unless_it_fails(note, as_list(out))
+        try:
+            if note is not None:
+                note(as_list(out))
+        except Exception as error:
+            self._fail(error)
         return out
 
-    def _unless_it_fails(self, step: Callable[..., Any], *args: Any) -> Any:
-        """What cannot be recorded must not stop ``func``, which runs just this once."""
-        if self.failure is not None:
-            return None
-        try:
-            return step(*args)
-        except Exception as error:
-            text = str(error) if isinstance(error, UntraceableError) else repr(error)
-            self.failure = UntraceableError(text)
-            self._tensors.clear()
-            return None
+    def _fail(self, error: Exception) -> None:
+        text = str(error) if isinstance(error, UntraceableError) else repr(error)
+        self.failure = UntraceableError(text)
+        self._tensors.clear()
 
     def _before(self, op: Any, args: Any, kwargs: Any) -> Callable[[Any], Any] | None:
         """What to note of an operation once it has run."""
