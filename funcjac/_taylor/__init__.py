@@ -16,9 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from funcjac._taylor.jets import Jet, Scheme, mixed, on_one_row
-from funcjac._taylor.propagation import Recording, make_recording, propagate
+from funcjac._taylor.jets import Jet, mixed, on_one_row, second_order
+from funcjac._taylor.propagation import make_recording, propagate
 from funcjac._taylor.recorder import Recorder
+from funcjac._taylor.recording import Recording
 
 __all__ = [
     "Recorder",
@@ -35,7 +36,7 @@ Tensors = list["Tensor | None"]
 
 def largest(recording: Recording) -> int:
     """Elements of the largest recorded value."""
-    return max((value.shape.numel() for value in recording.recorder.values), default=1)
+    return max((value.numel() for value in recording.values), default=1)
 
 
 def directional(
@@ -63,14 +64,14 @@ def directional(
     """
     count = len(left)
     if right is None:
-        scheme, seeds = Scheme(2, slice(None), weights=weights), left
+        every = slice(count)
+        scheme, seeds = second_order(every, every, weights), left
     else:
-        scheme = Scheme(2, slice(count), slice(count, 2 * count), weights)
+        scheme = second_order(slice(count), slice(count, None), weights)
         seeds = on_one_row(lambda *stacks: torch.cat(stacks), left, right)
     jets = propagate(recording, {j: (seeds, None)}, scheme, 1 if firsts else 2)
-    slopes = [_level(jet, 1) if firsts else None for jet in jets]
-    slopes = [None if slope is None else slope[:count] for slope in slopes]
-    return slopes, [_level(jet, 2) for jet in jets]
+    slopes = [first[:count] if firsts and first is not None else None for first, _ in jets]
+    return slopes, [second for _, second in jets]
 
 
 def mixed_partials(
@@ -82,27 +83,22 @@ def mixed_partials(
         recording: the run of ``func``.
         j_seeds: by number of an input, directions ``(D, *x.shape)``, zero where a direction
             belongs to another input.
-        indices: multi-indices, which count the directions.
+        indices: multi-indices, which count the directions; each direction is in one of them.
 
     Returns:
         For each index and output ``(B, *out)``; ``None`` for zero, and for the index ``()``.
     """
-    orders = [len(index) for index in indices if index]
-    if not orders:
-        return [[None] * len(recording.slots) for _ in indices]
-    directions = sorted({i for index in indices for i in index})
-    numbers = {direction: number for number, direction in enumerate(directions)}
-    named = [tuple(sorted(numbers[i] for i in index)) for index in indices]
-    scheme = mixed(named, next(iter(j_seeds.values())).device)
-    rest = (None,) * (scheme.order - 1)
-    seeds = {
-        j: (on_one_row(lambda stack: stack[directions], seed), *rest) for j, seed in j_seeds.items()
-    }
-    jets = propagate(recording, seeds, scheme, min(orders))
-    return [
-        [None if jet is None or not index else scheme.part(jet, index) for jet in jets]
-        for index in named
-    ]
+    named = [tuple(sorted(index)) for index in indices]
+    device = next(iter(j_seeds.values())).device
+    scheme, rows = mixed([index for index in named if index], device)
+    seeds: dict[int, Jet] = {j: (seed, *[None] * (scheme.order - 1)) for j, seed in j_seeds.items()}
+    jets = propagate(recording, seeds, scheme, min(len(index) for index in named if index))
+
+    def partial(jet: Jet, index: tuple[int, ...]) -> Tensor | None:
+        stack = jet[len(index) - 1] if index else None
+        return None if stack is None else stack[rows[index]]
+
+    return [[partial(jet, index) for jet in jets] for index in named]
 
 
 def all_pairs(
@@ -120,9 +116,5 @@ def all_pairs(
     device = next(iter(j_seeds.values())).device
     left, right = torch.triu_indices(total, total, device=device)
     seeds: dict[int, Jet] = {j: (seed, None) for j, seed in j_seeds.items()}
-    jets = propagate(recording, seeds, Scheme(2, left, right))
-    return [(_level(jet, 1), _level(jet, 2)) for jet in jets]
-
-
-def _level(jet: Jet | None, order: int) -> Tensor | None:
-    return None if jet is None else jet[order - 1]
+    jets = propagate(recording, seeds, second_order(left, right))
+    return [(first, second) for first, second in jets]

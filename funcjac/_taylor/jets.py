@@ -1,4 +1,4 @@
-"""Jets: derivatives of a tensor along directions, and the operation that they pass through.
+"""Jets: derivatives of a tensor along directions, and the products that make higher ones.
 
 A *jet* has one tensor for each order, ``(directions, *shape)``, ``(second derivatives, *shape)``
 and so on, with ``None`` for zero. Orders are never joined: each takes one matrix product.
@@ -10,18 +10,35 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from funcjac._taylor.recorder import Node, Recorder
+from funcjac._taylor.recording import Node, Recording
 
 Jet = tuple["Tensor | None", ...]
+# Derivatives of the results of one operation, by order.
+Derivative = Callable[[int], Sequence["Tensor | None"]]
 Index = tuple[int, ...]
 Rows = slice | Tensor
-Product = Callable[[Tensor, Tensor], Tensor]
+# Derivative of a variable, by its number, along a part of an index.
+Factor = tuple[int, Index]
+# How often each product occurs.
+Products = Counter[tuple[Factor, ...]]
+
+
+class Level(NamedTuple):
+    """Derivatives of one order, and where to find the lower ones that make them.
+
+    Attributes:
+        indices: multi-indices; of all derivatives, or of each by itself.
+        rows: by part of an index, rows among the derivatives of the part's order.
+    """
+
+    indices: Sequence[Index]
+    rows: dict[Index, Rows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,95 +46,142 @@ class Scheme:
     """Derivatives that a jet holds.
 
     Attributes:
-        order: the highest.
-        left, right: second derivative ``r`` is along directions ``left[r]`` and ``right[r]``;
-            ``right`` is ``None`` where both are the same.
+        levels: by order.
         weights: of second derivatives, which are then added up to one.
-        indices: multi-indices of each order; only mixed derivatives above order two need them.
-        rows: of a multi-index in the tensor of its order.
     """
 
-    order: int
-    left: Rows
-    right: Rows | None = None
+    levels: Sequence[Level]
     weights: Tensor | None = None
-    indices: tuple[tuple[Index, ...], ...] = ()
-    rows: dict[Index, int] = field(default_factory=dict)
+
+    @property
+    def order(self) -> int:
+        """The highest."""
+        return len(self.levels)
+
+    def higher(
+        self,
+        order: int,
+        jets: Sequence[Jet],
+        multiply: Callable[[Tensor, Tensor], Tensor],
+        vanishes: Callable[[Index], bool],
+    ) -> Iterator[tuple[Index, Tensor]]:
+        """Coefficients of ``f``'s derivatives in those of ``f(*variables)`` (Faà di Bruno).
+
+        From the second derivative on, named by numbers of variables, without those that vanish.
+        """
+        indices, rows = self.levels[order - 1]
+        sums = [_products(index, len(jets)) for index in indices]
+        known: dict[tuple[Factor, ...], Tensor] = {}  # products share their beginnings
+
+        def product(factors: tuple[Factor, ...]) -> Tensor:
+            if factors not in known:
+                if len(factors) == 1:
+                    ((variable, part),) = factors
+                    stack = jets[variable][len(part) - 1]
+                    assert stack is not None
+                    known[factors] = _take(stack, rows[part])
+                else:
+                    known[factors] = multiply(product(factors[:-1]), product(factors[-1:]))
+            return known[factors]
+
+        def total(products: Products) -> Tensor | None:
+            result: Tensor | None = None
+            for factors, times in products.items():
+                if all(jets[variable][len(part) - 1] is not None for variable, part in factors):
+                    stack = self.weighted(product(factors))
+                    result = add(result, stack if times == 1 else times * stack)
+            return result
+
+        for numbers in sums[0]:
+            stacks = [] if vanishes(numbers) else [total(products[numbers]) for products in sums]
+            stack = _joined(stacks)
+            if stack is not None:
+                yield numbers, stack
 
     def pairs(self, stack: Tensor) -> tuple[Tensor, Tensor]:
         """First derivatives along the two directions of each second derivative."""
-        left = _take(stack, self.left)
-        return left, left if self.right is None else _take(stack, self.right)
-
-    def second(self, a: Tensor, b: Tensor, product: Product, *, cross: bool) -> Tensor:
-        """``product(d_i a, d_j b)`` for each second derivative ``ij``.
-
-        With ``cross`` it is added up with ``product(d_j a, d_i b)``.
-        """
-        (a_left, a_right), (b_left, b_right) = self.pairs(a), self.pairs(b)
-        stack = product(a_left, b_right)
-        if cross and self.right is not None:
-            stack = stack + product(a_right, b_left)
-        stack = self.weighted(stack)
-        return 2 * stack if cross and self.right is None else stack
+        (index,), rows = self.levels[1]
+        left, right = (_take(stack, rows[(k,)]) for k in index)
+        return left, right
 
     def weighted(self, stack: Tensor) -> Tensor:
         """Second derivatives themselves, or their weighted sum ``(1, *shape)``."""
         if self.weights is None:
             return stack
-        return torch.tensordot(self.weights.to(stack.dtype), stack, 1).unsqueeze(0)
-
-    def part(self, jet: Jet, index: Index) -> Tensor | None:
-        """One derivative of a jet, ``(*shape)``."""
-        stack = jet[len(index) - 1]
-        return None if stack is None else stack[self.rows[tuple(sorted(index))]]
+        weights = self.weights.to(stack.dtype)
+        return on_one_row(lambda stack: torch.tensordot(weights, stack, 1).unsqueeze(0), stack)
 
 
-def mixed(indices: Sequence[Index], device: torch.device) -> Scheme:
+def second_order(left: Rows, right: Rows, weights: Tensor | None = None) -> Scheme:
+    """Second derivatives along directions ``left`` and ``right``, which may be the same object."""
+    index = (0, 0) if left is right else (0, 1)
+    return Scheme([Level([(0,)], {}), Level([index], {(0,): left, (1,): right})], weights)
+
+
+def mixed(indices: Sequence[Index], device: torch.device) -> tuple[Scheme, dict[Index, int]]:
     """Mixed derivatives of any order, with all lower ones that they need.
 
-    The entries of an index are directions, counted from 0.
+    The entries of a (sorted) index are directions, counted from 0, and each is in some index.
+
+    Returns:
+        The scheme, and the row of each index among the derivatives of its order.
     """
-    closed = {tuple(sorted(part)) for index in indices for part in _parts(index)}
-    closed |= {(k,) for k in range(max(map(max, closed), default=-1) + 1)}
-    order = max(map(len, closed), default=0)
-    levels = tuple(tuple(sorted(i for i in closed if len(i) == n + 1)) for n in range(order))
-    pairs = levels[1] if order > 1 else ()
-    left, right = ([pair[k] for pair in pairs] for k in (0, 1))
-    return Scheme(
-        order,
-        _rows(left, device),
-        None if left == right else _rows(right, device),
-        indices=levels,
-        rows={index: row for level in levels for row, index in enumerate(level)},
-    )
+    levels = [
+        sorted({part for index in indices for part in itertools.combinations(index, n + 1)})
+        for n in range(max(map(len, indices)))
+    ]
+    numbers = {index: row for level in levels for row, index in enumerate(level)}
+    rows: dict[Index, Rows] = {index: slice(row, row + 1) for index, row in numbers.items()}
+    pairs = levels[1] if len(levels) > 1 else []
+    left, right = (_rows([pair[k] for pair in pairs], device) for k in (0, 1))
+    pairwise = second_order(left, left if all(i == j for i, j in pairs) else right)
+    # Of high order each by itself: a direction that repeats makes fewer different products.
+    rest = [Level(level, rows) for level in levels[2:]]
+    return Scheme([*pairwise.levels, *rest][: len(levels)]), numbers
 
 
-def _parts(index: Index) -> Iterator[Index]:
-    for size in range(1, len(index) + 1):
-        yield from itertools.combinations(index, size)
+@functools.lru_cache(256)
+def _products(index: Index, variables: int) -> dict[Index, Products]:
+    """Products of two and more derivatives in the derivative of ``f(*variables)`` by ``index``."""
+    result: dict[Index, Products] = {}
+    for parts in _partitions(index):
+        for way in itertools.product(range(variables), repeat=len(parts)):
+            if len(way) > 1:
+                products = result.setdefault(tuple(sorted(way)), Counter())
+                products[tuple(sorted(zip(way, parts)))] += 1
+    return result
+
+
+def _partitions(index: Index) -> list[list[Index]]:
+    """Ways to part an index, ``[(0, 1)]`` and ``[(0,), (1,)]`` for two entries."""
+    if not index:
+        return [[]]
+    result = []
+    for parts in _partitions(index[:-1]):
+        places = enumerate(parts)
+        result += [[*parts[:k], (*part, index[-1]), *parts[k + 1 :]] for k, part in places]
+        result.append([*parts, index[-1:]])
+    return result
 
 
 def _rows(numbers: Sequence[int], device: torch.device) -> Rows:
     """Rows as a slice, which copies nothing, where they follow one another."""
     start = numbers[0] if numbers else 0
-    if list(numbers) == list(range(start, start + len(numbers))):
-        return slice(start, start + len(numbers))
-    return torch.tensor(numbers, device=device)
+    follow = list(numbers) == list(range(start, start + len(numbers)))
+    return slice(start, start + len(numbers)) if follow else torch.tensor(numbers, device=device)
 
 
 def _take(stack: Tensor, rows: Rows) -> Tensor:
-    return stack[rows] if isinstance(rows, slice) else stack.index_select(0, rows)
+    if isinstance(rows, slice):
+        return stack[rows]
+    return on_one_row(lambda stack: stack.index_select(0, rows), stack)
 
 
-@functools.cache
-def splits(index: Index) -> list[tuple[Index, Index, int]]:
-    """Ways to split an index in two, and how often each occurs (Leibniz' rule)."""
-    ways: Counter[tuple[Index, Index]] = Counter()
-    for chosen in itertools.product((True, False), repeat=len(index)):
-        outer = tuple(entry for entry, yes in zip(index, chosen) if yes)
-        ways[outer, tuple(entry for entry, yes in zip(index, chosen) if not yes)] += 1
-    return [(*parts, times) for parts, times in ways.items()]
+def _joined(stacks: Sequence[Tensor | None]) -> Tensor | None:
+    like = next((stack for stack in stacks if stack is not None), None)
+    if like is None or len(stacks) == 1:
+        return like
+    return torch.cat([torch.zeros_like(like) if stack is None else stack for stack in stacks])
 
 
 def on_one_row(function: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
@@ -134,65 +198,52 @@ def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a + b
 
 
-def aligned(stack: Tensor, ndim: int) -> Tensor:
-    """A stack that broadcasts as its value does against a tensor of ``ndim`` dimensions."""
-    missing = ndim - (stack.ndim - 1)
-    return stack.reshape(len(stack), *[1] * missing, *stack.shape[1:]) if missing > 0 else stack
+def spread(jet: Jet, shape: Sequence[int]) -> Jet:
+    """A jet expanded to the shape of a result, as its value is."""
+    return tuple([None if stack is None else _expanded(stack, shape) for stack in jet])
 
 
-def spread(stack: Tensor, shape: Sequence[int]) -> Tensor:
-    return aligned(stack, len(shape)).expand(len(stack), *shape)
+def _expanded(stack: Tensor, shape: Sequence[int]) -> Tensor:
+    count, *sizes = stack.shape
+    return stack.reshape(count, *[1] * (len(shape) - len(sizes)), *sizes).expand(count, *shape)
 
 
 class Site(NamedTuple):
-    """One operation, and the jets that reach it.
+    """One operation, and the jets that reach it, by slot.
 
     Attributes:
-        jets: of the node's slots, all of which have one.
         lowest: order of the lowest derivatives that are wanted of the results.
-        derivatives: of elementwise operations, which serve all directions.
     """
 
     node: Node
-    recorder: Recorder
-    jets: list[Jet]
+    recording: Recording
+    jets: dict[int, Jet]
     scheme: Scheme
     lowest: int
-    create_graph: bool
-    derivatives: dict[Any, Any]
-
-    @property
-    def orders(self) -> range:
-        return range(self.lowest, self.scheme.order + 1)
 
     @property
     def shape(self) -> torch.Size:
         """Shape of the first result."""
-        return self.recorder.values[self.node.outs[0] or 0].shape
+        return self.recording.values[self.node.outs[0] or 0].shape
 
-    def value(self, i: int) -> Tensor:
-        """Value of the ``i``-th argument that depends on the input."""
-        return self.recorder.value(self.node.slots[i])
+    def is_zero(self, order: int) -> bool:
+        """Whether all derivatives of one order are zero."""
+        return all(jet[order - 1] is None for jet in self.jets.values())
 
-    def level(self, order: int) -> list[Tensor | None]:
-        """Derivatives of one order of all arguments."""
-        return [jet[order - 1] for jet in self.jets]
+    def filled(self, order: int) -> dict[int, Tensor]:
+        """Derivatives of one order, zeros written out."""
+        stacks = {slot: jet[order - 1] for slot, jet in self.jets.items()}
+        count = next(len(stack) for stack in stacks.values() if stack is not None)
+        values = self.recording.values
+        return {
+            slot: values[slot].new_zeros((count, *values[slot].shape)) if stack is None else stack
+            for slot, stack in stacks.items()
+        }
 
-    def jet(self, derivative: Callable[[int], Tensor | None]) -> list[Jet | None]:
-        """Jet of the one result from its derivatives by order, in its dtype."""
-        dtype = self.recorder.values[self.node.outs[0] or 0].dtype
-        stacks = [derivative(order) for order in self.orders]
-        if all(stack is None for stack in stacks):
-            return [None]
-        cast = [None if stack is None else stack.to(dtype) for stack in stacks]
-        return [(*[None] * (self.lowest - 1), *cast)]
-
-    def filled(self, order: int) -> list[Tensor]:
-        """Derivatives of one order of all arguments, zeros written out."""
-        level = self.level(order)
-        like = next(stack for stack in level if stack is not None)
-        values = [self.recorder.values[slot] for slot in self.node.slots]
-        return [
-            like.new_zeros((len(like), *v.shape), dtype=v.dtype) if stack is None else stack
-            for stack, v in zip(level, values)
-        ]
+    def variables(self) -> dict[int, Tensor]:
+        """Values, cut off from the operations that made them unless a graph is wanted."""
+        values = {slot: self.recording.value(slot) for slot in self.jets}
+        if not self.recording.create_graph:
+            return {slot: value.detach().requires_grad_() for slot, value in values.items()}
+        with torch.enable_grad():
+            return {slot: value.view_as(value) for slot, value in values.items()}

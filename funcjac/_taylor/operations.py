@@ -6,7 +6,8 @@ No derivatives are listed: those come from PyTorch's own reverse-mode formulas.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,9 +51,17 @@ OBSTINATE = frozenset(
 )
 
 
+def written(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Tensors that an operation writes into."""
+    targets = [args[i] if i < len(args) else kwargs.get(name) for i, name in _written(op)]
+    tensors = itertools.chain(*[t if isinstance(t, (list, tuple)) else [t] for t in targets])
+    return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+
+
 @functools.cache
-def is_mutable(op: Any) -> bool:
-    return op._schema.is_mutable
+def _written(op: Any) -> list[tuple[int, str]]:
+    arguments = enumerate(op._schema.arguments)
+    return [(i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write]
 
 
 @functools.cache
