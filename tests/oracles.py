@@ -38,8 +38,10 @@ def by_rows(
     """One row after the other, each as a batch of one; ``replay`` gives each the same draw."""
     call = _Call(func, args, kwargs or {}, argnums, in_dims, out_dims)
     rows = []
+    if seed is not None:
+        torch.manual_seed(seed)
     for b in range(call.batch):
-        if seed is not None and (b == 0 or replay):
+        if seed is not None and replay:
             torch.manual_seed(seed)
         rows.append(call.jacobian(call.row(b), [0], graph)[0])
     return call.stack(rows)

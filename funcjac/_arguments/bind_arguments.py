@@ -32,14 +32,12 @@ def bind(
     if torch.compiler.is_compiling():  # the compiler remembers by itself, and cannot hash a spec
         leaves, spec = pytree.flatten_args(args)
         layout = make_layout(options, args, leaves, spec)
-        check_inputs(options, layout, leaves)
     elif all(map(is_plain, args)):
         layout = _remembered(options, tuple(map(_ndim, args)), args, leaves, None)
     else:
         leaves, spec = pytree.flatten_args(args)
         check_arguments(options.name, leaves)
         layout = _remembered(options, (spec, *map(_kind, leaves)), args, leaves, spec)
-        check_inputs(options, layout, leaves)
     if kwargs and not torch.compiler.is_compiling():
         check_arguments(options.name, pytree.tensors(kwargs))
     return Call(func, options, layout, leaves, kwargs, batch_size(options.name, layout, leaves))
@@ -81,10 +79,11 @@ def with_extras(call: Call, extras: list[Any], dims: tuple[int | None, ...]) -> 
     return call._replace(leaves=[*call.leaves, *extras], layout=layout, extra=len(extras))
 
 
-def check_inputs(options: Options, layout: Layout, leaves: list[Any]) -> None:
+def check_inputs(call: Call) -> None:
     """Refuse arguments that cannot be differentiated."""
-    for i in layout.diff:
-        check_input(options.name, leaves[i])
+    for i in call.layout.diff:
+        if not is_plain(call.leaves[i]):
+            check_input(call.options.name, call.leaves[i])
 
 
 def make_layout(

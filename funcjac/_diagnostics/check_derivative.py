@@ -136,7 +136,7 @@ def _run(call: Call, engine: str, mode: str) -> Derivatives | Exception:
     is_forward = engine == "vmap" and "fwd" in mode
     try:
         with DUAL_LEVELS if is_forward else nullcontext():
-            return solve(call._replace(options=keywords), ("check_derivative",))
+            return solve(call._replace(options=keywords), ("check_derivative", engine, mode))
     except Exception as error:  # whatever it is belongs into the report
         return error
 

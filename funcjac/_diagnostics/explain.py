@@ -159,7 +159,7 @@ def explain(
     attempts = list(_measured(transform, args, kwargs)) if measure else []
     attempts.sort(key=lambda a: math.inf if a.seconds is None else a.seconds)
     sizes, route = outcome.sizes, outcome.route
-    passes = _passes(route.mode, sizes.outputs, sizes.inputs)
+    passes = transform.options.operator.passes(route.mode, sizes.outputs, sizes.inputs)
     return Explanation(
         name=transform.options.name,
         engine=outcome.engine,
@@ -179,13 +179,6 @@ def explain(
         reasons=tuple(outcome.reasons),
         attempts=tuple(attempts),
     )
-
-
-def _passes(mode: str, outputs: int, inputs: int) -> int:
-    if mode == "taylor":
-        return inputs
-    counts = [outputs if part == "rev" else inputs for part in mode.split("_over_")]
-    return counts[0] if len(counts) == 1 else counts[1] * inputs
 
 
 def _measured(transform: Transform, args: Any, kwargs: Any) -> Iterator[Timing]:

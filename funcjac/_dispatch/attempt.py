@@ -56,7 +56,7 @@ class Outcome:
     """How a call went, for ``explain``.
 
     Attributes:
-        runs: of ``func`` on the whole batch, or on all rows.
+        runs: of ``func``, on the whole batch or on a row.
         reasons: what ruled an alternative out.
         meter: counts what runs, but for verification.
     """
@@ -243,6 +243,8 @@ def verify(attempt: Attempt, run: Run, result: Derivatives, engine: str) -> None
         problem, compared = _problem(attempt, run, result, engine)
     if problem is not None:
         text = f"{attempt.options.name}: {engine} was verified and refused: {problem}."
+        if engine != "sum":  # which sees the same batch as the reference
+            text += " check_batched tells whether rows depend on one another through values."
         raise VerificationError(text)
     if not compared:
         decision.calls -= 1  # all was NaN: nothing was seen

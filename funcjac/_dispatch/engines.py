@@ -229,7 +229,6 @@ def by_loop(attempt: Attempt) -> Derivatives:
     graph = torch.is_grad_enabled() and (plain is None or plain.create_graph)
     if plain is not None and graph:
         call = call.with_inputs(plain.inputs)
-    attempt.outcome.runs += 1
     result = loop.by_loop(call, functools.partial(_one_row, attempt), create_graph=graph)
     if attempt.options.randomness == "error" and not same_rng_state(start, rng_state()):
         set_rng_state(start)
@@ -241,6 +240,7 @@ def by_loop(attempt: Attempt) -> Derivatives:
 
 
 def _one_row(attempt: Attempt, call: Call) -> Derivatives:
+    attempt.outcome.runs += 1
     run = run_once(call)
     facts = read_graph(attached(run.output), run.inputs)
     create_graph = keeps_graph(facts, call)

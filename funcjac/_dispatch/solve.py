@@ -84,6 +84,7 @@ def _by_engines(attempt: Attempt) -> Derivatives:
     outcome.reasons += [reason] if reason else []
     for engine in order:
         if engine in decision.left:
+            outcome.reasons.append(f"{engine}: {decision.left[engine]}")
             continue
         outcome.engine = engine
         try:

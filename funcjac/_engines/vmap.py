@@ -138,7 +138,7 @@ def _pulled(outs: Any, xs: Any, pull: Any, chunk: int | None) -> list[list[Tenso
     for i, out in enumerate(outs):
         product = lambda v, i=i: pull((*zeros[:i], v, *zeros[i + 1 :]))  # noqa: E731
         grads = _over_basis(product, out, chunk)
-        blocks.append([g.reshape(*out.shape, *x.shape) for g, x in zip(grads, xs)])
+        blocks.append([g.reshape((*out.shape, *x.shape)) for g, x in zip(grads, xs)])
     return blocks
 
 
@@ -152,7 +152,7 @@ def _pushed(outs: Any, xs: Any, pull: Any, chunk: int | None) -> list[list[Tenso
 def _by_output(columns: Sequence[Sequence[Tensor]], xs: Sequence[Tensor]) -> list[list[Tensor]]:
     """``J[i][j]`` from tangents ``(N, *out)`` for each input and output."""
     return [
-        [t.movedim(0, -1).reshape(*t.shape[1:], *x.shape) for t, x in zip(tangents, xs)]
+        [t.movedim(0, -1).reshape((*t.shape[1:], *x.shape)) for t, x in zip(tangents, xs)]
         for tangents in zip(*columns)
     ]
 

@@ -95,6 +95,9 @@ class Divergence(Hutchinson, Operator):
     def check_output(self, call: Call, outs: Sequence[Tensor]) -> None:
         check_square(call, [tuple(out.shape[1:]) for out in outs])
 
+    def passes(self, mode: str, outputs: int, inputs: int) -> int:
+        return self.samples or outputs
+
     def compute(self, run: Run, route: Route) -> Derivatives:
         out, x = run.output.leaves[0], run.inputs[0]
         dtype = torch.result_type(out, x)

@@ -213,7 +213,7 @@ def _as_run(options: Options, outputs: Any, inputs: Any) -> Run:
     layout = make_layout(options, (inputs,), leaves, spec)
     batch = batch_size(name, layout, leaves)
     call = Call(batch_jacobian_of, options, layout, leaves, {}, batch)
-    check_inputs(call.options, call.layout, call.leaves)
+    check_inputs(call)
     if not all(x.requires_grad for x in call.inputs):
         remedy = "Call requires_grad_() on them before outputs are computed."
         raise refuse(name, ValueError, "inputs that require grad", "one that does not", remedy)

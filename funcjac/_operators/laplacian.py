@@ -68,6 +68,9 @@ class Laplacian(Hutchinson, HessianDiagonal):
         firsts = self.samples or inputs
         return firsts, firsts if self.return_error else 1, firsts
 
+    def passes(self, mode: str, outputs: int, inputs: int) -> int:
+        return super().passes(mode, outputs, self.samples or inputs)
+
     def adds_jac(self, call: Call) -> bool:
         return call.options.return_value and self.samples is None
 

@@ -54,6 +54,11 @@ class Operator:
         """The mode and the chunk that the rule gives."""
         return first_order_route(call.options.mode, call.options.chunk_size, sizes)
 
+    def passes(self, mode: str, outputs: int, inputs: int) -> int:
+        """Passes through the graph of one run, or directions that are propagated."""
+        counts = [outputs if part == "rev" else inputs for part in mode.split("_over_")]
+        return inputs if mode == "taylor" else counts[0] if len(counts) == 1 else counts[1] * inputs
+
     def uses_taylor(self, call: Call, outputs: int, inputs: int) -> bool:
         """Whether operations are recorded as ``func`` runs."""
         return False
@@ -155,7 +160,7 @@ class SecondOrder(Operator):
         names, rows = self.by_inputs(call), []
         for out, values in zip(along[0], derivatives):
             shapes = [[size for j in name for size in xs[j].shape] for name in names]
-            rows.append([value.reshape(*out.shape, *s) for value, s in zip(values, shapes)])
+            rows.append([value.reshape((*out.shape, *s)) for value, s in zip(values, shapes)])
         return rows, along
 
     def entries(self, run: Run, probe: Probe) -> list[Entry]:

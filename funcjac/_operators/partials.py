@@ -48,6 +48,11 @@ class Partials(SecondOrder):
         """Terms that Taylor propagates, and gradients, those of higher orders counted double."""
         return _count(self.indices, inputs)
 
+    def passes(self, mode: str, outputs: int, inputs: int) -> int:
+        if mode == "taylor":
+            return sum(_count(self.indices, inputs)[:2])
+        return outputs * sum(map(len, by_order(_names(self.indices, inputs))))
+
     def adds_jac(self, call: Call) -> bool:
         return False
 

@@ -13,7 +13,8 @@ from funcjac._engines.run import Run
 from funcjac._environment.torch_private import vector_jacobian
 
 # No number that a user would seed with: the cotangent must not be the input itself.
-_SEED = 0x6A61_636F_6269
+# Of no tensor that users draw after torch.manual_seed(0).
+RNG_SEED = 0x6A61_636F_6269
 
 
 class Entry(NamedTuple):
@@ -56,7 +57,7 @@ def make_reference(run: Run, number: int, scale: float = 1.0) -> tuple[Probe, li
 
 
 def _make_probe(run: Run, number: int, scale: float) -> Probe:
-    generator = torch.Generator("cpu").manual_seed(_SEED + number)
+    generator = torch.Generator("cpu").manual_seed(RNG_SEED + number)
     outs = run.output.leaves
     create_graph = run.create_graph or run.call.options.operator.is_second_order
     drawn = [scale * random_like(out, generator) for out in outs]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from funcjac._engines.run import Derivatives, Run, graph_leaves, graph_nodes
 from funcjac._verification.reference_vjp import (
+    RNG_SEED,
     Entry,
     make_reference,
     outer_product,
@@ -57,7 +58,7 @@ def _is_rounding(errors: list[Tensor], reference: list[Tensor], limit: float, fl
 @torch.enable_grad()
 def _scalars(entries: list[Entry], result: Derivatives, number: int) -> tuple[Tensor, Tensor]:
     """The references along random tangents, added up, and the same of the blocks of a result."""
-    generator = torch.Generator("cpu").manual_seed(number)
+    generator = torch.Generator("cpu").manual_seed(RNG_SEED - number)
     expected = computed = torch.zeros((), device="cpu")
     for e, entry in enumerate(entries):
         tangent = random_like(entry.like, generator)

@@ -366,7 +366,7 @@ class Surrogate(torch.autograd.Function):
 
 
 class WrongBackward(torch.autograd.Function):
-    """The sine, with twice its derivative."""
+    """The sine, with a derivative that is a hundredth too large."""
 
     @staticmethod
     def forward(ctx, x):

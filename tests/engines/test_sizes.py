@@ -15,7 +15,7 @@ from funcjac import (
     explain,
 )
 from tests.cases.modules import network
-from tests.tensors import f64, fixed_randn, quiet, randn
+from tests.tensors import equal, f64, fixed_randn, quiet, randn
 
 B = 4
 
@@ -151,3 +151,19 @@ def test_a_divergence_of_several_outputs_returns_their_values(engine):
     torch.testing.assert_close(found, 2 * x.sum(1) + 2 * y.sum(1))
     torch.testing.assert_close(value, (x**2, y**2))
     torch.testing.assert_close(aux, x.sum(1))
+
+
+@pytest.mark.parametrize("engine", ["vmap", "loop", "sum"])
+@pytest.mark.parametrize("mode", ["rev", "fwd"])
+def test_rows_that_are_numbers_on_both_sides(engine, mode):
+    """Nothing is left of the shapes of such a row: no size for a block."""
+    x = randn(4)
+    equal(batch_jacobian(torch.sin, engine=engine, mode=mode)(x), x.cos())
+    hessian = batch_hessian(torch.sin, engine=engine, mode=f"{mode}_over_rev")
+    equal(hessian(x), -x.sin())
+
+
+def test_a_shared_number_needs_no_other_engine():
+    jac = batch_jacobian(lambda w, x: w * x, in_dims=(None, 0))
+    x = randn(4)
+    equal(jac(randn(()), x), x)

@@ -54,10 +54,19 @@ def test_constants_are_not_detached_functions():
     equal(list(jac[1:]), [torch.zeros(B, 3, 3).double()] * 3)
 
 
+class TwiceAsLarge(WrongBackward):
+    """The sine, with twice its derivative."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * grad * x.cos()
+
+
 def test_a_wrong_backward_is_not_seen_but_checked():
     """Plain reverse mode itself is the yardstick; only values tell that it is wrong."""
     x = randn(B, 3)
-    jacobian = batch_jacobian(WrongBackward.apply, engine="sum", mode="rev")
+    jacobian = batch_jacobian(TwiceAsLarge.apply, engine="sum", mode="rev")
     equal(jacobian(x), torch.diag_embed(2 * x.cos()))
     report = check_derivative(jacobian, x)
     assert not report.ok
