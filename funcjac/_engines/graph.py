@@ -24,7 +24,7 @@ from funcjac._engines.run import Derivatives, Run
 from funcjac._environment.torch_private import (
     Tensors,
     backward,
-    is_functional,
+    has_levels,
     over_basis,
     vector_jacobian,
 )
@@ -168,14 +168,14 @@ class Pushforward:
         self.inputs = inputs
         self.pulls: dict[int, Any] = {}
         self.grads: Sequence[Any] = [None] * len(inputs)
-        if self.live and not is_functional():
+        if self.live and not has_levels():
             with torch.enable_grad():
                 self.seeds = [torch.zeros_like(out, requires_grad=True) for out in self.live]
                 self.grads = _vjp(self.live, inputs, self.seeds)
 
     def push(self, j: int, tangents: Tensor, *, many: bool, create_graph: bool) -> Tensors:
         """Tangents of all outputs from tangents of input ``j``; ``None`` for zero."""
-        transpose = self._functional(j) if is_functional() else self._plain(j, create_graph)
+        transpose = self._functional(j) if has_levels() else self._plain(j, create_graph)
         if transpose is None:
             return [None] * len(self.outs)
         pushed = iter(over_basis(transpose, tangents) if many else transpose(tangents))

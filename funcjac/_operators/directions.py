@@ -23,7 +23,7 @@ from funcjac._engines.basis import coordinates, row_shape
 from funcjac._engines.graph import Route
 from funcjac._engines.run import Run
 from funcjac._engines.second_order import Along, Directions, along
-from funcjac._environment.torch_private import is_transformed
+from funcjac._environment.torch_private import is_traced, is_transformed
 from funcjac._taylor import Recording, directional, largest, make_recording
 from funcjac.errors import refuse
 
@@ -44,6 +44,16 @@ class Spec:
     @property
     def is_weighted(self) -> bool:
         return self.weight is not None
+
+    def as_numbers(self) -> tuple[bool, int, bool]:
+        return self.is_weighted, self.samples or 0, self.return_error
+
+    @classmethod
+    def from_numbers(cls, numbers: tuple[Any, ...]) -> Spec:
+        """A specification without the weight itself, which a call carries in its extras."""
+        is_weighted, samples, return_error = numbers
+        weight: Any = torch.empty if is_weighted else None
+        return cls(weight, samples=samples or None, return_error=return_error)
 
     def words(self) -> list[str]:
         """Keywords that differ from their defaults, printed; a tensor without its values."""
@@ -214,7 +224,9 @@ def _checked(call: Call, spec: Spec, weight: Any) -> Tensor:
         rows = "in each row" if dim is not None else "(and weight_dim if there is one for each row)"
         expected = f"weight of shape {whole} or {square} {rows}"
         raise refuse(name, ValueError, expected, f"shape {tuple(shape)}")
-    weight = (weight.clone() if weight.is_inference() else weight).to(x.device, x.dtype)
+    if not is_traced() and weight.is_inference():
+        weight = weight.clone()
+    weight = weight.to(x.device, x.dtype)
     if weight.numel() and not is_transformed():
         square = (-1, row.numel()) if shape == row else (-1, row.numel(), row.numel())
         _check_entries(name, weight.detach().reshape(square))

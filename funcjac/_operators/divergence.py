@@ -32,6 +32,13 @@ class Divergence(Operator):
     def words(self) -> list[str]:
         return self.spec.words()
 
+    def as_numbers(self) -> tuple[Any, ...]:
+        return self.spec.as_numbers()
+
+    @classmethod
+    def from_numbers(cls, numbers: tuple[Any, ...]) -> Divergence:
+        return cls(Spec.from_numbers(numbers))
+
     def check_output(self, call: Call, outs: Sequence[Tensor]) -> None:
         check_square(call, [tuple(out.shape[1:]) for out in outs])
 

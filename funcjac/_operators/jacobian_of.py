@@ -15,7 +15,7 @@ from funcjac._dispatch.decisions import decision_of
 from funcjac._dispatch.rule import Sizes
 from funcjac._engines.basis import elements_of_rows, row_shape, row_sizes
 from funcjac._engines.run import Derivatives, Run, detached, read_graph
-from funcjac._environment.torch_private import sees_values
+from funcjac._environment.torch_private import is_traced, sees_values
 from funcjac._operators.jacobian import Jacobian
 from funcjac._verification.backward import backward_mismatch
 from funcjac._verification.compare import agrees_with_units, mismatch
@@ -99,6 +99,12 @@ def batch_jacobian_of(
         raise refuse(_NAME, TypeError, "retain_graph to be a bool", repr(retain_graph))
     graph = torch.is_grad_enabled() if create_graph is None else create_graph
     run = _as_run(options, outputs, inputs)._replace(create_graph=graph)
+    if is_traced():
+        from funcjac._dispatch.compiled import solve_existing  # noqa: PLC0415  it loads Dynamo
+
+        return options.operator.assemble(
+            run.call, solve_existing(run.call, run.output, graph=graph)
+        )
     kept = [(x, x.grad) for x in run.inputs if x.retains_grad and not x.is_leaf]
     result = _solved(run)
     if not retain_graph:

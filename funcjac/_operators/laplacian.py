@@ -45,6 +45,13 @@ class Laplacian(SecondOrder):
     def words(self) -> list[str]:
         return self.spec.words()
 
+    def as_numbers(self) -> tuple[Any, ...]:
+        return self.spec.as_numbers()
+
+    @classmethod
+    def from_numbers(cls, numbers: tuple[Any, ...]) -> Laplacian:
+        return cls(Spec.from_numbers(numbers))
+
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
         del call, outputs
         spec = self.spec

@@ -37,6 +37,15 @@ class Operator:
         """The operator's own keywords that differ from their defaults, printed."""
         return []
 
+    def as_numbers(self) -> tuple[Any, ...]:
+        """The operator's own keywords as far as ``compute`` reads them, for a compiler to pass."""
+        return ()
+
+    @classmethod
+    def from_numbers(cls, numbers: tuple[Any, ...]) -> Operator:
+        """An operator that computes the same as the one of ``as_numbers``."""
+        return cls(*numbers)
+
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
         """First and second derivatives of each output, and gradients differentiated further."""
         del call, outputs

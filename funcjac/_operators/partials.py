@@ -37,6 +37,9 @@ class Partials(SecondOrder):
     def words(self) -> list[str]:
         return [repr(list(self.indices))]
 
+    def as_numbers(self) -> tuple[Any, ...]:
+        return (self.indices,)
+
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
         """Terms that Taylor propagates, and gradients, those of higher orders counted double."""
         del call, outputs
@@ -304,11 +307,11 @@ def _check_input(call: Call, args: Any, kwargs: Any) -> tuple[list[Any], tuple[i
     """Refuse inputs whose rows are no vectors or numbers, or too short for the indices."""
     del args, kwargs
     rows = [row_shape(x, dim) for x, dim in zip(call.inputs, call.layout.diff_dims)]
-    _check_rows(call.options.name, call.options.operator.indices, tuple(rows))
+    check = _check_rows if torch.compiler.is_compiling() else _check_rows_once
+    check(call.options.name, call.options.operator.indices, tuple(rows))
     return [], ()
 
 
-@functools.lru_cache(1024)
 def _check_rows(name: str, indices: tuple[Index, ...], rows: tuple[torch.Size, ...]) -> None:
     for row in rows:
         if len(row) > 1:
@@ -317,3 +320,6 @@ def _check_rows(name: str, indices: tuple[Index, ...], rows: tuple[torch.Size, .
     size = sum(row.numel() for row in rows)
     if any(not -size <= entry < size for index in indices for entry in index):
         raise refuse(name, ValueError, f"indices between {-size} and {size - 1}", list(indices))
+
+
+_check_rows_once = functools.lru_cache(1024)(_check_rows)
