@@ -8,6 +8,7 @@ plain operations of it. Imported where a compiler is at work: it loads Dynamo.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from funcjac._arguments.call import Call, Layout, Options, Output
 from funcjac._dispatch.attempt import lean
-from funcjac._dispatch.rule import Sizes
+from funcjac._dispatch.rule import Sizes, chunk
 from funcjac._engines.basis import elements_of_rows, row_sizes
 from funcjac._engines.graph import Route
 from funcjac._engines.run import (
@@ -27,15 +28,17 @@ from funcjac._engines.run import (
     detached,
     graph_leaves,
     graph_nodes,
-    read_graph,
     retire,
 )
 from funcjac._engines.vmap import join_tensors, split_tensors
 from funcjac._environment.torch_private import bypassing_wrapper, nonstrict_trace
 from funcjac._taylor import Recorder
 from funcjac._torch_faults import UseReplacements
+from funcjac.errors import brief
 
 _MARK = "_funcjac_mark"
+# More directions than there are.
+_ALL = 2**30
 _RECORDED = bypassing_wrapper()
 
 
@@ -57,10 +60,12 @@ def solve_traced(call: Call) -> Derivatives:
             output = _RECORDED(_under_recorder, run, *inputs)
         else:
             output = run(*inputs)
+    call.options.operator.check_output(call, output.leaves)
     aux, kept = split_tensors(output.aux)
     weighs = [x for x in (*call.inputs, *call.extras) if x.requires_grad]
     request = _as_request(call, graph, bool(weighs))
     blocks, outs, aux = _leave(request, call.batch, inputs, call.extras, output.leaves, aux)
+    _check(blocks)
     return Derivatives(blocks, Output(outs, output.spec, join_tensors(kept, aux)))
 
 
@@ -68,6 +73,7 @@ def solve_existing(call: Call, output: Output, *, graph: bool) -> Derivatives:
     """The derivatives of tensors that exist in the graph that is being traced."""
     request = _as_request(call, graph, True)
     blocks, outs, _ = _leave(request, call.batch, call.inputs, [], output.leaves, [])
+    _check(blocks)
     return Derivatives(blocks, output._replace(leaves=outs))
 
 
@@ -76,6 +82,17 @@ def _is_recorded(call: Call) -> bool:
     options = call.options
     asked = options.mode in ("auto", "taylor") and "taylor" in options.operator.modes
     return asked and _RECORDED is not None
+
+
+class _Failure:
+    """Why the last derivatives could not be traced: Dynamo hides what ``_leave`` raises."""
+
+    text = ""
+
+
+def _check(blocks: list[list[Tensor]]) -> None:
+    if not blocks:
+        raise RuntimeError(_Failure.text)
 
 
 # --- what Dynamo passes on: numbers and strings ------------------------------------------------
@@ -165,18 +182,25 @@ def _leave(
     mark = vars(inputs[0]).get(_MARK)
     recorder = None if mark is None else mark.recorder
     output = Output(outs, None, list(aux))
-    facts = read_graph(attached(output), inputs)
     create_graph = graph and (weighs or _has_leaves(attached(output), inputs))
     run = Run(call, inputs, output, create_graph, recorder)
     sizes = Sizes(
         batch,
         elements_of_rows(outs),
         sum(row_sizes(inputs, call.layout.diff_dims)),
-        facts.widest,
+        _widest(outs, inputs),
         create_graph=True,  # no more passes than memory asks for: each is written into the graph
         on_cpu=False,
     )
     result = _first_that_works(run, sizes)
+    if isinstance(result, Exception):
+        if not hasattr(outs[0], "fake_mode"):  # Dynamo is done
+            raise result
+        _Failure.text = (
+            f"{call.options.name}: cannot differentiate func in compiled code: {brief(result)}. "
+            "Call it outside of torch.compile, or pass another mode."
+        )
+        return [], outs, aux
     if not create_graph:
         result = detached(result)
     elif mark is not None:
@@ -191,7 +215,17 @@ def _has_leaves(outs: Sequence[Tensor], inputs: list[Tensor]) -> bool:
     return any(all(leaf is not x for x in inputs) for leaf in graph_leaves(outs, inputs))
 
 
-def _first_that_works(run: Run, sizes: Sizes) -> Derivatives:
+def _widest(outs: Sequence[Tensor], inputs: list[Tensor]) -> Any:
+    """Elements of the widest tensor that leads to ``outs``; which one that is adds no guard."""
+    shapes = [meta.shape for node in graph_nodes(outs, inputs) for meta in node._input_metadata]
+    return max([math.prod(shape) for shape in shapes], key=_hint, default=1)
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else size.node.hint or 1
+
+
+def _first_that_works(run: Run, sizes: Sizes) -> Derivatives | Exception:
     error: Exception | None = None
     for route in _routes(run, sizes):
         result = _tried(run, route)
@@ -199,7 +233,7 @@ def _first_that_works(run: Run, sizes: Sizes) -> Derivatives:
             return result
         error = error or result
     assert error is not None
-    raise error
+    return error
 
 
 def _tried(run: Run, route: Route) -> Derivatives | Exception:
@@ -216,7 +250,8 @@ def _routes(run: Run, sizes: Sizes) -> Iterator[Route]:
     options, operator = run.call.options, run.call.options.operator
     taylor = operator.uses_taylor(run.call, sizes.outputs, sizes.inputs)
     if taylor and run.recorder is not None:
-        yield Route("taylor", options.chunk_size)
+        firsts = operator.count(run.call, sizes.outputs, sizes.inputs)[0]
+        yield Route("taylor", options.chunk_size or chunk(firsts, sizes) or _ALL)
         if options.mode == "taylor":
             return
     first = operator.route(run.call, sizes)

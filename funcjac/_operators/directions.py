@@ -186,9 +186,9 @@ def _drawn(call: Call, spec: Spec, j: int) -> Tensor:
     x, dim = call.inputs[j], call.layout.diff_dims[j]
     batch = () if dim is None else (call.batch,)  # what rows share moves the same way in all
     shape = (*batch, spec.samples or 0, *row_shape(x, dim))
-    words = {"generator": spec.generator, "device": x.device}
+    words: dict[str, Any] = {"device": x.device}
     if spec.generator is not None:
-        words["device"] = spec.generator.device
+        words = {"device": spec.generator.device, "generator": spec.generator}
     if spec.probes == "gaussian":
         return torch.randn(shape, dtype=x.dtype, **words).to(x.device)
     return (2 * torch.randint(0, 2, shape, **words) - 1).to(x.device, x.dtype)
@@ -219,7 +219,7 @@ def _checked(call: Call, spec: Spec, weight: Any) -> Tensor:
             raise refuse(name, ValueError, expected, f"shape {tuple(shape)}", remedy)
         weight = weight.movedim(dim, 0)
         shape = weight.shape[1:]
-    if shape not in (row, row + row):
+    if not (_is_same(shape, row) or _is_same(shape, row + row)):
         whole, square = tuple(row), tuple(row + row)
         rows = "in each row" if dim is not None else "(and weight_dim if there is one for each row)"
         expected = f"weight of shape {whole} or {square} {rows}"
@@ -231,6 +231,11 @@ def _checked(call: Call, spec: Spec, weight: Any) -> Tensor:
         square = (-1, row.numel()) if shape == row else (-1, row.numel(), row.numel())
         _check_entries(name, weight.detach().reshape(square))
     return weight
+
+
+def _is_same(shape: torch.Size, other: torch.Size) -> bool:
+    """Whether shapes are the same; a compiler compares unknown sizes one by one only."""
+    return len(shape) == len(other) and all(n == m for n, m in zip(shape, other))
 
 
 def _check_kind(name: str, weight: Any) -> None:

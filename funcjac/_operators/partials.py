@@ -17,6 +17,7 @@ from funcjac._engines.basis import coordinates, row_shape, row_sizes
 from funcjac._engines.graph import Route
 from funcjac._engines.run import Derivatives, Run
 from funcjac._engines.second_order import Index, by_order, nested_partials
+from funcjac._environment.torch_private import is_traced
 from funcjac._operators.directions import recording_of
 from funcjac._operators.hessian import stacked_coordinates
 from funcjac._operators.operator import SecondOrder, as_block, by_output, finished
@@ -307,7 +308,7 @@ def _check_input(call: Call, args: Any, kwargs: Any) -> tuple[list[Any], tuple[i
     """Refuse inputs whose rows are no vectors or numbers, or too short for the indices."""
     del args, kwargs
     rows = [row_shape(x, dim) for x, dim in zip(call.inputs, call.layout.diff_dims)]
-    check = _check_rows if torch.compiler.is_compiling() else _check_rows_once
+    check = _check_rows if is_traced() else _check_rows_once
     check(call.options.name, call.options.operator.indices, tuple(rows))
     return [], ()
 
