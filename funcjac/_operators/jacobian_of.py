@@ -99,12 +99,17 @@ def batch_jacobian_of(
         raise refuse(_NAME, TypeError, "retain_graph to be a bool", repr(retain_graph))
     graph = torch.is_grad_enabled() if create_graph is None else create_graph
     run = _as_run(options, outputs, inputs)._replace(create_graph=graph)
-    if is_traced():
-        from funcjac._dispatch.compiled import solve_existing  # noqa: PLC0415  it loads Dynamo
+    result = _in_a_traced_graph(run) if is_traced() else _in_plain_code(run, retain_graph)
+    return options.operator.assemble(run.call, result)
 
-        return options.operator.assemble(
-            run.call, solve_existing(run.call, run.output, graph=graph)
-        )
+
+def _in_a_traced_graph(run: Run) -> Derivatives:
+    from funcjac._dispatch.compiled import solve_existing  # noqa: PLC0415  it loads Dynamo
+
+    return solve_existing(run.call, run.output, graph=run.create_graph)
+
+
+def _in_plain_code(run: Run, retain_graph: bool) -> Derivatives:
     kept = [(x, x.grad) for x in run.inputs if x.retains_grad and not x.is_leaf]
     result = _solved(run)
     if not retain_graph:
@@ -113,8 +118,7 @@ def batch_jacobian_of(
         torch.autograd.grad(live, run.inputs, zeros, allow_unused=True)
     for x, grad in kept:  # a retained gradient is that of backward(), not of these passes
         x.grad = grad
-    result = result if graph else detached(result)
-    return options.operator.assemble(run.call, result)
+    return result if run.create_graph else detached(result)
 
 
 def _as_run(options: Options, outputs: Any, inputs: Any) -> Run:
