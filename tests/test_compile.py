@@ -447,6 +447,26 @@ def test_refusals_keep_their_words():
         compiled(batch_divergence(network()))(randn(B, 3))
 
 
+@every_transform
+def test_check_writes_an_assertion(name):
+    """Of rows that depend on one another; with ``check="auto"`` nothing is said."""
+    net = network()
+    words = {"check": True}
+    if name == "divergence":
+        make = lambda f: batch_divergence(lambda x: f(x)[:, :1] * x.sin(), **words)
+    elif name == "partials":
+        make = lambda f: batch_partials(f, [(0,), (1, 1)], **words)
+    else:
+        make = functools.partial(TRANSFORMS[name], **words)
+    for shift in (0, 1e-3):
+        run = compiled(make(lambda x, s=shift: net(x - s * x.mean(0))))
+        if not shift:
+            run(randn(B, 3))
+            continue
+        with pytest.raises(RuntimeError, match="depend on their own rows alone"):
+            run(randn(B, 3))
+
+
 def test_what_has_no_second_derivative():
     halves = torch.tensor([2, 2])
     func = lambda x: torch.segment_reduce(x.T.contiguous().sin(), "max", lengths=halves).T

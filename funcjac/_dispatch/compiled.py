@@ -31,9 +31,10 @@ from funcjac._engines.run import (
     retire,
 )
 from funcjac._engines.vmap import join_tensors, split_tensors
-from funcjac._environment.torch_private import bypassing_wrapper, nonstrict_trace
+from funcjac._environment.torch_private import assert_async, bypassing_wrapper, nonstrict_trace
 from funcjac._taylor import Recorder
 from funcjac._torch_faults import UseReplacements
+from funcjac._verification.probe import vjp
 from funcjac.errors import brief
 
 _MARK = "_funcjac_mark"
@@ -105,14 +106,14 @@ def _as_request(call: Call, graph: bool, weighs: bool) -> tuple[Any, ...]:
     dims = (*call.layout.diff_dims, *call.layout.dims[first:])
     return (
         (options.name, options.mode, options.engine, options.chunk_size or 0),
-        (options.return_value, graph, weighs),
+        (options.return_value, graph, weighs, options.check is True),
         tuple([-1 if dim is None else dim for dim in dims]),
         (kind.__module__, kind.__name__, operator.as_numbers()),
     )
 
 
 def _as_call(request: Any, batch: Any, inputs: list[Tensor], extras: list[Tensor]) -> Call:
-    (name, mode, engine, chunk), (return_value, _, _), dims, (module, kind, numbers) = request
+    (name, mode, engine, chunk), (return_value, *_), dims, (module, kind, numbers) = request
     operator = getattr(sys.modules[module], kind).from_numbers(numbers)
     options = Options(
         name=name,
@@ -178,7 +179,7 @@ def _leave(
 ) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:
     """Derivatives of ``outs``, through the graph or the record that leads to them."""
     call = _as_call(request, batch, inputs, extras)
-    _, (_, graph, weighs), _, _ = request
+    _, (_, graph, weighs, check), _, _ = request
     mark = vars(inputs[0]).get(_MARK)
     recorder = None if mark is None else mark.recorder
     output = Output(outs, None, list(aux))
@@ -201,11 +202,37 @@ def _leave(
             "Call it outside of torch.compile, or pass another mode."
         )
         return [], outs, aux
+    if check:
+        _assert_rows(run)
     if not create_graph:
         result = detached(result)
     elif mark is not None:
         retire(run)
     return result.blocks, result.output.leaves, result.output.aux
+
+
+def _assert_rows(run: Run) -> None:
+    """Write into the graph that rows are apart: another weight in each row weighs its gradient.
+
+    Costs two vector-Jacobian products in every call.
+    """
+    outs, batch = run.output.leaves, run.call.batch
+    numbers = torch.arange(batch, device=outs[0].device)
+    weights = 1.5 + torch.cos(1.7 * numbers)  # no draws: the random state is the user's
+    seeds = [torch.cos(torch.arange(out.numel(), device=out.device)).view_as(out) for out in outs]
+    seeds = [seed.to(out.dtype) for seed, out in zip(seeds, outs)]
+    weighed = [seed * weights.to(seed.dtype).view(-1, *[1] * (seed.ndim - 1)) for seed in seeds]
+    plain, other = (vjp(outs, run.inputs, s, create_graph=False) for s in (seeds, weighed))
+    words = f"{run.call.options.name}: expected rows of the output to depend on their own rows "
+    for one, two, dim in zip(plain, other, run.dims):
+        if one is None or two is None or dim is None or not one.numel():
+            continue
+        rows, weighed_rows = (g.detach().movedim(dim, 0).reshape(batch, -1) for g in (one, two))
+        expected = rows * weights.to(rows.dtype).unsqueeze(1)
+        size, eps = expected.abs().nan_to_num(0, 0, 0), torch.finfo(rows.dtype).eps
+        limit = eps**0.5 * size.amax(1, keepdim=True) + 64 * eps * size.amax()
+        apart = ((weighed_rows - expected).abs() <= limit) | ~expected.isfinite()
+        assert_async(apart.all(), words + "alone. Call check_batched(func, ...) on this input.")
 
 
 def _has_leaves(outs: Sequence[Tensor], inputs: list[Tensor]) -> bool:

@@ -77,6 +77,10 @@ _PROXY: Any = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY",
 _dispatch_mode: Any = getattr(torch._C, "_get_dispatch_mode", lambda _: None)
 
 
+# Raises where a compiled graph finds a tensor to be false, as nothing public does.
+assert_async: Any = getattr(torch, "_assert_async", lambda *_: None)
+
+
 def nonstrict_trace(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps Dynamo out of a function; what comes after Dynamo traces into it.
 
