@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -326,6 +328,13 @@ def test_nested_closure_over_the_outer_input():
     assert_as_eager(lambda x: batch_jacobian(func)(x), randn(B, 3), list(net.parameters()))
 
 
+def test_nested_records_over_the_outer_input():
+    """Each level records by its own inputs, whatever else inner functions touch."""
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    inner = lambda x: batch_laplacian(lambda y: net(y) * x.sin().sum(1, keepdim=True))(x)
+    assert_as_eager(lambda x: batch_laplacian(inner)(x), randn(B, 2), list(net.parameters()))
+
+
 def test_jacobian_of():
     net = network()
 
@@ -488,6 +497,28 @@ def test_what_cannot_be_recorded_is_nested():
     func = lambda x: Double.apply(x.sin())
     x = randn(B, 3)
     torch.testing.assert_close(compiled(batch_laplacian(func))(x), batch_laplacian(func)(x))
+
+
+def test_a_run_is_freed(monkeypatch):
+    """The record of a run ends with its call, without a collection of garbage."""
+    from funcjac._dispatch import compiled as module
+
+    recorders = []
+
+    class Watched(module.Recorder):
+        def __init__(self, inputs):
+            super().__init__(inputs)
+            recorders.append(weakref.ref(self))
+
+    monkeypatch.setattr(module, "Recorder", Watched)
+    run = compiled(batch_laplacian(network().requires_grad_(False)), "eager")
+    gc.disable()
+    try:
+        run(randn(B, 3))
+        assert recorders
+        assert not [ref for ref in recorders if ref() is not None]
+    finally:
+        gc.enable()
 
 
 def test_modules_stay_as_they_are():

@@ -146,9 +146,9 @@ class _Mark:
 def _enter(inputs: list[Tensor], graph: bool) -> list[Tensor]:
     """Inputs to differentiate by: copies in the caller's graph, or leaves of their own."""
     mark, entered = _Mark(), []
-    for x in inputs:
+    for j, x in enumerate(inputs):
         copy = x.clone() if graph and x.requires_grad else x.detach().requires_grad_()
-        vars(copy)[_MARK] = mark
+        vars(copy)[_MARK] = (mark, j)
         entered.append(copy)
     return entered
 
@@ -157,9 +157,10 @@ def _under_recorder(run: Callable[..., Any]) -> Callable[..., Any]:
     """``run`` with its operations recorded; its inputs are the first that it touches."""
 
     def recorded(*args: Any) -> Any:
-        marks = [vars(x).get(_MARK) if isinstance(x, Tensor) else None for x in args]
-        mark = next(mark for mark in marks if mark is not None)
-        recorder = Recorder([x for x, its in zip(args, marks) if its is mark])
+        marked = [(*vars(x)[_MARK], x) for x in args if isinstance(x, Tensor) and _MARK in vars(x)]
+        mark = marked[0][0]
+        own = sorted((j, x) for its, j, x in marked if its is mark)
+        recorder = Recorder([x for _, x in own])
         with torch.enable_grad(), recorder:
             out = run(*args)
         mark.recorder = recorder
@@ -180,8 +181,8 @@ def _leave(
     """Derivatives of ``outs``, through the graph or the record that leads to them."""
     call = _as_call(request, batch, inputs, extras)
     _, (_, graph, weighs, check), _, _ = request
-    mark = vars(inputs[0]).get(_MARK)
-    recorder = None if mark is None else mark.recorder
+    mark, _ = vars(inputs[0]).get(_MARK, (_Mark(), 0))
+    recorder, mark.recorder = mark.recorder, None  # which would keep the run alive
     output = Output(outs, None, list(aux))
     create_graph = graph and (weighs or _has_leaves(attached(output), inputs))
     run = Run(call, inputs, output, create_graph, recorder)
@@ -206,7 +207,7 @@ def _leave(
         _assert_rows(run)
     if not create_graph:
         result = detached(result)
-    elif mark is not None:
+    elif _MARK in vars(inputs[0]):
         retire(run)
     return result.blocks, result.output.leaves, result.output.aux
 
