@@ -20,6 +20,8 @@ from funcjac import (
     batch_laplacian,
     batch_partials,
 )
+from tests.cases import CASES
+from tests.test_cases import SEED, assert_same, draws, expected
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 B = 4
@@ -564,3 +566,54 @@ def test_eager_is_as_before():
     compiled(transform)(x)
     assert torch.equal(transform(x), before)
     assert funcjac.explain(transform, x).engine == "sum"
+
+
+# --- the table of functions --------------------------------------------------------------
+
+# What Dynamo does not take of a function, whatever differentiates it.
+NOT_TRACED = {
+    "lstm",
+    "lstm_float32",
+    "lstm_time_first",
+    "lstm_bidirectional",
+    "lstm_train",
+    "gru",
+    "gru_float32",
+    "rnn",
+    "generated_vmap_rule_and_jvp",
+    "item_branch",
+    "boolean_mask",
+    "iterate_to_convergence",
+    "scripted_mlp",
+    "traced_mlp",
+    "scripted_inside",
+    "save_on_cpu",
+    "full_backward_hook",
+    "autograd_inside",
+    "autograd_inside_marks_input",
+    "sparse_coo",
+    "sparse_csr",
+    "sparse_inside",
+}
+TABLE = [case for case in CASES if case.expected is None and case.name not in NOT_TRACED]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", TABLE[::4], ids=lambda case: case.name)
+def test_functions_of_the_table(case):
+    """Every fourth, which takes long enough; all of them were right when this was written."""
+    setup = case.build()
+    jacobian = batch_jacobian(setup.func, **case.words)
+    run = compiled(lambda *args, **kwargs: jacobian(*args, **kwargs))
+    torch.manual_seed(SEED)
+    found = run(*setup.args, **setup.kwargs)
+    (draw,) = draws(case, "auto")
+    assert_same(found, expected(case.name, draw)[0])
+
+
+@pytest.mark.parametrize("name", ["autograd_inside", "item_branch"])
+def test_what_dynamo_does_not_take(name):
+    case = next(case for case in CASES if case.name == name)
+    setup = case.build()
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        compiled(batch_jacobian(setup.func))(*setup.args)

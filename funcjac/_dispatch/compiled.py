@@ -157,7 +157,9 @@ def _under_recorder(run: Callable[..., Any]) -> Callable[..., Any]:
     """``run`` with its operations recorded; its inputs are the first that it touches."""
 
     def recorded(*args: Any) -> Any:
-        marked = [(*vars(x)[_MARK], x) for x in args if isinstance(x, Tensor) and _MARK in vars(x)]
+        marked: list[Any] = [
+            (*vars(x)[_MARK], x) for x in args if isinstance(x, Tensor) and _MARK in vars(x)
+        ]
         mark = marked[0][0]
         own = sorted((j, x) for its, j, x in marked if its is mark)
         recorder = Recorder([x for _, x in own])
@@ -181,7 +183,7 @@ def _leave(
     """Derivatives of ``outs``, through the graph or the record that leads to them."""
     call = _as_call(request, batch, inputs, extras)
     _, (_, graph, weighs, check), _, _ = request
-    mark, _ = vars(inputs[0]).get(_MARK, (_Mark(), 0))
+    mark: _Mark = vars(inputs[0]).get(_MARK, (_Mark(), 0))[0]
     recorder, mark.recorder = mark.recorder, None  # which would keep the run alive
     output = Output(outs, None, list(aux))
     create_graph = graph and (weighs or _has_leaves(attached(output), inputs))
