@@ -72,7 +72,24 @@ def broadcast(prefix: Tree, tree: Tree) -> list[Any]:
     Raises:
         ValueError: ``prefix`` is not a prefix tree of ``tree``.
     """
+    if torch.compiler.is_compiling():
+        return _broadcast_in_containers(prefix, tree)
     return optree.broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
+
+
+def _broadcast_in_containers(prefix: Tree, tree: Tree) -> list[Any]:
+    """The same for tuples, lists and dicts, by operations that a compiler can trace."""
+    if not isinstance(prefix, (tuple, list, dict)):
+        return [prefix] * len(flatten_args(tree)[0])
+    if isinstance(prefix, dict):
+        if not isinstance(tree, dict) or sorted(prefix) != sorted(tree):
+            raise ValueError("expected dicts of the same keys")
+        pairs = [(prefix[key], tree[key]) for key in sorted(tree)]
+    else:
+        if not isinstance(tree, (tuple, list)) or len(prefix) != len(tree):
+            raise ValueError("expected sequences of the same length")
+        pairs = list(zip(prefix, tree))
+    return [entry for part, rest in pairs for entry in _broadcast_in_containers(part, rest)]
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Tree) -> Tree:

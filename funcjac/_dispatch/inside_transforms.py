@@ -28,7 +28,7 @@ from funcjac._engines.run import (
 )
 from funcjac._engines.vmap import by_vmap, in_result_type
 from funcjac._environment.state import WrappedAttributes
-from funcjac._environment.torch_private import CONTROL_FLOW, sees_values
+from funcjac._environment.torch_private import CONTROL_FLOW, has_levels, is_traced, sees_values
 from funcjac._verification.forward_formulas import check_forward_formulas
 from funcjac._verification.row_independence import check_rows
 from funcjac._verification.verify_result import agrees_with_units, mismatch
@@ -38,8 +38,12 @@ from funcjac.errors import BatchMixingError, VerificationError
 def solve_inside(call: Call, token: Any) -> Derivatives:
     """The derivatives of ``call``, which outer transforms may differentiate again."""
     call = call._replace(replaced=True)
-    if torch.compiler.is_compiling():
-        return in_result_type(call, by_vmap(call, _row_compute(call)))
+    if is_traced():
+        if has_levels() or engines_of(call)[0][0] == "vmap":
+            return in_result_type(call, by_vmap(call, _row_compute(call)))
+        from funcjac._dispatch.compiled import solve_traced  # noqa: PLC0415  it loads Dynamo
+
+        return solve_traced(call)
     function = FunctionKey(call.func)
     if function.scripted:
         raise RuntimeError(

@@ -44,8 +44,10 @@ class Sizes(NamedTuple):
 def first_order_route(mode: str, chunk_size: int | None, sizes: Sizes) -> Route:
     """Mode and chunk of a Jacobian or a divergence."""
     if mode == "auto":
-        factor = _FORWARD[0] if sizes.widest * sizes.outputs < _SMALL else _FORWARD[1]
-        mode = "fwd" if sizes.outputs > factor * sizes.inputs else "rev"
+        small, large = (sizes.outputs > factor * sizes.inputs for factor in _FORWARD)
+        # Asked last: a compiler that does not know the batch makes a guard of it.
+        forward = small or (large and sizes.widest * sizes.outputs >= _SMALL)
+        mode = "fwd" if forward else "rev"
     count = sizes.outputs if mode == "rev" else sizes.inputs
     return Route(mode, _at_most(chunk_size, count) or chunk(count, sizes))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from funcjac._environment.torch_private import (
     Tensors,
     backward,
-    is_functional,
+    has_levels,
     over_basis,
     vector_jacobian,
 )
@@ -59,7 +59,7 @@ def _transposes(
 ) -> list[Product | None]:
     """The transpose of ``u -> J^T u`` for each input; ``None`` for zero."""
     vjp = functools.partial(vector_jacobian, retain=True, graph=True)
-    if is_functional():  # a tensor of another level must stand for the cotangent
+    if has_levels():  # a tensor of another level must stand for the cotangent
         zeros = [torch.zeros_like(root) for root in roots]
         products = [lambda *u, x=x: vjp(roots, [x], u)[0] for x in inputs]
         grads = vjp(roots, inputs, zeros)

@@ -5,6 +5,7 @@ fallback are needed; the others only save time, and say what runs without them.
 """
 
 import functools
+import importlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -42,11 +43,6 @@ def is_transformed() -> bool:
     return is_functional() or forward_ad._current_level >= 0
 
 
-def is_functional() -> bool:
-    """The same, but for dual levels, which belong to the process."""
-    return torch.compiler.is_compiling() or _FUNCTORCH.peek_interpreter_stack() is not None
-
-
 def sees_values() -> bool:
     """Whether values can be looked at: no level of ``torch.vmap``, no compiler.
 
@@ -56,6 +52,59 @@ def sees_values() -> bool:
     if stack is None or torch.compiler.is_compiling():
         return False
     return all(level.key() != _VMAP for level in stack())
+
+
+def is_functional() -> bool:
+    """The same, but for dual levels, which belong to the process."""
+    if torch.compiler.is_compiling() or _dispatch_mode(_PROXY) is not None:
+        return True
+    return type(_FUNCTORCH.peek_interpreter_stack()) is not _NONE
+
+
+def has_levels() -> bool:
+    """Whether a torch.func transform is at work.
+
+    Asked by type, as Dynamo takes the stack for an object even where there is none.
+    """
+    return type(_FUNCTORCH.peek_interpreter_stack()) is not _NONE
+
+
+_NONE = type(None)
+
+
+def is_traced() -> bool:
+    """Whether a compiler, or ``make_fx``, traces what runs.
+
+    Without the private half, ``make_fx`` would trace verification, which looks at values.
+    """
+    return torch.compiler.is_compiling() or _dispatch_mode(_PROXY) is not None
+
+
+_PROXY: Any = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)
+_dispatch_mode: Any = getattr(torch._C, "_get_dispatch_mode", lambda _: None)
+
+
+# Raises where a compiled graph finds a tensor to be false, as nothing public does.
+assert_async: Any = getattr(torch, "_assert_async", lambda *_: None)
+
+
+def nonstrict_trace(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps Dynamo out of a function; what comes after Dynamo traces into it.
+
+    It imports the compiler: call it where one is at work already.
+    """
+    trace = getattr(torch.compiler, "nonstrict_trace", None)  # from torch 2.14 on
+    return (trace or importlib.import_module("torch._dynamo").nonstrict_trace)(function)
+
+
+def bypassing_wrapper() -> Any:
+    """Runs what Dynamo traced of a function inside of a Python function that it did not trace.
+
+    The only way to have a dispatch mode see the operations of a part of a graph. Without this
+    private API ``None``, and Taylor propagation does not run in compiled code.
+    """
+    wraps = importlib.import_module("torch._higher_order_ops.wrap")
+    return getattr(wraps, "dynamo_bypassing_wrapper", None)
 
 
 def is_wrapped(value: object) -> bool:

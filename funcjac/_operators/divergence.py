@@ -54,6 +54,14 @@ class Hutchinson:
             expected = "at least two samples with return_error=True"
             raise refuse(name, ValueError, expected, samples, remedy)
 
+    def as_numbers(self) -> tuple[Any, ...]:
+        return (self.samples or 0, self.return_error)
+
+    @classmethod
+    def from_numbers(cls, numbers: tuple[Any, ...]) -> Any:
+        samples, return_error = numbers
+        return cls(samples=samples or None, return_error=return_error)
+
     def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
         tensors, dims = self.extras(call, args, kwargs)
         return with_extras(call, tensors, tuple(dims)) if tensors else call
@@ -70,11 +78,12 @@ class Hutchinson:
         rows = () if dim is None else (batch,)  # what rows share moves the same way in all
         shape = (*rows, self.samples or 0, *row_shape(x, dim))
         generator = self.generator
-        device = x.device if generator is None else generator.device
+        keywords: dict[str, Any] = {"device": x.device}
+        if generator is not None:  # a compiler takes none
+            keywords = {"device": generator.device, "generator": generator}
         if self.probes == "gaussian":
-            drawn = torch.randn(shape, dtype=x.dtype, generator=generator, device=device)
-            return drawn.to(x.device)
-        drawn = torch.randint(0, 2, shape, generator=generator, device=device)
+            return torch.randn(shape, dtype=x.dtype, **keywords).to(x.device)
+        drawn = torch.randint(0, 2, shape, **keywords)
         return (2 * drawn - 1).to(x.device, x.dtype)
 
     def own_inputs(self, call: Call) -> list[tuple[int, ...]]:

@@ -19,7 +19,7 @@ from funcjac._engines import vmap
 from funcjac._engines.basis import elements_of_rows, row_shape, row_sizes
 from funcjac._engines.run import Derivatives, Route, Run, detached, read_graph
 from funcjac._engines.sum import jacobian
-from funcjac._environment.torch_private import sees_values
+from funcjac._environment.torch_private import is_traced, sees_values
 from funcjac._operators.operator import Operator, Tensors
 from funcjac._operators.transform import documented, make_transform
 from funcjac._verification.central_differences import Pair, difference, random_moves, times
@@ -194,6 +194,17 @@ def batch_jacobian_of(
         raise refuse(name, TypeError, "retain_graph to be a bool", repr(retain_graph))
     graph = torch.is_grad_enabled() if create_graph is None else create_graph
     run = _as_run(options, outputs, inputs)._replace(create_graph=graph)
+    result = _in_traced_code(run) if is_traced() else _in_plain_code(run, retain_graph)
+    return options.operator.assemble(run.call, result)
+
+
+def _in_traced_code(run: Run) -> Derivatives:
+    from funcjac._dispatch.compiled import solve_existing  # noqa: PLC0415  it loads Dynamo
+
+    return solve_existing(run.call, run.output, graph=run.create_graph)
+
+
+def _in_plain_code(run: Run, retain_graph: bool) -> Derivatives:
     retained = [(x, x.grad) for x in run.inputs if x.retains_grad and not x.is_leaf]
     result = _solved(run)
     if not retain_graph:
@@ -202,8 +213,7 @@ def batch_jacobian_of(
         torch.autograd.grad(live, run.inputs, zeros, allow_unused=True)
     for x, grad in retained:  # a retained gradient is that of backward(), not of these passes
         x.grad = grad
-    result = result if graph else detached(result)
-    return options.operator.assemble(run.call, result)
+    return result if run.create_graph else detached(result)
 
 
 def _as_run(options: Options, outputs: Any, inputs: Any) -> Run:

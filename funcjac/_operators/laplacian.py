@@ -20,7 +20,7 @@ from funcjac._arguments.check_tensors import check_arguments
 from funcjac._engines.basis import coordinates, row_shape
 from funcjac._engines.nesting import Directions
 from funcjac._engines.run import Derivatives, Run
-from funcjac._environment.torch_private import is_transformed
+from funcjac._environment.torch_private import is_traced, is_transformed
 from funcjac._operators.divergence import Hutchinson
 from funcjac._operators.hessian_diagonal import HessianDiagonal, Maybe
 from funcjac._operators.operator import Tensors, by_output, changed_keywords
@@ -42,6 +42,21 @@ class Laplacian(Hutchinson, HessianDiagonal):
 
     def keywords(self) -> list[str]:
         return changed_keywords(self, _KEYWORDS)
+
+    def as_numbers(self) -> tuple[Any, ...]:
+        dim = -1 if self.weight_dim is None else self.weight_dim
+        return (*super().as_numbers(), self.weight is not None, dim)
+
+    @classmethod
+    def from_numbers(cls, numbers: tuple[Any, ...]) -> Any:
+        """Without the weight itself, which a call carries in its extras."""
+        samples, return_error, is_weighted, dim = numbers
+        return cls(
+            samples=samples or None,
+            return_error=return_error,
+            weight=torch.empty if is_weighted else None,
+            weight_dim=None if dim < 0 else dim,
+        )
 
     def check(self, name: str) -> None:
         super().check(name)
@@ -174,16 +189,23 @@ def _checked_weight(call: Call, weight: Any, dim: int | None) -> Tensor:
             raise refuse(name, ValueError, expected, f"shape {tuple(shape)}", remedy)
         weight = weight.movedim(dim, 0)
         shape = weight.shape[1:]
-    if shape not in (row, row + row):
+    if not (_is_same(shape, row) or _is_same(shape, row + row)):
         whole, square = tuple(row), tuple(row + row)
         rows = "in each row" if dim is not None else "(and weight_dim if there is one for each row)"
         expected = f"weight of shape {whole} or {square} {rows}"
         raise refuse(name, ValueError, expected, f"shape {tuple(shape)}")
-    weight = (weight.clone() if weight.is_inference() else weight).to(x.device, x.dtype)
+    if not is_traced() and weight.is_inference():
+        weight = weight.clone()
+    weight = weight.to(x.device, x.dtype)
     if weight.numel() and not is_transformed():
         square = (-1, row.numel()) if shape == row else (-1, row.numel(), row.numel())
         _check_entries(name, weight.detach().reshape(square))
     return weight
+
+
+def _is_same(shape: torch.Size, other: torch.Size) -> bool:
+    """Whether shapes are the same; a compiler compares unknown sizes one by one only."""
+    return len(shape) == len(other) and all(n == m for n, m in zip(shape, other))
 
 
 def _check_kind(name: str, weight: Any) -> None:

@@ -42,6 +42,15 @@ class Operator:
         """The operator's own keywords that differ from their defaults, printed."""
         return changed_keywords(self, [field.name for field in fields(self)])
 
+    def as_numbers(self) -> tuple[Any, ...]:
+        """The operator's own keywords as far as ``compute`` reads them, for a compiler to pass."""
+        return ()
+
+    @classmethod
+    def from_numbers(cls, numbers: tuple[Any, ...]) -> Operator:
+        """An operator that computes the same as the one of ``as_numbers``."""
+        return cls(*numbers)
+
     def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
         """Refuse bad inputs, and add the operator's own tensors to a call."""
         return call

@@ -16,6 +16,7 @@ from funcjac._engines import vmap
 from funcjac._engines.basis import coordinates, row_shape, row_sizes
 from funcjac._engines.nesting import Index, by_order, nested_partials
 from funcjac._engines.run import Derivatives, Route, Run
+from funcjac._environment.torch_private import is_traced
 from funcjac._operators.hessian import recording_of, stacked_coordinates
 from funcjac._operators.operator import SecondOrder, Tensors, as_block, by_output
 from funcjac._operators.transform import documented, make_transform
@@ -41,8 +42,12 @@ class Partials(SecondOrder):
     def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
         """Refuse inputs whose rows are no vectors or numbers, or too short for the indices."""
         rows = [row_shape(x, dim) for x, dim in zip(call.inputs, call.layout.diff_dims)]
-        _check_rows(call.options.name, self.indices, tuple(rows))
+        check = _check_rows if is_traced() else _check_rows_once
+        check(call.options.name, self.indices, tuple(rows))
         return call
+
+    def as_numbers(self) -> tuple[Any, ...]:
+        return (self.indices,)
 
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
         """Terms that Taylor propagates, and gradients, those of higher orders counted double."""
@@ -263,7 +268,6 @@ def _check_indices(name: str, indices: Any) -> None:
         raise refuse(name, TypeError, "indices to hold tuples of ints", repr(indices), remedy)
 
 
-@functools.lru_cache(1024)
 def _check_rows(name: str, indices: tuple[Index, ...], rows: tuple[torch.Size, ...]) -> None:
     for row in rows:
         if len(row) > 1:
@@ -272,3 +276,6 @@ def _check_rows(name: str, indices: tuple[Index, ...], rows: tuple[torch.Size, .
     size = sum(row.numel() for row in rows)
     if any(not -size <= entry < size for index in indices for entry in index):
         raise refuse(name, ValueError, f"indices between {-size} and {size - 1}", list(indices))
+
+
+_check_rows_once = functools.lru_cache(1024)(_check_rows)

@@ -1,0 +1,294 @@
+"""Transforms that a compiler traces: torch.compile, ``make_fx``, torch.export.
+
+Dynamo traces ``func`` into the graph around it, with all that ``func`` closes over. What
+differentiates it is Python that Dynamo does not look into (``nonstrict_trace``): it runs on the
+tensors of whatever executes or traces that graph, which have an autograd graph, and so becomes
+plain operations of it. Imported where a compiler is at work: it loads Dynamo.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcjac._arguments.call import Call, Layout, Options, Output
+from funcjac._dispatch.attempt import lean
+from funcjac._dispatch.rule import Sizes, chunk
+from funcjac._engines.basis import elements_of_rows, row_sizes
+from funcjac._engines.run import (
+    Derivatives,
+    Route,
+    Run,
+    attached,
+    detached,
+    graph_leaves,
+    graph_nodes,
+    join_tensors,
+    retire,
+    split_tensors,
+)
+from funcjac._environment.torch_private import assert_async, bypassing_wrapper, nonstrict_trace
+from funcjac._taylor import Recorder
+from funcjac._torch_faults import UseReplacements
+from funcjac._verification.reference_vjp import vjp
+from funcjac.errors import brief
+
+_MARK = "_funcjac_mark"
+# More directions than there are.
+_ALL = 2**30
+_RECORDED = bypassing_wrapper()
+
+
+def solve_traced(call: Call) -> Derivatives:
+    """The derivatives of ``call``, as operations of the graph that is being traced.
+
+    Nothing is verified: there are no values to look at.
+    """
+    graph = torch.is_grad_enabled()
+    inputs = _enter(call.inputs, graph)
+
+    plain = call._replace(replaced=False)
+
+    def run(*inputs: Tensor) -> Output:
+        return plain([x.clone() for x in inputs])  # func may write into them
+
+    with torch.enable_grad(), UseReplacements():
+        if _is_recorded(call):
+            output = _RECORDED(_under_recorder, run, *inputs)
+        else:
+            output = run(*inputs)
+    call.options.operator.check_output(call, output.leaves)
+    aux, kept = split_tensors(output.aux)
+    weighs = [x for x in (*call.inputs, *call.extras) if x.requires_grad]
+    request = _as_request(call, graph, bool(weighs))
+    blocks, outs, aux = _leave(request, call.batch, inputs, call.extras, output.leaves, aux)
+    _check(blocks)
+    return Derivatives(blocks, Output(outs, output.spec, join_tensors(kept, aux)))
+
+
+def solve_existing(call: Call, output: Output, *, graph: bool) -> Derivatives:
+    """The derivatives of tensors that exist in the graph that is being traced."""
+    request = _as_request(call, graph, True)
+    blocks, outs, _ = _leave(request, call.batch, call.inputs, [], output.leaves, [])
+    _check(blocks)
+    return Derivatives(blocks, output._replace(leaves=outs))
+
+
+def _is_recorded(call: Call) -> bool:
+    """Whether operations are recorded for Taylor propagation."""
+    options = call.options
+    asked = options.mode in ("auto", "taylor") and "taylor" in options.operator.modes
+    return asked and _RECORDED is not None
+
+
+class _Failure:
+    """Why the last derivatives could not be traced: Dynamo hides what ``_leave`` raises."""
+
+    text = ""
+
+
+def _check(blocks: list[list[Tensor]]) -> None:
+    if not blocks:
+        raise RuntimeError(_Failure.text)
+
+
+# --- what Dynamo passes on: numbers and strings ------------------------------------------------
+
+
+def _as_request(call: Call, graph: bool, weighs: bool) -> tuple[Any, ...]:
+    options, operator = call.options, call.options.operator
+    kind = type(operator)
+    first = len(call.leaves) - call.extra
+    dims = (*call.layout.diff_dims, *call.layout.dims[first:])
+    return (
+        (options.name, options.mode, options.engine, options.chunk_size or 0),
+        (options.return_value, graph, weighs, options.check is True),
+        tuple([-1 if dim is None else dim for dim in dims]),
+        (kind.__module__, kind.__name__, operator.as_numbers()),
+    )
+
+
+def _as_call(request: Any, batch: Any, inputs: list[Tensor], extras: list[Tensor]) -> Call:
+    (name, mode, engine, chunk), (return_value, *_), dims, (module, kind, numbers) = request
+    operator = getattr(sys.modules[module], kind).from_numbers(numbers)
+    options = Options(
+        name=name,
+        mode=mode,
+        engine=engine,
+        chunk_size=chunk or None,
+        return_value=return_value,
+        operator=operator,
+    )
+    every = tuple([None if dim < 0 else dim for dim in dims])
+    batched = tuple([i for i, dim in enumerate(every) if dim is not None])
+    count = len(inputs)
+    spec: Any = None
+    layout = Layout(spec, every, batched, tuple(range(count)), spec, True, every[:count])
+    leaves = [*inputs, *extras]
+    return Call(_as_call, options, layout, leaves, {}, batch, extra=len(extras))
+
+
+# --- what Dynamo does not look into ------------------------------------------------------------
+
+
+class _Mark:
+    """What the inputs of one call share: the recorder of what was computed from them."""
+
+    def __init__(self) -> None:
+        self.recorder: Recorder | None = None
+
+
+@nonstrict_trace
+def _enter(inputs: list[Tensor], graph: bool) -> list[Tensor]:
+    """Inputs to differentiate by: copies in the caller's graph, or leaves of their own."""
+    mark, entered = _Mark(), []
+    for j, x in enumerate(inputs):
+        copy = x.clone() if graph and x.requires_grad else x.detach().requires_grad_()
+        vars(copy)[_MARK] = (mark, j)
+        entered.append(copy)
+    return entered
+
+
+def _under_recorder(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` with its operations recorded; its inputs are the first that it touches."""
+
+    def recorded(*args: Any) -> Any:
+        marked: list[Any] = [
+            (*vars(x)[_MARK], x) for x in args if isinstance(x, Tensor) and _MARK in vars(x)
+        ]
+        mark = marked[0][0]
+        own = sorted((j, x) for its, j, x in marked if its is mark)
+        recorder = Recorder([x for _, x in own])
+        with torch.enable_grad(), recorder:
+            out = run(*args)
+        mark.recorder = recorder
+        return out
+
+    return recorded
+
+
+@nonstrict_trace
+def _leave(
+    request: Any,
+    batch: Any,
+    inputs: list[Tensor],
+    extras: list[Tensor],
+    outs: list[Tensor],
+    aux: list[Tensor],
+) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:
+    """Derivatives of ``outs``, through the graph or the record that leads to them."""
+    call = _as_call(request, batch, inputs, extras)
+    _, (_, graph, weighs, check), _, _ = request
+    mark: _Mark = vars(inputs[0]).get(_MARK, (_Mark(), 0))[0]
+    recorder, mark.recorder = mark.recorder, None  # which would keep the run alive
+    output = Output(outs, None, list(aux))
+    create_graph = graph and (weighs or _has_leaves(attached(output), inputs))
+    run = Run(call, inputs, output, create_graph, recorder)
+    sizes = Sizes(
+        batch,
+        elements_of_rows(outs),
+        sum(row_sizes(inputs, call.layout.diff_dims)),
+        _widest(outs, inputs),
+        create_graph=True,  # no more passes than memory asks for: each is written into the graph
+        on_cpu=False,
+    )
+    result = _first_that_works(run, sizes)
+    if isinstance(result, Exception):
+        if not hasattr(outs[0], "fake_mode"):  # Dynamo is done
+            raise result
+        _Failure.text = (
+            f"{call.options.name}: cannot differentiate func in compiled code: {brief(result)}. "
+            "Call it outside of torch.compile, or pass another mode."
+        )
+        return [], outs, aux
+    if check:
+        _assert_rows(run)
+    if not create_graph:
+        result = detached(result)
+    elif _MARK in vars(inputs[0]):
+        retire(run)
+    return result.blocks, result.output.leaves, result.output.aux
+
+
+def _assert_rows(run: Run) -> None:
+    """Write into the graph that rows are apart: another weight in each row weighs its gradient.
+
+    Costs two vector-Jacobian products in every call.
+    """
+    outs, batch = run.output.leaves, run.call.batch
+    numbers = torch.arange(batch, device=outs[0].device)
+    weights = 1.5 + torch.cos(1.7 * numbers)  # no draws: the random state is the user's
+    seeds = [torch.cos(torch.arange(out.numel(), device=out.device)).view_as(out) for out in outs]
+    seeds = [seed.to(out.dtype) for seed, out in zip(seeds, outs)]
+    weighed = [seed * weights.to(seed.dtype).view(-1, *[1] * (seed.ndim - 1)) for seed in seeds]
+    plain, other = (vjp(outs, run.inputs, s, create_graph=False) for s in (seeds, weighed))
+    words = f"{run.call.options.name}: expected rows of the output to depend on their own rows "
+    for one, two, dim in zip(plain, other, run.dims):
+        if one is None or two is None or dim is None or not one.numel():
+            continue
+        rows, weighed_rows = (g.detach().movedim(dim, 0).reshape(batch, -1) for g in (one, two))
+        expected = rows * weights.to(rows.dtype).unsqueeze(1)
+        size, eps = expected.abs().nan_to_num(0, 0, 0), torch.finfo(rows.dtype).eps
+        limit = eps**0.5 * size.amax(1, keepdim=True) + 64 * eps * size.amax()
+        apart = ((weighed_rows - expected).abs() <= limit) | ~expected.isfinite()
+        assert_async(apart.all(), words + "alone. Call check_batched(func, ...) on this input.")
+
+
+def _has_leaves(outs: Sequence[Tensor], inputs: list[Tensor]) -> bool:
+    """Whether something else requires grad; AOTAutograd hides its inputs behind error nodes."""
+    if any(node.name() == "torch::autograd::Error" for node in graph_nodes(outs, inputs)):
+        return True
+    return any(all(leaf is not x for x in inputs) for leaf in graph_leaves(outs, inputs))
+
+
+def _widest(outs: Sequence[Tensor], inputs: list[Tensor]) -> Any:
+    """Elements of the widest tensor that leads to ``outs``; which one that is adds no guard."""
+    shapes = [meta.shape for node in graph_nodes(outs, inputs) for meta in node._input_metadata]
+    return max([math.prod(shape) for shape in shapes], key=_hint, default=1)
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else size.node.hint or 1
+
+
+def _first_that_works(run: Run, sizes: Sizes) -> Derivatives | Exception:
+    error: Exception | None = None
+    for route in _routes(run, sizes):
+        result = _tried(run, route)
+        if isinstance(result, Derivatives):
+            return result
+        error = error or result
+    assert error is not None
+    return error
+
+
+def _tried(run: Run, route: Route) -> Derivatives | Exception:
+    operator = run.call.options.operator
+    try:
+        with torch.set_grad_enabled(run.create_graph or operator.is_second_order):
+            return operator.compute(run, route)
+    except Exception as error:
+        return lean(error)
+
+
+def _routes(run: Run, sizes: Sizes) -> Iterator[Route]:
+    """What the rule gives, and what remains if that fails."""
+    options, operator = run.call.options, run.call.options.operator
+    taylor = operator.uses_taylor(run.call, sizes.outputs, sizes.inputs)
+    if taylor and run.recorder is not None:
+        firsts = operator.count(run.call, sizes.outputs, sizes.inputs)[0]
+        yield Route("taylor", options.chunk_size or chunk(firsts, sizes) or _ALL)
+        if options.mode == "taylor":
+            return
+    first = operator.route(run.call, sizes)
+    yield first
+    if first.chunk != 1:
+        yield first._replace(chunk=1)
+    if options.mode == "auto":
+        plainest = "rev_over_rev" if "_over_" in first.mode else "rev"
+        yield Route(plainest, 1)

@@ -1,0 +1,619 @@
+"""Transforms inside ``torch.compile(fullgraph=True)`` and ``make_fx``: values and gradients."""
+
+import copy
+import functools
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import funcjac
+from funcjac import (
+    batch_divergence,
+    batch_hessian,
+    batch_hessian_diagonal,
+    batch_jacobian,
+    batch_jacobian_of,
+    batch_laplacian,
+    batch_partials,
+)
+from tests.cases.first_order import CASES
+from tests.operators.test_jacobian_cases import SEED, assert_same, draws, expected
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+B = 4
+TRANSFORMS = {
+    "jacobian": batch_jacobian,
+    "divergence": lambda func: batch_divergence(lambda x: func(x)[:, :1].exp() * x.sin()),
+    "hessian": batch_hessian,
+    "diagonal": batch_hessian_diagonal,
+    "laplacian": batch_laplacian,
+    "partials": lambda func: batch_partials(func, [(), (0,), (1, 1), (0, 0, 1)]),
+}
+every_transform = pytest.mark.parametrize("name", TRANSFORMS)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def randn(*shape):
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 5)).double()
+
+
+def compiled(function, backend="aot_eager", **words):
+    return torch.compile(function, fullgraph=True, backend=backend, **words)
+
+
+def gradients(tensors, leaves):
+    loss = sum(t.square().sum() for t in tensors if t.requires_grad)
+    return torch.autograd.grad(loss, leaves, allow_unused=True)
+
+
+def assert_as_eager(function, x, leaves, run=None):
+    """Values, what requires grad, and gradients by ``x`` and ``leaves`` are those of eager."""
+    x = x.clone().requires_grad_()
+    run = compiled(function) if run is None else run
+    got, expected = (
+        [leaf for leaf in tree_leaves(f(x)) if isinstance(leaf, Tensor)] for f in (run, function)
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    assert [t.requires_grad for t in got] == [t.requires_grad for t in expected]
+    pairs = zip(gradients(got, [x, *leaves]), gradients(expected, [x, *leaves]), strict=True)
+    for ours, theirs in pairs:
+        assert (ours is None) == (theirs is None), "a gradient was lost"
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+# --- every transform ---------------------------------------------------------------------
+
+
+@every_transform
+def test_made_once(name):
+    net = network()
+    assert_as_eager(TRANSFORMS[name](net), randn(B, 3), list(net.parameters()))
+
+
+@every_transform
+def test_inline(name):
+    net, scale = network(), torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+
+    def step(x):
+        return TRANSFORMS[name](lambda y: net(y) * scale)(x)
+
+    assert_as_eager(step, randn(B, 3), [scale, *net.parameters()])
+
+
+@every_transform
+def test_backend_eager(name):
+    net = network()
+    transform = TRANSFORMS[name](net)
+    run = compiled(transform, "eager")
+    assert_as_eager(transform, randn(B, 3), list(net.parameters()), run)
+
+
+@pytest.mark.parametrize("name", ["jacobian", "laplacian"])
+def test_no_grad(name):
+    transform, x = TRANSFORMS[name](network()), randn(B, 3).requires_grad_()
+    with torch.no_grad():
+        found = compiled(transform)(x)
+        assert not found.requires_grad
+        torch.testing.assert_close(found, transform(x))
+
+
+def test_frozen():
+    """Where nothing requires grad, the result does not."""
+    net = network().requires_grad_(False)
+    found = compiled(batch_laplacian(net))(randn(B, 3))
+    assert not found.requires_grad
+    torch.testing.assert_close(found, batch_laplacian(net)(randn(B, 3)))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"mode": "fwd"},
+        {"chunk_size": 2},
+        {"in_dims": 1},
+        {"engine": "vmap"},
+        {"engine": "loop"},
+        {"out_dims": 1},
+    ],
+    ids=str,
+)
+def test_words_of_a_jacobian(words):
+    net = network()
+    func = lambda x: net(x.T if "in_dims" in words else x).movedim(0, words.get("out_dims", 0))
+    x = randn(3, B) if "in_dims" in words else randn(B, 3)
+    assert_as_eager(batch_jacobian(func, **words), x, list(net.parameters()))
+
+
+@pytest.mark.parametrize("mode", ["taylor", "fwd_over_rev", "fwd_over_fwd"])
+def test_modes_of_a_hessian(mode):
+    net = network()
+    assert_as_eager(batch_hessian(net, mode=mode), randn(B, 3), list(net.parameters()))
+
+
+def test_weights_and_samples():
+    net, weight = network(), torch.tensor([1.0, 2, 3], dtype=torch.float64, requires_grad=True)
+
+    def step(x):
+        torch.manual_seed(0)
+        probes = batch_laplacian(net, samples=3, return_error=True)(x)
+        return batch_laplacian(net, weight=weight)(x), probes
+
+    assert_as_eager(batch_laplacian(net, weight=weight), randn(B, 3), [weight, *net.parameters()])
+    found = compiled(batch_laplacian(net, samples=3, return_error=True))(randn(B, 3))
+    assert [t.shape for t in found] == [(B, 5), (B, 5)]
+
+
+# --- trees, aux, arguments ---------------------------------------------------------------
+
+
+def test_trees_and_several_inputs():
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    func = lambda d, z: {"out": (d["b"] * d["a"] * scale).sin() * z}
+    step = lambda x: batch_hessian(func, (0, 1))({"a": x, "b": 2 * x}, x.exp())
+    assert_as_eager(step, randn(B, 2), [scale])
+
+
+def test_columns():
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    u = lambda x, t: net(torch.cat([x, t], 1))
+    step = lambda z: batch_partials(u, [(0,), (1,), (0, 0)], (0, 1))(z[:, :1], z[:, 1:])
+    assert_as_eager(step, randn(B, 2), list(net.parameters()))
+
+
+@pytest.mark.parametrize("name", ["jacobian", "laplacian"])
+def test_aux_and_value(name):
+    net = network()
+    transform = {"jacobian": batch_jacobian, "laplacian": batch_laplacian}[name]
+    func = lambda x: (net(x), {"hidden": net[0](x), "number": 3})
+    step = transform(func, has_aux=True, return_value=True)
+    assert_as_eager(step, randn(B, 3), list(net.parameters()))
+    assert tree_leaves(compiled(step)(randn(B, 3)))[-1] == 3
+
+
+def test_shared_argument():
+    net = network()
+    call = lambda p, x: torch.func.functional_call(net, p, (x,))
+    parameters = dict(net.named_parameters())
+    by_sample = batch_jacobian(call, 0, in_dims=(None, 0))
+    by_input = batch_laplacian(call, 1, in_dims=(None, 0))
+    leaves = list(parameters.values())
+    assert_as_eager(lambda x: by_sample(parameters, x), randn(B, 3), leaves)
+    assert_as_eager(lambda x: by_input(parameters, x), randn(B, 3), leaves)
+
+
+def test_write_into_the_input():
+    net = network()
+    func = lambda x: net(x.mul_(2))
+    assert_as_eager(lambda x: batch_laplacian(func)(x.clone()), randn(B, 3), [*net.parameters()])
+
+
+# --- gradients are never lost ------------------------------------------------------------
+
+
+class Owner(nn.Module):
+    """A module with a transform of its own layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.frozen = network(), nn.Linear(3, 5).double().requires_grad_(False)
+        self.gain = nn.Parameter(randn(5))
+        self.laplacian = batch_laplacian(self.net)
+
+    def forward(self, x):
+        return self.laplacian(x) * self.gain
+
+    def whole(self, x):
+        return self.net(x) * self.gain + self.frozen(x).sin()
+
+
+def in_an_attribute():
+    owner = Owner()
+    return owner, list(owner.parameters())
+
+
+def in_a_method():
+    owner = Owner()
+    return lambda x: batch_laplacian(owner.whole)(x), list(owner.parameters())
+
+
+def in_a_list():
+    nets = [network(), network()]
+    leaves = [p for net in nets for p in net.parameters()]
+    return lambda x: batch_laplacian(lambda y: sum(net(y) for net in nets))(x), leaves
+
+
+def tied():
+    layer = nn.Linear(3, 3).double()
+    func = lambda x: layer(layer(x).tanh()).tanh()
+    return batch_hessian_diagonal(func), list(layer.parameters())
+
+
+def in_a_partial():
+    net, scale = network(), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    func = functools.partial(lambda s, n, x: s * n(x), scale, net)
+    return batch_laplacian(func), [scale, *net.parameters()]
+
+
+def in_a_partial_of_a_jacobian():
+    net, scale = network(), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    func = functools.partial(lambda s, n, x: s * n(x), scale, net)
+    return batch_jacobian(func), [scale, *net.parameters()]
+
+
+def partly_frozen():
+    net = network()
+    net[0].requires_grad_(False)
+    return batch_laplacian(net), [net[2].weight]
+
+
+def in_a_default():
+    net = network()
+    return batch_laplacian(lambda x, n=net: n(x)), list(net.parameters())
+
+
+def computed_in_the_step():
+    weight = randn(5, 3).requires_grad_()
+    return lambda x: batch_laplacian(lambda y, w=weight.exp(): (y @ w.T).sin())(x), [weight]
+
+
+WHERE = (
+    in_an_attribute,
+    in_a_method,
+    in_a_list,
+    tied,
+    in_a_partial,
+    in_a_partial_of_a_jacobian,
+    partly_frozen,
+    in_a_default,
+    computed_in_the_step,
+)
+
+
+@pytest.mark.parametrize("where", WHERE, ids=lambda where: where.__name__)
+def test_gradients_reach(where):
+    step, leaves = where()
+    assert_as_eager(step, randn(B, 3), [leaf for leaf in leaves if leaf.requires_grad])
+
+
+def test_training_as_eager():
+    """Three steps of an optimizer, with a loss of second derivatives."""
+    net = network()
+    nets = [net, copy.deepcopy(net)]
+    losses = []
+    for model, wrap in zip(nets, (compiled, lambda f: f)):
+
+        def loss(x, model=model):
+            u, u_x, u_xx = batch_partials(model, [(), (0,), (1, 1)])(x)
+            return (u_x + u * u_xx).square().mean()
+
+        step, optimizer = wrap(loss), torch.optim.Adam(model.parameters(), 0.01)
+        for seed in range(3):
+            optimizer.zero_grad()
+            value = step(randn(B + 10 * seed, 3)[:B])
+            value.backward()
+            optimizer.step()
+        losses.append(value.detach())
+    torch.testing.assert_close(*losses)
+
+
+# --- nested, existing tensors, torch.func ------------------------------------------------
+
+
+def test_nested():
+    net = network()
+    leaves = list(net.parameters())
+    assert_as_eager(lambda x: batch_jacobian(batch_jacobian(net))(x), randn(B, 3), leaves)
+    inner = lambda x: batch_divergence(lambda y: net(y)[:, :1] * y.sin())(x)
+    assert_as_eager(lambda x: batch_laplacian(inner)(x), randn(B, 3), leaves)
+
+
+def test_nested_closure_over_the_outer_input():
+    net = network()
+    func = lambda x: batch_laplacian(lambda y: net(y) * x.sum(1, keepdim=True).detach())(x)
+    assert_as_eager(lambda x: batch_jacobian(func)(x), randn(B, 3), list(net.parameters()))
+
+
+def test_nested_records_over_the_outer_input():
+    """Each level records by its own inputs, whatever else inner functions touch."""
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    inner = lambda x: batch_laplacian(lambda y: net(y) * x.sin().sum(1, keepdim=True))(x)
+    assert_as_eager(lambda x: batch_laplacian(inner)(x), randn(B, 2), list(net.parameters()))
+
+
+def test_jacobian_of():
+    net = network()
+
+    def step(x):
+        u = net(x)
+        u_x = batch_jacobian_of(u, x)
+        return u_x, batch_jacobian_of(u_x[:, 0], x)
+
+    assert_as_eager(step, randn(B, 3), list(net.parameters()))
+
+
+@pytest.mark.parametrize("transform", [batch_jacobian, batch_laplacian])
+def test_inside_func_grad(transform):
+    net, x = network().requires_grad_(False), randn(B, 3)
+    loss = lambda s: transform(lambda y: (net(y) * s).sin())(x).square().sum()
+    step = torch.func.grad(loss)
+    scale = torch.tensor(1.5, dtype=torch.float64)
+    torch.testing.assert_close(compiled(step)(scale), step(scale))
+
+
+# --- what the graph is -------------------------------------------------------------------
+
+
+def traced(function, *args):
+    """The operations of the forward graph."""
+    names = []
+
+    def collect(graph_module, inputs):
+        names.extend(n.target.overloadpacket.__name__ for n in nodes(graph_module))
+        return graph_module
+
+    def nodes(graph_module):
+        found = (n for n in graph_module.graph.nodes if n.op == "call_function")
+        return [n for n in found if hasattr(n.target, "overloadpacket")]
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    with torch.no_grad():
+        compiled(function, aot_autograd(fw_compiler=collect))(*args)
+    return names
+
+
+def test_taylor_propagation_makes_a_flat_graph():
+    """One product for each layer and order, and no gradient differentiated once more."""
+    net = network()
+    names = traced(batch_laplacian(net), randn(B, 3))
+    products = [name for name in names if name in ("mm", "addmm", "bmm")]
+    assert len(products) == 1 + 3  # the value of the first layer; its slopes; both of the second
+    nested = traced(batch_laplacian(net, mode="rev_over_rev"), randn(B, 3))
+    assert len(names) < 0.5 * len(nested)
+
+
+def test_the_rule_chooses_the_mode():
+    """Forward mode for a wide output: rows of the basis of the input go through the graph."""
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 40)).double()
+    assert "eye" in traced(batch_jacobian(net), randn(B, 2))
+    wide = traced(batch_jacobian(net, mode="rev"), randn(B, 2))
+    assert wide != traced(batch_jacobian(net), randn(B, 2))
+    assert traced(batch_jacobian(net, mode="fwd"), randn(B, 2)) == traced(
+        batch_jacobian(net), randn(B, 2)
+    )
+
+
+@pytest.mark.parametrize("name", ["jacobian", "laplacian", "partials"])
+def test_one_graph_for_all_batches(name):
+    transform = TRANSFORMS[name](network())
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    run = compiled(transform, counter)
+    for batch in (B, 7, 300):
+        x = randn(batch, 3)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch.testing.assert_close(run(x), transform(x), rtol=1e-10, atol=1e-10)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["jacobian", "laplacian"])
+@pytest.mark.parametrize("batch", [0, 1])
+def test_small_batches(name, batch):
+    transform, x = TRANSFORMS[name](network()), randn(B, 3)[:batch]
+    torch.testing.assert_close(compiled(transform)(x), transform(x))
+
+
+def test_everything_dynamic():
+    net, weight = network(), randn(3)
+    step = lambda x: (batch_jacobian(net)(x), batch_laplacian(net, weight=weight)(x))
+    run = compiled(step, dynamic=True)
+    for batch in (B, 9):
+        torch.testing.assert_close(run(randn(batch, 3)), step(randn(batch, 3)))
+
+
+# --- what is refused, and what falls back ------------------------------------------------
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.count = nn.Linear(3, 5).double(), 0
+
+    def forward(self, x):
+        self.count += 1
+        return self.layer(x).tanh()
+
+
+def test_side_effects():
+    """They happen; only where operations are recorded, Dynamo refuses them."""
+    net = Counting()
+    compiled(batch_jacobian(net))(randn(B, 3))
+    assert net.count == 1
+    found = compiled(batch_laplacian(net, mode="rev_over_rev"))(randn(B, 3))
+    torch.testing.assert_close(found, batch_laplacian(net)(randn(B, 3)))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="'count' on an outer-scope object"):
+        compiled(batch_laplacian(net))(randn(B, 3))
+
+
+def test_refusals_keep_their_words():
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="to return a batch of 4"):
+        compiled(batch_jacobian(torch.sum))(randn(B, 3))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="batch_divergence: expected"):
+        compiled(batch_divergence(network()))(randn(B, 3))
+
+
+@every_transform
+def test_check_writes_an_assertion(name):
+    """Of rows that depend on one another; with ``check="auto"`` nothing is said."""
+    net = network()
+    words = {"check": True}
+    if name == "divergence":
+        make = lambda f: batch_divergence(lambda x: f(x)[:, :1] * x.sin(), **words)
+    elif name == "partials":
+        make = lambda f: batch_partials(f, [(0,), (1, 1)], **words)
+    else:
+        make = functools.partial(TRANSFORMS[name], **words)
+    for shift in (0, 1e-3):
+        run = compiled(make(lambda x, s=shift: net(x - s * x.mean(0))))
+        if not shift:
+            run(randn(B, 3))
+            continue
+        with pytest.raises(RuntimeError, match="depend on their own rows alone"):
+            run(randn(B, 3))
+
+
+def test_what_has_no_second_derivative():
+    halves = torch.tensor([2, 2])
+    func = lambda x: torch.segment_reduce(x.T.contiguous().sin(), "max", lengths=halves).T
+    words = "batch_hessian: cannot differentiate func in compiled code: "
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=words):
+        compiled(batch_hessian(func))(randn(B, 4))
+
+
+def test_what_cannot_be_recorded_is_nested():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    func = lambda x: Double.apply(x.sin())
+    x = randn(B, 3)
+    torch.testing.assert_close(compiled(batch_laplacian(func))(x), batch_laplacian(func)(x))
+
+
+def test_a_run_is_freed(monkeypatch):
+    """The record of a run ends with its call, without a collection of garbage."""
+    from funcjac._dispatch import compiled as module
+
+    recorders = []
+
+    class Watched(module.Recorder):
+        def __init__(self, inputs):
+            super().__init__(inputs)
+            recorders.append(weakref.ref(self))
+
+    monkeypatch.setattr(module, "Recorder", Watched)
+    run = compiled(batch_laplacian(network().requires_grad_(False)), "eager")
+    gc.disable()
+    try:
+        run(randn(B, 3))
+        assert recorders
+        assert not [ref for ref in recorders if ref() is not None]
+    finally:
+        gc.enable()
+
+
+def test_modules_stay_as_they_are():
+    """Nothing of a traced call remains on modules or tensors of the caller."""
+    net, x = network(), randn(B, 3).requires_grad_()
+    holders = [*net.modules(), *net.parameters(), x]
+    compiled(batch_laplacian(net))(x)
+    assert not [name for holder in holders for name in vars(holder) if "funcjac" in name]
+
+
+# --- make_fx and export ------------------------------------------------------------------
+
+
+@every_transform
+@pytest.mark.parametrize("tracing", ["real", "symbolic"])
+def test_make_fx(name, tracing):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    transform = TRANSFORMS[name](network().requires_grad_(False))
+    trace = make_fx(transform, tracing_mode=tracing, _allow_non_fake_inputs=True)
+    graph, x = trace(randn(B, 3)), randn(B, 3) + 1
+    torch.testing.assert_close(graph(x), transform(x))
+
+
+def test_export_of_a_flat_graph(tmp_path):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    transform = batch_laplacian(network().requires_grad_(False))
+    graph = make_fx(transform)(randn(B, 3))
+    program = torch.export.export(graph, (randn(B, 3),))
+    torch.export.save(program, tmp_path / "laplacian.pt2")
+    loaded = torch.export.load(tmp_path / "laplacian.pt2").module()
+    torch.testing.assert_close(loaded(randn(B, 3)), transform(randn(B, 3)))
+
+
+def test_eager_is_as_before():
+    """Tracing leaves nothing behind that eager calls would meet."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    transform, x = batch_jacobian(network()), randn(B, 3)
+    before = transform(x)
+    make_fx(transform)(x)
+    compiled(transform)(x)
+    assert torch.equal(transform(x), before)
+    assert funcjac.explain(transform, x).engine == "sum"
+
+
+# --- the table of functions --------------------------------------------------------------
+
+# What Dynamo does not take of a function, whatever differentiates it.
+NOT_TRACED = {
+    "lstm",
+    "lstm_float32",
+    "lstm_time_first",
+    "lstm_bidirectional",
+    "lstm_train",
+    "gru",
+    "gru_float32",
+    "rnn",
+    "generated_vmap_rule_and_jvp",
+    "item_branch",
+    "boolean_mask",
+    "iterate_to_convergence",
+    "scripted_mlp",
+    "traced_mlp",
+    "scripted_inside",
+    "save_on_cpu",
+    "full_backward_hook",
+    "autograd_inside",
+    "autograd_inside_marks_input",
+    "sparse_coo",
+    "sparse_csr",
+    "sparse_inside",
+}
+TABLE = [case for case in CASES if case.expected is None and case.name not in NOT_TRACED]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", TABLE[::4], ids=lambda case: case.name)
+def test_functions_of_the_table(case):
+    """Every fourth, which takes long enough; all of them were right when this was written."""
+    setup = case.build()
+    jacobian = batch_jacobian(setup.func, **case.keywords)
+    run = compiled(lambda *args, **kwargs: jacobian(*args, **kwargs))
+    torch.manual_seed(SEED)
+    found = run(*setup.args, **setup.kwargs)
+    (draw,) = draws(case, "auto")
+    assert_same(found, expected(case.name, draw)[0])
+
+
+@pytest.mark.parametrize("name", ["autograd_inside", "item_branch"])
+def test_what_dynamo_does_not_take(name):
+    case = next(case for case in CASES if case.name == name)
+    setup = case.build()
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        compiled(batch_jacobian(setup.func))(*setup.args)
