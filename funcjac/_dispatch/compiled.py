@@ -57,6 +57,7 @@ def solve_traced(call: Call) -> Derivatives:
     def run(*inputs: Tensor) -> Output:
         return plain([x.clone() for x in inputs])  # func may write into them
 
+    # Around a recorded run it does nothing but let inner ones push a mode of their own.
     with torch.enable_grad(), UseReplacements():
         if _is_recorded(call):
             output = _RECORDED(_under_recorder, run, *inputs)
@@ -164,7 +165,8 @@ def _under_recorder(run: Callable[..., Any]) -> Callable[..., Any]:
         mark = marked[0][0]
         own = sorted((j, x) for its, j, x in marked if its is mark)
         recorder = Recorder([x for _, x in own])
-        with torch.enable_grad(), recorder:
+        # Here, as Dynamo takes modes off the stack for what it passes through a wrapper.
+        with torch.enable_grad(), UseReplacements(), recorder:
             out = run(*args)
         mark.recorder = recorder
         return out

@@ -66,7 +66,7 @@ class UseReplacements(TorchFunctionMode):
         return run(*args, **kwargs)
 
     def _replacements(self) -> dict[Any, Any]:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return _COMPILED
         return _IN_TRANSFORMS if self.forward or torch_private.is_functional() else _PLAIN
 

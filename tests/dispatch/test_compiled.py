@@ -357,6 +357,23 @@ def test_inside_func_grad(transform):
     torch.testing.assert_close(compiled(step)(scale), step(scale))
 
 
+@pytest.mark.parametrize("mode", ["auto", "rev_over_rev"])
+def test_replacements_run_where_operations_are_recorded(mode):
+    """What Taylor propagation cannot follow is nested, by operations that torch has right."""
+    net = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 2)).double()
+    func = torch.vmap(torch.func.grad(lambda row: net(row[None]).sum()))
+    assert_as_eager(batch_laplacian(func, mode=mode), randn(B, 3), list(net.parameters()))
+
+
+@pytest.mark.parametrize("outer", [batch_jacobian, batch_hessian_diagonal])
+@pytest.mark.parametrize("inner", [batch_jacobian, batch_laplacian])
+def test_replacements_run_at_every_level(outer, inner):
+    net = nn.Sequential(nn.Linear(2, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 2)).double()
+    func = lambda x: inner(torch.vmap(torch.func.grad(lambda row: net(row[None]).sum())))(x)
+    transform, x = outer(func), randn(B, 2)
+    torch.testing.assert_close(compiled(transform)(x), transform(x))
+
+
 # --- what the graph is -------------------------------------------------------------------
 
 
