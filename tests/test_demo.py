@@ -76,7 +76,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_named_files_exist(page):
-    """Paths such as ``_dispatch/rule.py`` or ``benchmarks/rule.py``; a recipe names a new one."""
+    """Paths such as ``benchmarks/rule.py``; a recipe names a new file."""
     prose = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
     named = set(re.findall(r"`((?:\w+/)+\w+\.py)", prose)) - {"funcjac/_operators/row_sums.py"}
     roots = (ROOT, ROOT / "funcjac")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funcjac._arguments import pytree
-from funcjac._arguments.batch_dims import argument_dims, batch_size
+from funcjac._arguments.batch_sizes import argument_dims, batch_size
 from funcjac._arguments.call import Call, Layout, Options
 from funcjac._arguments.check_tensors import check_arguments, check_input, is_plain
 from funcjac._arguments.pytree import TreeSpec

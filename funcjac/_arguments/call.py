@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from funcjac._arguments import pytree
-from funcjac._arguments.batch_dims import as_batch_first, output_dims
+from funcjac._arguments.batch_sizes import as_batch_first, output_dims
 from funcjac._arguments.check_tensors import is_plain
 from funcjac._arguments.pytree import Tree, TreeSpec
 from funcjac._torch_faults import UseReplacements

@@ -12,7 +12,7 @@ import torch
 
 from funcjac._arguments.call import ENGINES, Call
 from funcjac._dispatch.solve import solve
-from funcjac._engines.run import Derivatives, plain_values
+from funcjac._engines.run_func import Derivatives, plain_values
 from funcjac._environment.state import rng_state, same_rng_state, set_rng_state
 from funcjac._operators.transform import DUAL_LEVELS, looks, transform_of, usable
 from funcjac._verification.central_differences import largest_difference

@@ -11,10 +11,10 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from funcjac._arguments.call import Call
+from funcjac._dispatch.choose_engine_mode_chunk import Sizes
 from funcjac._dispatch.decisions import Decision, FunctionKey, forget_children
-from funcjac._dispatch.rule import Sizes
 from funcjac._engines.basis import elements_of_rows, row_sizes
-from funcjac._engines.run import (
+from funcjac._engines.run_func import (
     ChangedInputError,
     Derivatives,
     Facts,

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from funcjac._arguments.call import Call, Layout, Options, Output
 from funcjac._dispatch.attempt import lean
-from funcjac._dispatch.rule import Sizes, chunk
+from funcjac._dispatch.choose_engine_mode_chunk import Sizes, chunk
 from funcjac._engines.basis import elements_of_rows, row_sizes
-from funcjac._engines.run import (
+from funcjac._engines.run_func import (
     Derivatives,
     Route,
     Run,

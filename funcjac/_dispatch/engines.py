@@ -11,11 +11,11 @@ import torch
 
 from funcjac._arguments.call import Call
 from funcjac._dispatch.attempt import NOT_CAUGHT, Attempt, keeps_graph, lean, verify
+from funcjac._dispatch.choose_engine_mode_chunk import Sizes
 from funcjac._dispatch.messages import drew, is_out_of_memory
-from funcjac._dispatch.rule import Sizes
 from funcjac._engines import loop, vmap
 from funcjac._engines.basis import elements_of_rows, row_sizes
-from funcjac._engines.run import (
+from funcjac._engines.run_func import (
     Derivatives,
     Route,
     Run,

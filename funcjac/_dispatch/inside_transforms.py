@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from funcjac._arguments.call import Call, Output
+from funcjac._dispatch.choose_engine_mode_chunk import Sizes, engines_of
 from funcjac._dispatch.decisions import FunctionKey, decision_of, make_key
-from funcjac._dispatch.rule import Sizes
-from funcjac._dispatch.solve import engines_of
 from funcjac._engines.basis import elements_of_rows, row_sizes
 from funcjac._engines.loop import by_loop
-from funcjac._engines.run import (
+from funcjac._engines.run_func import (
     ChangedInputError,
     Derivatives,
     Run,

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from funcjac._arguments.call import ENGINES, Call
+from funcjac._arguments.call import Call
 from funcjac._dispatch.attempt import NOT_CAUGHT, Attempt, Outcome, keeps_graph, lean, sizes_of
+from funcjac._dispatch.choose_engine_mode_chunk import engines_of
 from funcjac._dispatch.decisions import Decision, FunctionKey, decision_of, make_key
 from funcjac._dispatch.engines import BY_ENGINE, computed, reference
 from funcjac._dispatch.messages import failure, is_out_of_memory, warn_of_fallback
-from funcjac._engines.run import (
+from funcjac._engines.run_func import (
     ChangedInputError,
     Derivatives,
     Run,
@@ -25,7 +26,7 @@ from funcjac._engines.run import (
 from funcjac._environment.state import rng_state
 from funcjac._taylor import Recorder
 from funcjac._verification.row_independence import check_rows
-from funcjac.errors import RefusedError, brief
+from funcjac.errors import brief
 
 
 def solve(call: Call, token: Any, outcome: Outcome | None = None) -> Derivatives:
@@ -124,26 +125,3 @@ def _leave(
         attempt.decision.left[engine] = brief(error)
         attempt.decision.routes.clear()
     attempt.outcome.reasons.append(f"{engine}: {brief(error)}")
-
-
-def engines_of(call: Call) -> tuple[tuple[str, ...], str]:
-    """The engines that a call may take, in order, and why the sum trick is not among them.
-
-    Raises:
-        ValueError: the one that was asked for cannot do what was asked.
-    """
-    options = call.options
-    if call.batch == 0:  # nothing keeps no rows apart
-        return ("sum",), ""
-    reason = ""
-    if None in call.layout.diff_dims:
-        reason = "the sum trick has no per-sample derivative of an argument that rows share"
-    elif options.randomness == "same":
-        reason = "the sum trick cannot give all rows the same draw"
-    if reason and (options.engine == "sum" or options.mode == "taylor"):
-        raise failure(options, [("sum", RefusedError(reason))], None)
-    if options.engine != "auto":
-        return (options.engine,), ""
-    if options.mode == "taylor":
-        return ("sum",), ""
-    return (("vmap", "loop") if reason else ENGINES), reason

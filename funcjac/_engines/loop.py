@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcjac._arguments.call import Call
-from funcjac._engines.run import Derivatives, check_aux, join_derivatives, split_derivatives
+from funcjac._engines.run_func import Derivatives, check_aux, join_derivatives, split_derivatives
 from funcjac._environment.state import rng_state, set_rng_state
 
 

@@ -23,7 +23,7 @@ from funcjac._engines.basis import (
     row_shape,
 )
 from funcjac._engines.products import Product, pushforwards
-from funcjac._engines.run import Route, Run
+from funcjac._engines.run_func import Route, Run
 from funcjac._engines.sum import Blocks, column_root, contracted, jacobian_blocks
 from funcjac._environment.torch_private import backward
 

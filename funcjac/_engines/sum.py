@@ -21,9 +21,9 @@ from funcjac._engines.basis import (
     row_shape,
     spread,
 )
-from funcjac._engines.chunks import Chunks, as_block
+from funcjac._engines.join_chunks import Chunks, as_block
 from funcjac._engines.products import Product, of_each, pull, pushforwards
-from funcjac._engines.run import Derivatives, Route, Run
+from funcjac._engines.run_func import Derivatives, Route, Run
 
 Blocks = list[list[Tensor]]
 # Below this many outputs, starting behind the last layer costs more than it saves.

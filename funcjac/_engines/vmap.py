@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from funcjac._arguments.call import Call, Output
-from funcjac._engines.run import (
+from funcjac._engines.run_func import (
     Derivatives,
     check_aux,
     join_derivatives,

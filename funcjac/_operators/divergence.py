@@ -13,7 +13,7 @@ from funcjac._arguments.bind_arguments import with_extras
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
 from funcjac._engines.basis import identity, row_shape
-from funcjac._engines.run import Derivatives, Route, Run
+from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._engines.sum import divergence
 from funcjac._operators.operator import Operator, Tensors
 from funcjac._operators.transform import documented, make_transform

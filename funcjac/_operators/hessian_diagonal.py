@@ -12,9 +12,9 @@ from torch import Tensor
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
 from funcjac._engines.basis import coordinates, row_shape
-from funcjac._engines.chunks import Chunks, added
+from funcjac._engines.join_chunks import Chunks, added
 from funcjac._engines.nesting import Along, Directions, along
-from funcjac._engines.run import Derivatives, Route, Run
+from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._operators.hessian import recording_of
 from funcjac._operators.operator import SecondOrder, Tensors
 from funcjac._operators.transform import documented, make_transform

@@ -13,11 +13,11 @@ from funcjac._arguments.bind_arguments import batch_size, check_inputs, make_lay
 from funcjac._arguments.call import Call, Options, as_output
 from funcjac._arguments.check_keywords import check_options
 from funcjac._arguments.check_tensors import check_arguments
+from funcjac._dispatch.choose_engine_mode_chunk import Sizes
 from funcjac._dispatch.decisions import decision_of
-from funcjac._dispatch.rule import Sizes
 from funcjac._engines import vmap
 from funcjac._engines.basis import elements_of_rows, row_shape, row_sizes
-from funcjac._engines.run import Derivatives, Route, Run, detached, read_graph
+from funcjac._engines.run_func import Derivatives, Route, Run, detached, read_graph
 from funcjac._engines.sum import jacobian
 from funcjac._environment.torch_private import is_traced, sees_values
 from funcjac._operators.operator import Operator, Tensors

@@ -12,9 +12,14 @@ from torch import Tensor
 
 from funcjac._arguments import pytree
 from funcjac._arguments.call import Call
-from funcjac._dispatch.rule import Sizes, first_order_route, prefers_taylor, second_order_route
+from funcjac._dispatch.choose_engine_mode_chunk import (
+    Sizes,
+    first_order_route,
+    prefers_taylor,
+    second_order_route,
+)
 from funcjac._engines.basis import row_shape
-from funcjac._engines.run import Derivatives, Route, Run
+from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._verification.central_differences import Pair
 from funcjac._verification.reference_vjp import Entry, Probe
 

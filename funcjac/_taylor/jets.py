@@ -73,15 +73,16 @@ class Scheme:
         sums = [_products(index, len(jets)) for index in indices]
         known: dict[tuple[Factor, ...], Tensor] = {}  # products share their beginnings
 
+        # Not by recursion: a function that refers to itself would keep all of this alive.
         def product(factors: tuple[Factor, ...]) -> Tensor:
-            if factors not in known:
-                if len(factors) == 1:
-                    ((variable, part),) = factors
+            for n, (variable, part) in enumerate(factors, 1):
+                first, last = factors[:n], factors[n - 1 : n]
+                if last not in known:
                     stack = jets[variable][len(part) - 1]
                     assert stack is not None
-                    known[factors] = _take(stack, rows[part])
-                else:
-                    known[factors] = multiply(product(factors[:-1]), product(factors[-1:]))
+                    known[last] = _take(stack, rows[part])
+                if first not in known:
+                    known[first] = multiply(known[first[:-1]], known[last])
             return known[factors]
 
         def total(products: Products) -> Tensor | None:

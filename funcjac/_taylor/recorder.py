@@ -49,6 +49,8 @@ class Recorder(EagerMode):
         # Tensors in slots, and constants without one, which stay alive: an id must not be given
         # out twice.
         self._tensors: dict[int, tuple[Tensor, int | None]] = {}
+        self._constants: dict[int, Tensor] = {}
+        self._unused: set[int] = set()  # of results: what no recorded operation has read
         self._leaves = {id(x): slot for slot, x in enumerate(inputs)}
         self._roots = {x.grad_fn for x in inputs} - {None}
         self._independent: set[Any] = set()
@@ -89,7 +91,13 @@ class Recorder(EagerMode):
         is_active = bool(node.slots) and torch.is_grad_enabled()
         if targets := written(op, args, kwargs):
             return self._in_place(node, targets, is_active=is_active)
-        return (lambda out: self._record(node, out)) if is_active else None
+        if is_active:
+            return lambda out: self._record(node, out)
+        return self._note_constants if torch.is_grad_enabled() else None
+
+    def _note_constants(self, results: list[Any]) -> None:
+        """Keep what was made of constants alone, whatever history it gets (tangents of a jvp)."""
+        self._constants.update({id(x): x for x in results if isinstance(x, Tensor)})
 
     def _node(self, op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Node:
         places: list[Place] = []
@@ -110,39 +118,30 @@ class Recorder(EagerMode):
         """
         if not isinstance(value, Tensor) or not value.requires_grad:
             return None
-        if value.grad_fn is None:  # a parameter, or a leaf that func made, if no input
-            return self._leaves.get(id(value))
-        if id(value) in self._tensors:
-            return self._tensors[id(value)][1]
-        if self._depends(value.grad_fn):
+        leaf = value.grad_fn is None  # a parameter, or one that func made, if no input
+        if leaf or id(value) in self._tensors:
+            return self._leaves.get(id(value)) if leaf else self._tensors[id(value)][1]
+        if id(value) not in self._constants and _depends(
+            value.grad_fn, self._roots, self._leaves, self._independent
+        ):
             raise UntraceableError(
                 "func computes with something whose parts have no history (a custom "
                 "autograd.Function, TorchScript, an extension, a kernel that hides its gradients)"
             )
         return None
 
-    def _depends(self, node: Any) -> bool:
-        """Whether plain autograd leads from a node of its graph to one of the inputs."""
-        stack = [node]
-        while stack:
-            node = stack.pop()
-            if node in self._roots or id(getattr(node, "variable", None)) in self._leaves:
-                return True
-            if node is not None and node not in self._independent:
-                self._independent.add(node)
-                stack += [parent for parent, _ in node.next_functions]
-        return False
-
     def _record(self, node: Node, results: list[Any]) -> None:
         for item in (item for arg in node.args for item in as_list(arg)):
             if isinstance(item, Tensor):  # a constant, where it is new
                 self._tensors.setdefault(id(item), (item, None))
+                self._unused.discard(id(item))
         outs: list[int | None] = []
         for tensor in results:
             if isinstance(tensor, Tensor) and tensor.is_complex():
                 raise UntraceableError(f"{node.op} returns complex numbers")
             is_real = isinstance(tensor, Tensor) and tensor.is_floating_point()
             outs.append(self._new(tensor) if is_real else None)
+            self._unused.add(id(tensor))
         self.nodes.append(node._replace(outs=tuple(outs)))
 
     def _new(self, tensor: Tensor) -> int:
@@ -174,6 +173,20 @@ class Recorder(EagerMode):
     def _is_used(self, target: Tensor, *, itself: bool) -> bool:
         """Whether a tensor that an operation uses or makes lies in the memory of ``target``."""
         storage = target.untyped_storage().data_ptr()
+        itself = itself and id(target) not in self._unused
         used = [t for t, _ in self._tensors.values() if itself or t is not target]
         used = [t.untyped_storage() for t in used if t.layout == torch.strided]
         return any(memory.data_ptr() == storage for memory in used)
+
+
+def _depends(node: Any, roots: set[Any], leaves: dict[int, int], independent: set[Any]) -> bool:
+    """Whether autograd leads from a node to roots or leaves; takes down nodes that do not."""
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if node in roots or id(getattr(node, "variable", None)) in leaves:
+            return True
+        if node is not None and node not in independent:
+            independent.add(node)
+            stack += [parent for parent, _ in node.next_functions]
+    return False

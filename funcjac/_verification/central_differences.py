@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcjac._arguments.call import Call
-from funcjac._engines.run import Derivatives, plain_values
+from funcjac._engines.run_func import Derivatives, plain_values
 from funcjac._environment.state import rng_state, set_rng_state
 from funcjac._verification.reference_vjp import RNG_SEED
 from funcjac._verification.tolerance import largest

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from funcjac._engines.run import Run
+from funcjac._engines.run_func import Run
 from funcjac._environment.state import buffers_in_training, put_back, rng_state, set_rng_state
 from funcjac.errors import VerificationError
 

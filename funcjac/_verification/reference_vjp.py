@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from funcjac._engines.chunks import Chunks
-from funcjac._engines.run import Run
+from funcjac._engines.join_chunks import Chunks
+from funcjac._engines.run_func import Run
 from funcjac._environment.torch_private import vector_jacobian
 
 # No number that a user would seed with: the cotangent must not be the input itself.

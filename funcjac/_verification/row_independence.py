@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from funcjac._engines.run import Run
+from funcjac._engines.run_func import Run
 from funcjac._verification.reference_vjp import RNG_SEED, output_sizes, random_like, vjp
 from funcjac._verification.tolerance import magnitude, tolerance
 from funcjac.errors import BatchMixingError

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._engines.run import Run, graph_nodes
+from funcjac._engines.run_func import Run, graph_nodes
 
 _ROUNDINGS = 64  # that add up on the way to a derivative
 

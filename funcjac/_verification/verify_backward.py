@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funcjac._engines.run import Derivatives, Run, graph_leaves, graph_nodes
+from funcjac._engines.run_func import Derivatives, Run, graph_leaves, graph_nodes
 from funcjac._verification.reference_vjp import (
     RNG_SEED,
     Entry,

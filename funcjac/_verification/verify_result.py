@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from funcjac._arguments import pytree
-from funcjac._engines.run import Derivatives, Run
+from funcjac._engines.run_func import Derivatives, Run
 from funcjac._verification.reference_vjp import Entry, Probe, make_reference, vjp
 from funcjac._verification.tolerance import (
     bound,

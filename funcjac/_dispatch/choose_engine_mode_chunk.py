@@ -1,4 +1,4 @@
-"""The rule: from sizes and counted facts to a mode and a number of passes. No clock.
+"""The rule: from the call to an engine, from sizes to a mode and a chunk. No clock.
 
 | line | justified by `benchmarks/rule.py` (torch 2.13, one CPU thread, float32) |
 | --- | --- |
@@ -12,7 +12,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from funcjac._engines.run import Route
+from funcjac._arguments.call import ENGINES, Call
+from funcjac._dispatch.messages import failure
+from funcjac._engines.run_func import Route
+from funcjac.errors import RefusedError
 
 # Forward where outputs are more than so many times the inputs: of small calls, of others.
 _FORWARD, _SMALL = (4, 2), 2**15
@@ -39,6 +42,29 @@ class Sizes(NamedTuple):
     widest: int
     create_graph: bool
     on_cpu: bool
+
+
+def engines_of(call: Call) -> tuple[tuple[str, ...], str]:
+    """The engines that a call may take, in order, and why the sum trick is not among them.
+
+    Raises:
+        ValueError: the one that was asked for cannot do what was asked.
+    """
+    options = call.options
+    if call.batch == 0:  # nothing keeps no rows apart
+        return ("sum",), ""
+    reason = ""
+    if None in call.layout.diff_dims:
+        reason = "the sum trick has no per-sample derivative of an argument that rows share"
+    elif options.randomness == "same":
+        reason = "the sum trick cannot give all rows the same draw"
+    if reason and (options.engine == "sum" or options.mode == "taylor"):
+        raise failure(options, [("sum", RefusedError(reason))], None)
+    if options.engine != "auto":
+        return (options.engine,), ""
+    if options.mode == "taylor":
+        return ("sum",), ""
+    return (("vmap", "loop") if reason else ENGINES), reason
 
 
 def first_order_route(mode: str, chunk_size: int | None, sizes: Sizes) -> Route:
