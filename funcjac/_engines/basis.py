@@ -26,7 +26,10 @@ def row_sizes(inputs: Sequence[Tensor], dims: Sequence[int | None]) -> list[int]
 
 def elements_of_rows(outs: Sequence[Tensor]) -> int:
     """Elements of one row of all outputs together."""
-    return sum([out.shape[1:].numel() for out in outs])
+    total = 0
+    for out in outs:
+        total += out.shape[1:].numel()
+    return total
 
 
 def identity(count: int, like: Tensor) -> Tensor:
