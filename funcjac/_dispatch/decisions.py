@@ -40,6 +40,7 @@ class Decision:
         signatures: of graphs that were verified.
         rows: whether a batch of two rows or more was verified.
         failed: whether the last verification failed: the next call is verified again.
+        widths: of the last batch size, the widest tensors of graphs by signature.
     """
 
     calls: int = 0
@@ -55,6 +56,13 @@ class Decision:
     signatures: set[int] = field(default_factory=set)
     rows: bool = False
     failed: bool = False
+    widths: tuple[int, dict[int, int]] = field(default_factory=lambda: (-1, {}))
+
+    def widths_of(self, batch: int) -> dict[int, int]:
+        """The widest tensors of graphs by signature, of one batch size."""
+        if self.widths[0] != batch:
+            self.widths = (batch, {})
+        return self.widths[1]
 
     def is_due(self, check: bool | str, batch: int) -> bool:
         """Whether this call is verified: calls 1, 2, 4, 8, …, and the first with two rows."""

@@ -53,7 +53,7 @@ def _settled(call: Call, decision: Decision) -> tuple[Run | None, Derivatives | 
         decision.clone = True
         return None, None
     call.options.operator.check_output(call, run.output.leaves)
-    facts = read_graph(attached(run.output), run.inputs)
+    facts = read_graph(attached(run.output), run.inputs, decision.widths_of(call.batch))
     if keeps_graph(facts, call):
         run = run._replace(create_graph=True)
     if call.options.check is False:

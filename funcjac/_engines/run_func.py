@@ -142,10 +142,16 @@ def plain_values(call: Call) -> list[Tensor]:
     return [out.detach() for out in outs]
 
 
-def read_graph(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Facts:
-    """Walk the graph from ``outputs`` back to ``inputs``, once, in the order of graph_nodes."""
+def read_graph(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], widths: dict[int, int] | None = None
+) -> Facts:
+    """Walk the graph from ``outputs`` back to ``inputs``, once, in the order of graph_nodes.
+
+    ``widths`` remembers the widest tensor by signature, for calls of the same sizes.
+    """
     names: list[str] = []
-    widest, has_leaves = 1, False
+    nodes: list[Any] = []
+    has_leaves = False
     seen: set[Any] = {None, *map(_grad_fn, inputs)}
     stack: list[Any] = list(map(_grad_fn, outputs))
     while stack:  # of every call: a generator would take twice as long
@@ -160,13 +166,17 @@ def read_graph(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Facts:
             if not has_leaves and _DONE not in variable.__dict__:
                 has_leaves = id(variable) not in map(id, inputs)
             continue
-        for metadata in node._input_metadata:
-            size = math.prod(metadata.shape)
-            if size > widest:
-                widest = size
+        nodes.append(node)
         for parent, _ in node.next_functions:
             stack.append(parent)
-    return Facts(hash(tuple(names)), len(names), widest, has_leaves)
+    signature = hash(tuple(names))
+    widest = None if widths is None else widths.get(signature)
+    if widest is None:
+        shapes = [metadata.shape for node in nodes for metadata in node._input_metadata]
+        widest = max(map(math.prod, shapes), default=1)
+        if widths is not None:
+            widths[signature] = widest
+    return Facts(signature, len(names), widest, has_leaves)
 
 
 _grad_fn = operator.attrgetter("grad_fn")

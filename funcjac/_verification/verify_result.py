@@ -32,7 +32,7 @@ from funcjac._verification.tolerance import (
     wide,
 )
 
-_MOST_PRODUCTS = 2**16  # held at once, of a cotangent and a block
+_MOST_PRODUCTS = 2**14  # held at once, of a cotangent and a block
 _MOST_UNIT_COTANGENTS = 32
 
 
@@ -74,9 +74,7 @@ def _compare(result: Derivatives, e: int, entry: Entry) -> tuple[Tensor, Tensor,
     computed, scale = torch.zeros_like(reference), magnitude(reference)
     for seed, blocks in zip(entry.seeds, result.blocks):
         if seed.numel() and reference.numel():
-            product, norm = _contract(seed, blocks[e])
-            if entry.dim is None:
-                product, norm = product.sum(0), norm.sum(0)
+            product, norm = _contract(seed, blocks[e], summed=entry.dim is None)
             computed = computed + product.reshape(reference.shape)
             scale = scale + magnitude(norm).reshape(reference.shape)
     if entry.size is not None:
@@ -91,16 +89,23 @@ def _rows(grad: Tensor | None, like: Tensor, dim: int | None) -> Tensor:
     return wide(grad).reshape(len(grad), -1)
 
 
-def _contract(seed: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-    """``sum_m seed[b, m] J[b, m, n]``, and the norm of what is summed, each ``(B, N)``."""
+def _contract(seed: Tensor, block: Tensor, *, summed: bool) -> tuple[Tensor, Tensor]:
+    """``sum_m seed[b, m] J[b, m, n]``, and the norm of what is summed, each ``(B, N)``.
+
+    Where rows are ``summed`` over, ``(1, N)``.
+    """
     right = wide(block.detach()).reshape(len(seed), seed[0].numel(), -1)
     left = wide(seed).to(right.dtype).reshape(len(seed), -1, 1)
     step = max(_MOST_PRODUCTS // max(right[0].numel(), 1), 1)
     sums, norms = [], []
     for cotangents, rows in zip(left.split(step), right.split(step)):
         terms = cotangents * rows
-        sums.append(terms.sum(1))
-        norms.append(terms.square_().sum(1).sqrt_())  # ten times as fast as terms.norm(dim=1)
+        products = terms.sum(1)
+        sizes = terms.square_().sum(1).sqrt_()  # ten times as fast as terms.norm(dim=1)
+        sums.append(products.sum(0, keepdim=True) if summed else products)
+        norms.append(sizes.sum(0, keepdim=True) if summed else sizes)
+    if summed:
+        return sum(sums[1:], sums[0]), sum(norms[1:], norms[0])
     return torch.cat(sums), torch.cat(norms)
 
 
