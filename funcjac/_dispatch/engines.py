@@ -21,6 +21,7 @@ from funcjac._engines.run_func import (
     Run,
     attached,
     detached,
+    grad_mode,
     read_graph,
     retire,
     run_once,
@@ -117,7 +118,7 @@ def _routes(attempt: Attempt, run: Run, sizes: Sizes) -> Iterator[Route]:
 def computed(run: Run, route: Route, sizes: Sizes) -> Derivatives:
     """The derivatives by one route, with a graph where one is kept."""
     operator = run.call.options.operator
-    with torch.set_grad_enabled(run.create_graph or operator.is_second_order):
+    with grad_mode(run.create_graph or operator.is_second_order):
         result = operator.compute(run, route)
         if route.mode == "taylor" and not _is_finite(result):
             # One infinite factor makes all directions NaN: others may be finite.

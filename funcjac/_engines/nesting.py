@@ -8,6 +8,7 @@ a graph, through which each further pass would pull all of them.
 from __future__ import annotations
 
 import functools
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -198,7 +199,8 @@ def nested_partials(
         count = out.shape[1:].numel()
         partials = [_partials_of_one(run, out, m, steps, place) for m in range(count)]
         for blocks, index in zip(result, indices):
-            blocks.append(_joined([p[index] for p in partials], out) if index else out)
+            columns = map(operator.itemgetter(index), partials) if index else ()
+            blocks.append(_joined(list(columns), out) if index else out)
     return result
 
 
@@ -220,6 +222,7 @@ def _partials_of_one(
 ) -> dict[Index, Maybe]:
     """Partial derivatives of output ``m`` of each row, by their indices."""
     partials: dict[Index, Maybe] = {}
+    dims, batch = run.dims, run.call.batch
     for order, step in enumerate(steps):
         graph = run.create_graph or order + 1 < len(steps)
         for index, entries in step.items():
@@ -235,7 +238,7 @@ def _partials_of_one(
                 j, n = place(entry)
                 grad, name = grads[j], tuple(sorted((*index, entry)))
                 if grad is not None:
-                    grad = _column(grad, run.dims[j], n, run.call.batch)
+                    grad = _column(grad, dims[j], n, batch)
                 partials[name] = grad
     return partials
 

@@ -120,7 +120,7 @@ def run_once(call: Call, recorder_of: Any = None, *, copy: bool = False) -> Run:
         recorder = recorder_of(inputs)
     versions = list(map(_version, inputs))
     try:
-        with torch.enable_grad(), _NOTHING if recorder is None else recorder:
+        with grad_mode(True), _NOTHING if recorder is None else recorder:
             output = call(inputs)
     except RuntimeError as error:
         if call.clone or "leaf Variable" not in str(error):
@@ -129,6 +129,11 @@ def run_once(call: Call, recorder_of: Any = None, *, copy: bool = False) -> Run:
     if not call.clone and list(map(_version, inputs)) != versions:
         raise ChangedInputError
     return Run(call, inputs, output, recorder=recorder)
+
+
+def grad_mode(enabled: bool) -> Any:
+    """``torch.set_grad_enabled``, where it is not so already."""
+    return _NOTHING if torch.is_grad_enabled() == enabled else torch.set_grad_enabled(enabled)
 
 
 _NOTHING = contextlib.nullcontext()

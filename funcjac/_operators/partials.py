@@ -41,7 +41,9 @@ class Partials(SecondOrder):
 
     def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
         """Refuse inputs whose rows are no vectors or numbers, or too short for the indices."""
-        rows = [row_shape(x, dim) for x, dim in zip(call.inputs, call.layout.diff_dims)]
+        rows = []
+        for i, dim in zip(call.layout.diff, call.layout.diff_dims):
+            rows.append(row_shape(call.leaves[i], dim))
         check = _check_rows if is_traced() else _check_rows_once
         check(call.options.name, self.indices, tuple(rows))
         return call
@@ -123,6 +125,8 @@ class Partials(SecondOrder):
             yield expected, [blocks[e] for blocks in result.blocks]
 
     def tree(self, call: Call, result: Derivatives) -> Any:
+        if result.output.spec is None:
+            return tuple(result.blocks[0])
         count = len(self.indices)
         return tuple([by_output(result, lambda blocks, e=e: blocks[e]) for e in range(count)])
 
