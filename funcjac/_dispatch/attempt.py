@@ -32,7 +32,7 @@ from funcjac._environment.state import (
     rng_state,
     set_rng_state,
 )
-from funcjac._environment.torch_private import CONTROL_FLOW
+from funcjac._environment.torch_private import CONTROL_FLOW, saves_by_hooks
 from funcjac._taylor import Recorder
 from funcjac._torch_faults import graph_names, needs_replacement
 from funcjac._verification.detached_outputs import check_attached
@@ -239,7 +239,9 @@ def verify(attempt: Attempt, run: Run, result: Derivatives, engine: str) -> None
         return
     failed, decision.failed = decision.failed, True
     unseen = outcome.meter.paused() if outcome.meter else nullcontext()
-    with unseen, saved_tensors_hooks(_as_it_is, _as_it_is):  # checkpoints count what is saved
+    # Checkpoints count what is saved. Without need hooks would keep what they hand on alive.
+    hidden = saved_tensors_hooks(_as_it_is, _as_it_is) if saves_by_hooks() else nullcontext()
+    with unseen, hidden:
         problem, compared = _problem(attempt, run, result, engine)
     if problem is not None:
         text = f"{attempt.options.name}: {engine} was verified and refused: {problem}."

@@ -136,6 +136,7 @@ class FunctionKey:
             self._describe(item.__self__, depth + 1)
         elif kind is functools.partial:
             self._describe(item.func, depth)
+            self.parts.append(tuple(item.keywords))
             for value in (*item.args, *item.keywords.values()):
                 self._describe(value, depth + 1)
         elif isinstance(item, enum.Enum):
@@ -143,6 +144,8 @@ class FunctionKey:
         elif kind in (list, tuple, dict):
             values = item.values() if kind is dict else item
             if depth < _DEPTH and len(values) <= _LONGEST:
+                if kind is dict:
+                    self.parts.append(tuple([key for key in item if type(key) in _SWITCHES]))
                 for value in values:
                     self._describe(value, depth + 1)
         elif isinstance(item, Tensor):

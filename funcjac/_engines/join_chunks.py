@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from funcjac._environment.torch_private import is_functional
+
 
 class Chunks:
     """Tensors joined along ``axis`` to ``count`` entries; ``None`` stands for zeros.
@@ -54,6 +56,14 @@ def _resized(like: Tensor, axis: int, size: int) -> list[int]:
     shape = list(like.shape)
     shape[axis] = size
     return shape
+
+
+def apart_from(vectors: Tensor, tensor: Tensor) -> Tensor:
+    """A copy, if a tensor lies in the memory of basis vectors, which are kept for other calls."""
+    if is_functional() or type(tensor) is not Tensor or type(vectors) is not Tensor:
+        return tensor
+    shared = tensor.untyped_storage().data_ptr() == vectors.untyped_storage().data_ptr()
+    return tensor.clone() if shared else tensor
 
 
 def added(total: Tensor | None, piece: Tensor | None) -> Tensor | None:

@@ -21,7 +21,7 @@ from funcjac._engines.basis import (
     row_shape,
     spread,
 )
-from funcjac._engines.join_chunks import Chunks, as_block
+from funcjac._engines.join_chunks import Chunks, apart_from, as_block
 from funcjac._engines.products import Product, of_each, pull, pushforwards
 from funcjac._engines.run_func import Derivatives, Route, Run
 
@@ -52,6 +52,8 @@ def _rows(run: Run, out: Tensor, chunk: int | None) -> list[Tensor]:
     for vectors in cotangents:
         grads = pull(root, run.inputs, vectors, create_graph=graph)
         for chunks, grad, dim in zip(joined, grads, dims):
+            if batch == 1 and grad is not None:  # a cotangent may come out as it went in
+                grad = apart_from(vectors, grad)
             if grad is not None:  # (k, ..., B, ...) -> (B, k, *in)
                 grad = grad.unsqueeze(0)[:batch] if dim is None else grad.movedim(dim + 1, 0)
             chunks.add(grad, vectors.shape[0])

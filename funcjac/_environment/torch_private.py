@@ -107,6 +107,16 @@ def bypassing_wrapper() -> Any:
     return getattr(wraps, "dynamo_bypassing_wrapper", None)
 
 
+def saves_by_hooks() -> bool:
+    """Whether hooks (of a checkpoint) are at work on what autograd saves; without this, yes."""
+    return _top_hooks(False) is not None
+
+
+_top_hooks: Any = getattr(
+    getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", lambda _: ()
+)
+
+
 def is_wrapped(value: object) -> bool:
     """Whether a tensor belongs to a torch.func transform.
 

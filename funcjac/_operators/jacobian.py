@@ -148,7 +148,8 @@ def batch_jacobian_of(
         create_graph: whether the result can be differentiated; ``None`` follows grad mode.
         retain_graph: ``False`` frees the graph afterwards, by one more backward pass.
         check: ``"auto"`` verifies calls 1, 2, 4, 8, … of each graph (by the names of its nodes),
-            ``True`` every call, ``False`` none.
+            ``True`` every call, ``False`` none. With a hook on an input, or a retained
+            gradient, nothing is verified: it would see random numbers.
 
     Returns:
         The Jacobian, in the structure of ``outputs`` outside and that of ``inputs`` inside; zero
@@ -206,13 +207,15 @@ def _in_traced_code(run: Run) -> Derivatives:
 
 def _in_plain_code(run: Run, retain_graph: bool) -> Derivatives:
     retained = [(x, x.grad) for x in run.inputs if x.retains_grad and not x.is_leaf]
-    result = _solved(run)
-    if not retain_graph:
-        live = [out for out in run.output.leaves if out.requires_grad]
-        zeros = [torch.zeros_like(out) for out in live]
-        torch.autograd.grad(live, run.inputs, zeros, allow_unused=True)
-    for x, grad in retained:  # a retained gradient is that of backward(), not of these passes
-        x.grad = grad
+    try:
+        result = _solved(run)
+        if not retain_graph:
+            live = [out for out in run.output.leaves if out.requires_grad]
+            zeros = [torch.zeros_like(out) for out in live]
+            torch.autograd.grad(live, run.inputs, zeros, allow_unused=True)
+    finally:
+        for x, grad in retained:  # a retained gradient is that of backward(), not of these passes
+            x.grad = grad
     return result if run.create_graph else detached(result)
 
 

@@ -11,6 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
 
+def prelu(x: Tensor, weight: Tensor) -> Tensor:
+    """Torch's batching rule of the backward mixes up dimensions."""
+    if weight.numel() == 1 or x.ndim < 2 or weight.ndim != 1 or len(weight) != x.shape[1]:
+        torch.prelu(x.detach(), weight.detach())  # refuses what it cannot take
+        return torch.where(x > 0, x, weight.reshape(()) * x if weight.numel() == 1 else weight * x)
+    return torch.where(x > 0, x, weight.view(1, -1, *[1] * (x.ndim - 2)) * x)
+
+
 def select_scatter(x: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     """Torch counts the gradient by ``src`` once for each of its entries, under vmap."""
     size = x.shape[dim]

@@ -201,6 +201,9 @@ _OTHERS = (
           note="NaN where the arguments are far apart"),
     Fault("hardsigmoid", "reverse_2", "HardsigmoidBackward0", {F.hardsigmoid: others.hardsigmoid},
           note="there is none"),
+    Fault("_prelu_kernel", "vmap",
+          in_transforms=_calls(others.prelu, torch.prelu, F.prelu, Tensor.prelu),
+          note="where cotangents are batched once more: rows of one length give wrong slopes"),
     Fault("cumprod", "forward_again", note="where a factor is zero", issue=196701),
 )
 # Nothing is intercepted: argnums are made non-negative before torch.func sees them.

@@ -143,10 +143,12 @@ def _unit_rows(run: Run, result: Derivatives) -> Iterator[tuple[Tensor, Tensor]]
 def is_lost_in_run(run: Run, result: Derivatives, number: int) -> bool:
     """Whether a difference is what rounding the numbers inside of ``func`` comes to.
 
-    What cancels leaves nothing else behind; see ``test_constants_by_cancellation``.
+    What cancels leaves nothing else behind; see ``test_constants_by_cancellation``. In a saturated
+    row little is left of derivatives that are large in others.
     """
-    _, entries = make_reference(run, number)
-    floor = max(1.0, largest(saved_tensors(run.output.leaves, run.inputs)))
+    probe, entries = make_reference(run, number)
+    grads = [grad for grad in (*probe.grads, *[e.grad for e in entries]) if grad is not None]
+    floor = max(1.0, largest(saved_tensors(run.output.leaves, run.inputs)), largest(grads))
     limit = tolerance_of(run)
     for e, entry in enumerate(entries):
         error = _compare(result, e, entry)[1]
