@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from funcjac import batch_jacobian
 from funcjac._torch_faults import (
     FAULTS,
     UseReplacements,
@@ -489,7 +488,7 @@ ELSEWHERE = {
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
 }
-# Wrong where there are as many rows as numbers in one: see test_prelu_of_as_many_rows_as_numbers.
+# Wrong where there are as many rows as numbers in one: see test_prelu.py.
 BY_ITSELF = {"_prelu_kernel"}
 OPS = [row for row in FAULTS if row.wrong != {"argnums"} and row.op not in ELSEWHERE | BY_ITSELF]
 OPS = [row for row in OPS if row.since <= "2.11" or SINCE_2_13]
@@ -687,16 +686,3 @@ def test_transforms_of_torch_are_wrong_for_negative_argnums(transform):
     assert not torch.equal(transform(func, -1)(*args), wanted)
     names = {row.op for row in FAULTS if row.wrong == {"argnums"}}
     assert f"torch.func.{transform.__name__}" in names
-
-
-def test_prelu_of_as_many_rows_as_numbers():
-    x, slope = randn(3, 3), torch.full((1,), 0.3, dtype=f64)
-    prelu = lambda row: F.prelu(row.unsqueeze(0), slope).squeeze(0)
-    right = torch.diag_embed(torch.where(x > 0, 1.0, 0.3).to(f64))
-    wrong = torch.vmap(torch.func.jacrev(prelu))(x)
-    assert not torch.allclose(wrong, right), f"torch {torch.__version__}: prelu is right by now"
-    for mode in ("rev", "fwd"):
-        jacobian = batch_jacobian(
-            lambda x: F.prelu(x, slope), engine="vmap", mode=mode, check=False
-        )
-        torch.testing.assert_close(jacobian(x), right)
