@@ -21,18 +21,23 @@ _MOST_LAYOUTS = 1024
 
 
 def bind(
-    func: Callable[..., Any], options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]
+    func: Callable[..., Any],
+    options: Options,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    differentiate: bool = True,
 ) -> Call:
-    """Take the arguments apart.
+    """Take the arguments apart; refuse inputs that cannot be differentiated, if they will be.
 
     Raises:
         TypeError, ValueError: the arguments are not those of a batched function.
     """
-    leaves = list(args)
+    leaves, plain = list(args), False
     if torch.compiler.is_compiling():  # the compiler remembers by itself, and cannot hash a spec
         leaves, spec = pytree.flatten_args(args)
         layout = make_layout(options, args, leaves, spec)
-    elif all(map(is_plain, args)):
+    elif plain := all(map(is_plain, args)):
         layout = _remembered(options, tuple(map(_ndim, args)), args, leaves, None)
     else:
         leaves, spec = pytree.flatten_args(args)
@@ -40,7 +45,11 @@ def bind(
         layout = _remembered(options, (spec, *map(_kind, leaves)), args, leaves, spec)
     if kwargs and not torch.compiler.is_compiling():
         check_arguments(options.name, pytree.tensors(kwargs))
-    return Call(func, options, layout, leaves, kwargs, batch_size(options.name, layout, leaves))
+    batch = batch_size(options.name, layout, leaves)
+    call = Call(func, options, layout, leaves, kwargs, batch)
+    if differentiate and not plain:
+        check_inputs(call)
+    return call
 
 
 _ndim = operator.attrgetter("ndim")
@@ -82,8 +91,7 @@ def with_extras(call: Call, extras: list[Any], dims: tuple[int | None, ...]) -> 
 def check_inputs(call: Call) -> None:
     """Refuse arguments that cannot be differentiated."""
     for i in call.layout.diff:
-        if not is_plain(call.leaves[i]):
-            check_input(call.options.name, call.leaves[i])
+        check_input(call.options.name, call.leaves[i])
 
 
 def make_layout(

@@ -63,7 +63,7 @@ def check_batched(
         raise refuse(name, ValueError, "a batched argument", "0 arguments", remedy)
     with torch.inference_mode(False), torch.no_grad():
         args, kwargs = usable((args, kwargs))
-        call = _by_batched_floats(bind(func, options, args, kwargs))
+        call = _by_batched_floats(bind(func, options, args, kwargs, differentiate=False))
         modules, rng = FunctionKey(func).modules, rng_state()
         try:
             before = [out.clone() for out in plain_values(call)]

@@ -10,11 +10,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from funcjac._arguments.call import ENGINES, Call
 from funcjac._dispatch.messages import failure
-from funcjac._engines.run_func import Route
+from funcjac._engines.run_func import Route, Run
 from funcjac.errors import RefusedError
 
 # Forward where outputs are more than so many times the inputs: of small calls, of others.
@@ -65,6 +66,24 @@ def engines_of(call: Call) -> tuple[tuple[str, ...], str]:
     if options.mode == "taylor":
         return ("sum",), ""
     return (("vmap", "loop") if reason else ENGINES), reason
+
+
+def routes_of(run: Run, sizes: Sizes, taylor_chunk: int | None) -> Iterator[Route]:
+    """What the rule gives for one run, and what remains on its graph if that fails."""
+    options, operator = run.call.options, run.call.options.operator
+    if run.recorder is not None and operator.uses_taylor(run.call, sizes.outputs, sizes.inputs):
+        yield Route("taylor", taylor_chunk)
+        if options.mode == "taylor":
+            return
+    first = operator.route(run.call, sizes)
+    yield first
+    if first.chunk != 1:
+        yield first._replace(chunk=1)
+    if options.mode == "auto":
+        plainest = "rev_over_rev" if "_over_" in first.mode else "rev"
+        if first.mode != plainest:
+            yield first._replace(mode=plainest)
+            yield Route(plainest, 1)
 
 
 def first_order_route(mode: str, chunk_size: int | None, sizes: Sizes) -> Route:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from funcjac._arguments.call import Call, Layout, Options, Output
 from funcjac._dispatch.attempt import lean
-from funcjac._dispatch.choose_engine_mode_chunk import Sizes, chunk
+from funcjac._dispatch.choose_engine_mode_chunk import Sizes, chunk, routes_of
 from funcjac._engines.basis import elements_of_rows, row_sizes
 from funcjac._engines.run_func import (
     Derivatives,
@@ -260,7 +260,9 @@ def _hint(size: Any) -> int:
 
 def _first_that_works(run: Run, sizes: Sizes) -> Derivatives | Exception:
     error: Exception | None = None
-    for route in _routes(run, sizes):
+    options, operator = run.call.options, run.call.options.operator
+    firsts = operator.count(run.call, sizes.outputs, sizes.inputs)[0]
+    for route in routes_of(run, sizes, options.chunk_size or chunk(firsts, sizes) or _ALL):
         result = _tried(run, route)
         if isinstance(result, Derivatives):
             return result
@@ -276,21 +278,3 @@ def _tried(run: Run, route: Route) -> Derivatives | Exception:
             return operator.compute(run, route)
     except Exception as error:
         return lean(error)
-
-
-def _routes(run: Run, sizes: Sizes) -> Iterator[Route]:
-    """What the rule gives, and what remains if that fails."""
-    options, operator = run.call.options, run.call.options.operator
-    taylor = operator.uses_taylor(run.call, sizes.outputs, sizes.inputs)
-    if taylor and run.recorder is not None:
-        firsts = operator.count(run.call, sizes.outputs, sizes.inputs)[0]
-        yield Route("taylor", options.chunk_size or chunk(firsts, sizes) or _ALL)
-        if options.mode == "taylor":
-            return
-    first = operator.route(run.call, sizes)
-    yield first
-    if first.chunk != 1:
-        yield first._replace(chunk=1)
-    if options.mode == "auto":
-        plainest = "rev_over_rev" if "_over_" in first.mode else "rev"
-        yield Route(plainest, 1)

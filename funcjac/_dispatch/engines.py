@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from funcjac._arguments.call import Call
 from funcjac._dispatch.attempt import NOT_CAUGHT, Attempt, keeps_graph, lean, verify
-from funcjac._dispatch.choose_engine_mode_chunk import Sizes
+from funcjac._dispatch.choose_engine_mode_chunk import Sizes, routes_of
 from funcjac._dispatch.messages import drew, is_out_of_memory
 from funcjac._engines import loop, vmap
 from funcjac._engines.basis import elements_of_rows, row_sizes
@@ -72,7 +71,7 @@ def _may_record(attempt: Attempt) -> bool:
 
 def _first_that_works(attempt: Attempt, run: Run, sizes: Sizes, check: bool) -> Derivatives:
     decision, error = attempt.decision, None
-    for route in _routes(attempt, run, sizes):
+    for route in routes_of(run, sizes, attempt.options.chunk_size):
         if route in decision.left:
             continue
         try:
@@ -94,25 +93,6 @@ def _first_that_works(attempt: Attempt, run: Run, sizes: Sizes, check: bool) -> 
         attempt.outcome.route, attempt.outcome.verified = route, check
         return result if run.create_graph else detached(result)
     raise error or RefusedError("; ".join(decision.left.values()))
-
-
-def _routes(attempt: Attempt, run: Run, sizes: Sizes) -> Iterator[Route]:
-    """What the rule gives, and what remains on the same graph if that fails."""
-    options, operator = attempt.options, attempt.operator
-    mode = options.mode
-    if run.recorder is not None and operator.uses_taylor(run.call, sizes.outputs, sizes.inputs):
-        yield Route("taylor", options.chunk_size)
-        if mode == "taylor":
-            return
-    first = operator.route(run.call, sizes)
-    yield first
-    if first.chunk != 1:
-        yield first._replace(chunk=1)
-    if mode == "auto":
-        plainest = "rev_over_rev" if "_over_" in first.mode else "rev"
-        if first.mode != plainest:
-            yield first._replace(mode=plainest)
-            yield Route(plainest, 1)
 
 
 def computed(run: Run, route: Route, sizes: Sizes) -> Derivatives:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._arguments.call import Call, Output
+from funcjac._arguments.call import Call
 from funcjac._dispatch.choose_engine_mode_chunk import Sizes, engines_of
 from funcjac._dispatch.decisions import FunctionKey, decision_of, make_key
 from funcjac._engines.basis import elements_of_rows, row_sizes
@@ -22,8 +22,8 @@ from funcjac._engines.run_func import (
     ChangedInputError,
     Derivatives,
     Run,
-    join_tensors,
-    split_tensors,
+    join_derivatives,
+    split_derivatives,
 )
 from funcjac._engines.vmap import by_vmap, in_result_type
 from funcjac._environment.state import WrappedAttributes
@@ -132,20 +132,13 @@ def _at_a_level(call: Call, verify: FunctionKey | None) -> tuple[Derivatives, st
             raise ChangedInputError from error
         run = Run(call, list(inputs), output, create_graph=True)
         result, problem = _computed(run, verify)
-        aux, kept = split_tensors(output.aux)
-        sizes = [len(row) for row in result.blocks]
-        rest[:] = [sizes, output.spec, len(output.leaves), kept, problem]
-        flat = [block for row in result.blocks for block in row]
-        value = sum([x.sum() for x in inputs])
-        return value, (*flat, *output.leaves, *aux)
+        tensors, others = split_derivatives(result)
+        rest[:] = [others, problem]
+        return sum([x.sum() for x in inputs]), tuple(tensors)
 
     _, _, tensors = torch.func.vjp(primal, *call.inputs, has_aux=True)  # type: ignore[misc]
-    sizes, spec, outputs, kept, problem = rest
-    remaining = iter(tensors)
-    blocks = [[next(remaining) for _ in range(size)] for size in sizes]
-    leaves = [next(remaining) for _ in range(outputs)]
-    output = Output(leaves, spec, join_tensors(kept, remaining))
-    return Derivatives(blocks, output), problem
+    others, problem = rest
+    return join_derivatives(others, tensors), problem
 
 
 def _computed(run: Run, verify: FunctionKey | None) -> tuple[Derivatives, str | None]:

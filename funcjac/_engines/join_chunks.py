@@ -69,15 +69,26 @@ def apart_from(vectors: Tensor, tensor: Tensor) -> Tensor:
 def added(total: Tensor | None, piece: Tensor | None) -> Tensor | None:
     """The sum of pieces so far; ``None`` for zero."""
     if total is None or piece is None:
-        return total if piece is None else piece
+        return piece if total is None else total
     return total + piece
 
 
-def as_block(value: Tensor | None, shape: Sequence[int], out: Tensor, x: Tensor) -> Tensor:
-    """A contiguous block of the result type of ``out`` and ``x``; zeros for ``None``."""
-    dtype = out.dtype if out.dtype == x.dtype else torch.result_type(out, x)
+def block_dtype(out: Tensor, inputs: Sequence[Tensor]) -> torch.dtype:
+    """The type that an output and inputs promote to."""
+    dtype = out.dtype
+    for x in inputs:
+        if x.dtype != dtype and x.ndim:  # a number does not widen a tensor
+            dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+def as_block(
+    value: Tensor | None, shape: Sequence[int], out: Tensor, inputs: Sequence[Tensor]
+) -> Tensor:
+    """A contiguous block of the type that ``out`` and ``inputs`` promote to; ``None`` for zeros."""
+    dtype = block_dtype(out, inputs)
     if value is None:
-        return out.new_zeros(tuple(shape), dtype=dtype)
+        return out.new_zeros(shape, dtype=dtype)
     value = value if value.dtype == dtype else value.to(dtype)
-    value = value if value.shape == shape else value.reshape(tuple(shape))
-    return value if value.is_contiguous() else value.contiguous()
+    value = value if value.shape == shape else value.reshape(shape)  # no node of its own
+    return value.contiguous()

@@ -58,7 +58,7 @@ def _rows(run: Run, out: Tensor, chunk: int | None) -> list[Tensor]:
                 grad = grad.unsqueeze(0)[:batch] if dim is None else grad.movedim(dim + 1, 0)
             chunks.add(grad, vectors.shape[0])
     return [
-        as_block(chunks.result(), (*out.shape, *row_shape(x, dim)), out, x)
+        as_block(chunks.result(), (*out.shape, *row_shape(x, dim)), out, (x,))
         for chunks, x, dim in zip(joined, run.inputs, dims)
     ]
 
@@ -74,7 +74,8 @@ def _columns(
         for chunks, tangent in zip(joined, of_each(push, vectors)):  # (k, B, *out) -> (B, *out, k)
             chunks.add(None if tangent is None else tangent.movedim(0, -1), vectors.shape[0])
     return [
-        as_block(chunks.result(), (*out.shape, *row), out, x) for chunks, out in zip(joined, outs)
+        as_block(chunks.result(), (*out.shape, *row), out, (x,))
+        for chunks, out in zip(joined, outs)
     ]
 
 

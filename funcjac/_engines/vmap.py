@@ -7,7 +7,6 @@ Rows are apart by construction. ``mode="rev"`` is ``torch.func.jacrev`` and ``mo
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from funcjac._arguments.call import Call, Output
+from funcjac._engines.join_chunks import block_dtype
 from funcjac._engines.run_func import (
     Derivatives,
     check_aux,
@@ -87,9 +87,7 @@ def in_result_type(call: Call, result: Derivatives) -> Derivatives:
     inputs, names = call.inputs, call.options.operator.by_inputs(call)
 
     def typed(out: Tensor, block: Tensor, name: tuple[int, ...]) -> Tensor:
-        # A number does not widen a tensor.
-        dtypes = [inputs[j].dtype for j in name or (0,) if inputs[j].ndim]
-        dtype = functools.reduce(torch.promote_types, dtypes, out.dtype)
+        dtype = block_dtype(out, [inputs[j] for j in name or (0,)])
         return block.to(dtype).contiguous()  # what is the same in all rows came out expanded
 
     rows = zip(result.output.leaves, result.blocks)

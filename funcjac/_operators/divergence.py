@@ -139,7 +139,7 @@ class Divergence(Hutchinson, Operator):
         """One plain backward for each coordinate or sample, other rows by another factor."""
         batch, outs = run.call.batch, run.output.leaves
         factors, _ = row_factors(run, probe)
-        factors = probe.scale * factors.to(outs[0].dtype)  # they are its seeds
+        factors = factors.to(outs[0].dtype)  # they are its seeds
         shared = None in run.dims  # then only the sum over rows is known
         total = outs[0].new_zeros(() if shared else batch)
         size = total.detach()

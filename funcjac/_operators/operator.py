@@ -19,6 +19,7 @@ from funcjac._dispatch.choose_engine_mode_chunk import (
     second_order_route,
 )
 from funcjac._engines.basis import row_shape
+from funcjac._engines.join_chunks import as_block
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._verification.central_differences import Pair
 from funcjac._verification.reference_vjp import Entry, Probe
@@ -196,21 +197,6 @@ def _by_input(call: Call, blocks: list[Any], order: int) -> Any:
     size = n ** (order - 1)
     parts = [blocks[j * size : (j + 1) * size] for j in range(n)]
     return pytree.unflatten(call.layout.in_spec, [_by_input(call, p, order - 1) for p in parts])
-
-
-def as_block(
-    value: Tensor | None, shape: Sequence[int], out: Tensor, inputs: Sequence[Tensor]
-) -> Tensor:
-    """A contiguous block of the type that ``out`` and ``inputs`` promote to; ``None`` for zeros."""
-    dtype = out.dtype
-    for x in inputs:
-        if x.dtype != dtype and x.ndim:  # a number does not widen a tensor
-            dtype = torch.promote_types(dtype, x.dtype)
-    if value is None:
-        return out.new_zeros(shape, dtype=dtype)
-    value = value if value.dtype == dtype else value.to(dtype)
-    value = value if value.shape == shape else value.reshape(shape)  # no node of its own
-    return value.contiguous()
 
 
 def changed_keywords(thing: Any, names: Sequence[str]) -> list[str]:

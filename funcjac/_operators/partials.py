@@ -14,11 +14,12 @@ from torch import Tensor
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
 from funcjac._engines.basis import coordinates, row_shape, row_sizes
+from funcjac._engines.join_chunks import as_block
 from funcjac._engines.nesting import Index, by_order, nested_partials
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._environment.torch_private import is_traced
 from funcjac._operators.hessian import recording_of, stacked_coordinates
-from funcjac._operators.operator import SecondOrder, Tensors, as_block, by_output
+from funcjac._operators.operator import SecondOrder, Tensors, by_output
 from funcjac._operators.transform import documented, make_transform
 from funcjac._taylor import mixed_partials
 from funcjac._verification.central_differences import Pair, difference

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from funcjac._arguments import pytree
-from funcjac._arguments.bind_arguments import bind, check_inputs
+from funcjac._arguments.bind_arguments import bind
 from funcjac._arguments.call import Call, Options
 from funcjac._arguments.check_keywords import check_options
 from funcjac._arguments.check_tensors import is_uninitialized
@@ -132,7 +132,6 @@ class Transform:
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         call = bind(self.func, self.options, args, kwargs)
-        check_inputs(call)
         return self.options.operator.prepare(call, args, kwargs)
 
     def __repr__(self) -> str:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from funcjac._engines.join_chunks import added
 from funcjac._taylor.recording import Node, Recording
 
 Jet = tuple["Tensor | None", ...]
@@ -90,7 +91,7 @@ class Scheme:
             for factors, times in products.items():
                 if all(jets[variable][len(part) - 1] is not None for variable, part in factors):
                     stack = self.weighted(product(factors))
-                    result = add(result, stack if times == 1 else times * stack)
+                    result = added(result, stack if times == 1 else times * stack)
             return result
 
         for numbers in sums[0]:
@@ -191,12 +192,6 @@ def on_one_row(function: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
         return function(*stacks)
     result = function(*[stack[:, :1] for stack in stacks])
     return result.expand(-1, stacks[0].shape[1], *result.shape[2:])
-
-
-def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
 
 
 def spread(jet: Jet, shape: Sequence[int]) -> Jet:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcjac._engines.join_chunks import added
 from funcjac._environment.torch_private import over_basis, vector_jacobian
-from funcjac._taylor.jets import Derivative, Site, add
+from funcjac._taylor.jets import Derivative, Site
 from funcjac.errors import UntraceableError
 
 Tensors = Sequence["Tensor | None"]
@@ -43,7 +44,7 @@ def opaque(site: Site) -> Derivative:
             if not site.is_zero(order):
                 stacks = over_basis(pushed, *site.filled(order).values())
             if order == 2 and not (is_linear or site.is_zero(1)):
-                stacks = [add(a, b) for a, b in zip(stacks, _curvature(site, places))]
+                stacks = [added(a, b) for a, b in zip(stacks, _curvature(site, places))]
         by_place = dict(zip(places, stacks))
         return [by_place.get(place) for place in range(len(results))]
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcjac._engines.join_chunks import added
 from funcjac._environment.torch_private import over_basis
 from funcjac._taylor.elementwise import elementwise
-from funcjac._taylor.jets import Derivative, Jet, Site, add, on_one_row, spread
+from funcjac._taylor.jets import Derivative, Jet, Site, on_one_row, spread
 from funcjac._taylor.opaque import opaque
 from funcjac._taylor.operations import (
     AFFINE,
@@ -100,7 +101,7 @@ def _sum(site: Site) -> Derivative:
     def derivative(order: int) -> Sequence[Tensor | None]:
         total: Tensor | None = None
         for (i, _), jet in zip(node.places, jets):
-            total = add(total, _scaled(factors[i], jet[order - 1]))
+            total = added(total, _scaled(factors[i], jet[order - 1]))
         return [total]
 
     return derivative
@@ -128,10 +129,10 @@ def _product(site: Site) -> Derivative:
     def derivative(order: int) -> Sequence[Tensor | None]:
         x, y = a[order - 1], b[order - 1]
         total = None if x is None else multiply(x, None)
-        total = add(total, None if y is None else multiply(None, y))
+        total = added(total, None if y is None else multiply(None, y))
         for _, stack in scheme.higher(order, (a, b), multiply, lambda numbers: numbers != (0, 1)):
-            total = add(total, stack)
-        return [add(_scaled(alpha, total), _scaled(beta, c[order - 1]))]
+            total = added(total, stack)
+        return [added(_scaled(alpha, total), _scaled(beta, c[order - 1]))]
 
     return derivative
 

@@ -40,34 +40,32 @@ class Probe(NamedTuple):
     Attributes:
         seeds: the cotangent, for each output leaf ``(B, *out)``.
         grads: the gradient by each input; ``None`` where nothing depends on it.
-        scale: factor of the cotangent, as in NOTE [Tolerance].
     """
 
     seeds: list[Tensor]
     grads: list[Tensor | None]
     generator: torch.Generator
-    scale: float
 
 
-def make_reference(run: Run, number: int, scale: float = 1.0) -> tuple[Probe, list[Entry]]:
+def make_reference(run: Run, number: int) -> tuple[Probe, list[Entry]]:
     """The probe of a number, and what the blocks of a result must come to."""
     with torch.enable_grad():  # references differentiate what they compute
-        probe = _make_probe(run, number, scale)
+        probe = _make_probe(run, number)
         return probe, run.call.options.operator.entries(run, probe)
 
 
-def _make_probe(run: Run, number: int, scale: float) -> Probe:
+def _make_probe(run: Run, number: int) -> Probe:
     generator = torch.Generator("cpu").manual_seed(RNG_SEED + number)
     outs = run.output.leaves
     create_graph = run.create_graph or run.call.options.operator.is_second_order
-    drawn = [scale * random_like(out, generator) for out in outs]
+    drawn = [random_like(out, generator) for out in outs]
     seeds = [seed / output_sizes(out) for seed, out in zip(drawn, outs)]
     try:
         grads = vjp(outs, run.inputs, seeds, create_graph=create_graph)
     except RuntimeError:  # an operation may refuse a large cotangent
         seeds = drawn
         grads = vjp(outs, run.inputs, seeds, create_graph=create_graph)
-    return Probe(seeds, grads, generator, scale)
+    return Probe(seeds, grads, generator)
 
 
 def vjp(

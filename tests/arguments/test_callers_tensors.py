@@ -5,14 +5,11 @@ import torch
 from torch import nn
 
 from funcjac import (
-    batch_divergence,
-    batch_hessian,
-    batch_hessian_diagonal,
     batch_jacobian,
     batch_laplacian,
-    batch_partials,
 )
 from tests.cases.modules import network
+from tests.cases.transforms import OF_NETWORKS
 from tests.tensors import equal, f64, fixed_randn, randn
 
 B = 4
@@ -40,23 +37,12 @@ def test_a_module_and_a_plain_object_are_treated_alike(plain_object):
     assert func.cache is not None
 
 
-TRANSFORMS = {
-    "jacobian": lambda net: batch_jacobian(net, chunk_size=2),
-    "hessian": batch_hessian,
-    "diagonal": batch_hessian_diagonal,
-    "laplacian": batch_laplacian,
-    "divergence": batch_divergence,
-    "partials": lambda net: batch_partials(net, [(0,), (1, 1)]),
-    "nested": lambda net: batch_jacobian(batch_jacobian(net)),
-}
-
-
 @pytest.mark.quick
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", OF_NETWORKS)
 def test_a_retained_gradient_is_untouched(name):
     x = randn(B, 3).requires_grad_() * 1
     x.retain_grad()
-    transformed = TRANSFORMS[name](network())
+    transformed = OF_NETWORKS[name](network())
     for _ in range(3):
         transformed(x)
         assert x.grad is None
@@ -65,12 +51,12 @@ def test_a_retained_gradient_is_untouched(name):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", OF_NETWORKS)
 def test_no_hook_sees_a_number_of_the_verification(name):
     net, x, seen = network(), randn(B, 3).requires_grad_(), []
     hooks = [p.register_hook(seen.append) for p in net.parameters()]
     hooks.append(x.register_hook(seen.append))
-    transformed = TRANSFORMS[name](net)
+    transformed = OF_NETWORKS[name](net)
     for _ in range(4):
         transformed(x)
     assert seen == []
@@ -91,7 +77,7 @@ def test_accumulated_gradients_are_untouched():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", OF_NETWORKS)
 def test_lists_keep_one_entry_for_each_call(name):
     net, kept = network(), []
 
@@ -99,7 +85,7 @@ def test_lists_keep_one_entry_for_each_call(name):
         kept.append(x.shape)
         return net(x)
 
-    transformed = TRANSFORMS[name](func)
+    transformed = OF_NETWORKS[name](func)
     for calls in range(1, 6):
         transformed(randn(B, 3))
         assert kept == [(B, 3)] * calls

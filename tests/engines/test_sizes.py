@@ -10,49 +10,38 @@ from funcjac import (
     batch_hessian_diagonal,
     batch_jacobian,
     batch_laplacian,
-    batch_partials,
     check_derivative,
     explain,
 )
 from tests.cases.modules import network
+from tests.cases.transforms import OF_NETWORKS
 from tests.tensors import equal, f64, fixed_randn, quiet, randn
 
 B = 4
 
 
-TRANSFORMS = {
-    "jacobian": lambda net: batch_jacobian(net, chunk_size=2),
-    "hessian": batch_hessian,
-    "diagonal": batch_hessian_diagonal,
-    "laplacian": batch_laplacian,
-    "divergence": batch_divergence,
-    "partials": lambda net: batch_partials(net, [(0,), (1, 1)]),
-    "nested": lambda net: batch_jacobian(batch_jacobian(net)),
-}
-
-
 @pytest.mark.quick
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", OF_NETWORKS)
 def test_an_empty_batch_has_a_graph(name):
     """A loss over active points must go backward where none is active."""
     net = network()
-    found = TRANSFORMS[name](net)(randn(0, 3))
+    found = OF_NETWORKS[name](net)(randn(0, 3))
     leaves = found if isinstance(found, tuple) else (found,)
     assert all(leaf.requires_grad for leaf in leaves)
     loss = sum(leaf.square().sum() for leaf in leaves)
     loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in net.parameters())
     with torch.no_grad():
-        found = TRANSFORMS[name](net)(randn(0, 3))
+        found = OF_NETWORKS[name](net)(randn(0, 3))
     leaves = found if isinstance(found, tuple) else (found,)
     assert not any(leaf.requires_grad for leaf in leaves)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", OF_NETWORKS)
 def test_an_empty_batch_has_the_dtypes_of_a_full_one_under_autocast(name):
     net = network().float()
     with torch.autocast("cpu", torch.bfloat16):
-        some, none = (TRANSFORMS[name](net)(torch.randn(size, 3)) for size in (B, 0))
+        some, none = (OF_NETWORKS[name](net)(torch.randn(size, 3)) for size in (B, 0))
     some, none = (found if isinstance(found, tuple) else (found,) for found in (some, none))
     assert [leaf.dtype for leaf in none] == [leaf.dtype for leaf in some]
     assert [leaf.shape[1:] for leaf in none] == [leaf.shape[1:] for leaf in some]

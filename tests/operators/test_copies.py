@@ -9,14 +9,11 @@ import torch
 from torch import nn
 
 from funcjac import (
-    batch_divergence,
-    batch_hessian,
-    batch_hessian_diagonal,
     batch_jacobian,
     batch_laplacian,
-    batch_partials,
 )
 from tests.cases.modules import network
+from tests.cases.transforms import OF_NETWORKS
 from tests.tensors import equal, randn
 
 B = 4
@@ -54,22 +51,11 @@ def test_a_deep_copy_uses_the_layers_of_the_copy(how):
     assert owner.layers[0].weight.grad is None
 
 
-TRANSFORMS = {
-    "jacobian": lambda net: batch_jacobian(net, chunk_size=2),
-    "hessian": batch_hessian,
-    "diagonal": batch_hessian_diagonal,
-    "laplacian": batch_laplacian,
-    "divergence": batch_divergence,
-    "partials": lambda net: batch_partials(net, [(0,), (1, 1)]),
-    "nested": lambda net: batch_jacobian(batch_jacobian(net)),
-}
-
-
 @pytest.mark.quick
 @pytest.mark.parametrize("called", [False, True])
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", OF_NETWORKS)
 def test_a_transform_is_pickled_and_saved(name, called):
-    transformed, x = TRANSFORMS[name](network()), randn(B, 3)
+    transformed, x = OF_NETWORKS[name](network()), randn(B, 3)
     if called:
         transformed(x)
     right = transformed(x)
