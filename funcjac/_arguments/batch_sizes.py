@@ -40,25 +40,18 @@ def _argument_dim(name: str, leaf: Any, dim: Any) -> int | None:
     return dim % leaf.ndim
 
 
-def batch_size(name: str, layout: Any, leaves: list[Any]) -> int:
-    """The batch size, which all batched arguments share.
-
-    Raises:
-        ValueError: they do not.
-    """
-    first = layout.batched[0]
-    batch = leaves[first].shape[layout.dims[first]]
-    for i in layout.batched[1:]:
-        if leaves[i].shape[layout.dims[i]] != batch:
+def check_batch_sizes(name: str, layout: Any, leaves: list[Any]) -> None:
+    """Refuse batched arguments of unequal batch sizes."""
+    sizes = [leaves[i].shape[layout.dims[i]] for i in layout.batched]
+    for size in sizes[1:]:
+        if size != sizes[0]:
             expected = "all batched arguments to have the same batch size"
-            sizes = [leaves[i].shape[layout.dims[i]] for i in layout.batched]
             got = f"{sizes} of shapes {[tuple(leaves[i].shape) for i in layout.batched]}"
             remedy = (
                 "If they are of one sample, give each a batch dimension, as in x.unsqueeze(0). Set "
                 "in_dims to None for arguments that all rows share."
             )
             raise refuse(name, ValueError, expected, got, remedy)
-    return batch
 
 
 def output_dims(name: str, out_dims: Any, out: Any, count: int) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funcjac._arguments import pytree
-from funcjac._arguments.batch_sizes import argument_dims, batch_size
+from funcjac._arguments.batch_sizes import argument_dims, check_batch_sizes
 from funcjac._arguments.call import Call, Layout, Options
 from funcjac._arguments.check_tensors import check_arguments, check_input, is_plain
 from funcjac._arguments.pytree import TreeSpec
@@ -33,23 +33,30 @@ def bind(
     Raises:
         TypeError, ValueError: the arguments are not those of a batched function.
     """
-    leaves, plain = list(args), False
     if torch.compiler.is_compiling():  # the compiler remembers by itself, and cannot hash a spec
         leaves, spec = pytree.flatten_args(args)
-        layout = make_layout(options, args, leaves, spec)
-    elif plain := all(map(is_plain, args)):
-        layout = _remembered(options, tuple(map(_ndim, args)), args, leaves, None)
+        layout, plain = make_layout(options, args, leaves, spec), False
     else:
-        leaves, spec = pytree.flatten_args(args)
-        check_arguments(options.name, leaves)
-        layout = _remembered(options, (spec, *map(_kind, leaves)), args, leaves, spec)
-    if kwargs and not torch.compiler.is_compiling():
-        check_arguments(options.name, pytree.tensors(kwargs))
-    batch = batch_size(options.name, layout, leaves)
+        leaves, plain, dims = list(args), all(map(is_plain, args)), options.in_dims
+        kinds: Any = tuple(map(_ndim, args)) if plain else None
+        if not plain:
+            leaves, spec = pytree.flatten_args(args)
+            check_arguments(options.name, leaves)
+            kinds = (spec, *map(_kind, leaves))
+        key = (options.argnums, dims if type(dims) is int else repr(dims), kinds)
+        layout = _LAYOUTS.get(key) or _remember(key, options, args)
+        if kwargs:
+            check_arguments(options.name, pytree.tensors(kwargs))
+    batch = leaves[layout.batched[0]].shape[layout.dims[layout.batched[0]]]
+    if len(layout.batched) > 1:
+        check_batch_sizes(options.name, layout, leaves)
     call = Call(func, options, layout, leaves, kwargs, batch)
-    if differentiate and not plain:
+    if not differentiate:
+        return call
+    if not plain:
         check_inputs(call)
-    return call
+    prepare = getattr(options.operator, "prepare", None)
+    return call if prepare is None else prepare(call, args, kwargs)
 
 
 _ndim = operator.attrgetter("ndim")
@@ -65,18 +72,11 @@ def _is_constant(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and not (leaf.is_floating_point() or leaf.is_complex())
 
 
-def _remembered(
-    options: Options, kinds: Any, args: tuple[Any, ...], leaves: list[Any], spec: TreeSpec | None
-) -> Layout:
-    dims = options.in_dims
-    key = (options.argnums, dims if type(dims) is int else repr(dims), kinds)
-    layout = _LAYOUTS.get(key)
-    if layout is None:
-        spec = pytree.flatten_args(args)[1] if spec is None else spec
-        layout = make_layout(options, args, leaves, spec)
-        if len(_LAYOUTS) >= _MOST_LAYOUTS:
-            _LAYOUTS.clear()
-        _LAYOUTS[key] = layout
+def _remember(key: Any, options: Options, args: tuple[Any, ...]) -> Layout:
+    layout = make_layout(options, args, *pytree.flatten_args(args))
+    if len(_LAYOUTS) >= _MOST_LAYOUTS:
+        _LAYOUTS.clear()
+    _LAYOUTS[key] = layout
     return layout
 
 

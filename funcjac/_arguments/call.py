@@ -112,8 +112,9 @@ class Call(NamedTuple):
 
     def __call__(self, inputs: Sequence[Tensor]) -> Output:
         """Run ``func`` with ``inputs`` in the place of the differentiated leaves."""
-        leaves, kwargs = self._with(self.layout.diff, inputs), self.kwargs
-        leaves = leaves[: -self.extra] if self.extra else leaves
+        leaves, kwargs = self.leaves[: len(self.leaves) - self.extra], self.kwargs
+        for i, x in zip(self.layout.diff, inputs):
+            leaves[i] = x
         if self.clone:
             leaves, kwargs = pytree.map_tensors(Tensor.clone, (leaves, kwargs))
         args = leaves if self.layout.plain else pytree.unflatten(self.layout.spec, leaves)

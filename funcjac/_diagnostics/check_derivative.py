@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from funcjac._arguments.bind_arguments import bind
 from funcjac._arguments.call import ENGINES, Call
 from funcjac._dispatch.solve import solve
 from funcjac._engines.run_func import Derivatives, plain_values
@@ -105,7 +106,7 @@ def check_derivative(
     plain = "rev" if "rev" in modes else "rev_over_rev"
     with torch.inference_mode(False), torch.no_grad():
         args, kwargs = usable((args, kwargs))
-        call = transform.bind(args, kwargs)
+        call = bind(transform.func, transform.options, args, kwargs)
         rng = rng_state()
         plain_values(call)  # what func raises comes out here
         draws = not same_rng_state(rng, rng_state())

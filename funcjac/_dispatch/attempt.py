@@ -7,20 +7,18 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from funcjac._arguments.call import Call
-from funcjac._dispatch.choose_engine_mode_chunk import Sizes
+from funcjac._dispatch.choose_engine_mode_chunk import Sizes, sizes_of
 from funcjac._dispatch.decisions import Decision, FunctionKey, forget_children
-from funcjac._engines.basis import elements_of_rows, row_sizes
 from funcjac._engines.run_func import (
     ChangedInputError,
     Derivatives,
     Facts,
     Route,
     Run,
-    attached,
     read_graph,
     run_once,
 )
@@ -111,7 +109,7 @@ class Attempt:
             run, self.settled = self.settled, None
             return run
         self.in_func = True
-        is_first = self.decision.outputs is None
+        is_first = not self.decision.has_run
         if is_first:
             self.buffers = buffers_in_training(self.function.modules)
         try:
@@ -133,9 +131,8 @@ class Attempt:
     def read(self, run: Run) -> Run:
         """Look at the graph of a run; run again with replacements where torch is wrong."""
         outs = run.output.leaves
-        facts = self.facts = read_graph(attached(run.output), run.inputs)
-        if keeps_graph(facts, run.call):
-            run = run._replace(create_graph=True)
+        run, facts = read_graph(run)
+        self.facts = facts
         decision = self.decision
         if run.call.replaced or facts.signature in decision.graphs:
             return run
@@ -146,7 +143,7 @@ class Attempt:
             if self.is_due and not needs_replacement(names, again=False):
                 self._check_rows(run)  # rather than run again for nothing
             run = self._replaced(run)
-            self.facts = read_graph(attached(run.output), run.inputs)
+            self.facts = read_graph(run)[1]
         return run
 
     def _check_rows(self, run: Run) -> None:
@@ -186,35 +183,8 @@ class Attempt:
         return replaced._replace(create_graph=run.create_graph)
 
     def sizes(self, run: Run) -> Sizes:
-        return sizes_of(run, self.facts, self.decision)
-
-
-def sizes_of(run: Run, facts: Facts | None, decision: Decision) -> Sizes:
-    """What the rule goes by."""
-    if decision.inputs is None:
-        decision.inputs = sum(row_sizes(run.inputs, run.dims))
-        decision.on_cpu = all(x.device.type == "cpu" for x in run.inputs)
-    decision.outputs = elements_of_rows(run.output.leaves)
-    return Sizes(
-        run.call.batch,
-        decision.outputs,
-        decision.inputs,
-        facts.widest if facts is not None else 1,
-        run.create_graph,
-        decision.on_cpu,
-    )
-
-
-def keeps_graph(facts: Facts, call: Call) -> bool:
-    """Whether the result has a graph of its own."""
-    if not torch.is_grad_enabled():
-        return False
-    if facts.has_leaves:
-        return True
-    for i in call.layout.diff:
-        if call.leaves[i].requires_grad:
-            return True
-    return any(x.requires_grad for x in call.extras) if call.extra else False
+        self.decision.has_run = True
+        return sizes_of(run, 1 if self.facts is None else self.facts.widest)
 
 
 def lean(error: Exception) -> Exception:
@@ -242,7 +212,8 @@ def verify(attempt: Attempt, run: Run, result: Derivatives, engine: str) -> None
     # Checkpoints count what is saved. Without need hooks would keep what they hand on alive.
     hidden = saved_tensors_hooks(_as_it_is, _as_it_is) if saves_by_hooks() else nullcontext()
     with unseen, hidden:
-        problem, compared = _problem(attempt, run, result, engine)
+        modules, number = attempt.function.modules, decision.calls
+        problem, compared = problem_of(run, result, number, modules, engine)
     if problem is not None:
         text = f"{attempt.options.name}: {engine} was verified and refused: {problem}."
         if engine != "sum":  # which sees the same batch as the reference
@@ -258,17 +229,20 @@ def verify(attempt: Attempt, run: Run, result: Derivatives, engine: str) -> None
         decision.signatures.add(attempt.facts.signature)
 
 
-def _problem(
-    attempt: Attempt, run: Run, result: Derivatives, engine: str
+def problem_of(
+    run: Run, result: Derivatives, number: int, modules: list[nn.Module], engine: str = "sum"
 ) -> tuple[str | None, bool]:
-    """What is wrong with a result, and whether anything was compared."""
-    number = attempt.decision.calls
+    """What is wrong with a result, and whether anything was compared.
+
+    Raises:
+        BatchMixingError: rows depend on one another.
+    """
     problem, compared = mismatch(run, result, number)
     bent = False
     if problem is not None:
-        check_rows(run, attempt.function.modules)
+        check_rows(run, modules)
         # A backward pass that is not linear (a hook that clamps) has no double backward to compare.
-        bent = attempt.operator.is_jacobian and agrees_with_units(run, result)
+        bent = run.call.options.operator.is_jacobian and agrees_with_units(run, result)
         if bent or is_lost_in_run(run, result, number):
             problem = None
     if problem is None and engine != "sum":

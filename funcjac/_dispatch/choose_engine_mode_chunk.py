@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from funcjac._arguments.call import ENGINES, Call
 from funcjac._dispatch.messages import failure
+from funcjac._engines.rows import elements_of_rows, row_sizes
 from funcjac._engines.run_func import Route, Run
 from funcjac.errors import RefusedError
 
@@ -43,6 +44,18 @@ class Sizes(NamedTuple):
     widest: int
     create_graph: bool
     on_cpu: bool
+
+
+def sizes_of(run: Run, widest: int) -> Sizes:
+    """What the rule goes by, of a run whose widest tensor has so many elements."""
+    return Sizes(
+        run.call.batch,
+        elements_of_rows(run.output.leaves),
+        sum(row_sizes(run.inputs, run.dims)),
+        widest,
+        run.create_graph,
+        all(x.device.type == "cpu" for x in run.inputs),
+    )
 
 
 def engines_of(call: Call) -> tuple[tuple[str, ...], str]:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from funcjac._arguments.call import Call, Layout, Options, Output
 from funcjac._dispatch.attempt import lean
-from funcjac._dispatch.choose_engine_mode_chunk import Sizes, chunk, routes_of
-from funcjac._engines.basis import elements_of_rows, row_sizes
+from funcjac._dispatch.choose_engine_mode_chunk import Sizes, chunk, routes_of, sizes_of
 from funcjac._engines.run_func import (
     Derivatives,
     Route,
@@ -191,14 +190,8 @@ def _leave(
     output = Output(outs, None, list(aux))
     create_graph = graph and (weighs or _has_leaves(attached(output), inputs))
     run = Run(call, inputs, output, create_graph, recorder)
-    sizes = Sizes(
-        batch,
-        elements_of_rows(outs),
-        sum(row_sizes(inputs, call.layout.diff_dims)),
-        _widest(outs, inputs),
-        create_graph=True,  # no more passes than memory asks for: each is written into the graph
-        on_cpu=False,
-    )
+    # No more passes than memory asks for: each is written into the graph.
+    sizes = sizes_of(run, _widest(outs, inputs))._replace(create_graph=True, on_cpu=False)
     result = _first_that_works(run, sizes)
     if isinstance(result, Exception):
         if not hasattr(outs[0], "fake_mode"):  # Dynamo is done

@@ -31,24 +31,20 @@ class Decision:
         calls: how many there were.
         clone: whether ``func`` writes into its arguments, and is given copies.
         replaced: whether replacements run of what torch differentiates wrongly.
-        inputs, outputs: elements of a row, once they are known.
-        on_cpu: whether all inputs are on a processor.
+        has_run: whether ``func`` came to its end once.
         records: whether operations are recorded for Taylor propagation, once that is known.
-        routes: by sizes, the one that works.
+        routes: by kinds of runs, the route that works, and what runs where it gives no numbers.
         left: engines and routes that failed, and why.
         graphs: signatures that were looked through for what torch differentiates wrongly.
         signatures: of graphs that were verified.
         rows: whether a batch of two rows or more was verified.
         failed: whether the last verification failed: the next call is verified again.
-        widths: of the last batch size, the widest tensors of graphs by signature.
     """
 
     calls: int = 0
     clone: bool = False
     replaced: bool = False
-    inputs: int | None = None
-    outputs: int | None = None
-    on_cpu: bool = True
+    has_run: bool = False
     records: bool | None = None
     routes: dict[Any, Any] = field(default_factory=dict)
     left: dict[Any, str] = field(default_factory=dict)
@@ -56,13 +52,6 @@ class Decision:
     signatures: set[int] = field(default_factory=set)
     rows: bool = False
     failed: bool = False
-    widths: tuple[int, dict[int, int]] = field(default_factory=lambda: (-1, {}))
-
-    def widths_of(self, batch: int) -> dict[int, int]:
-        """The widest tensors of graphs by signature, of one batch size."""
-        if self.widths[0] != batch:
-            self.widths = (batch, {})
-        return self.widths[1]
 
     def is_due(self, check: bool | str, batch: int) -> bool:
         """Whether this call is verified: calls 1, 2, 4, 8, …, and the first with two rows."""

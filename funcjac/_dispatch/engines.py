@@ -9,18 +9,18 @@ from typing import Any
 import torch
 
 from funcjac._arguments.call import Call
-from funcjac._dispatch.attempt import NOT_CAUGHT, Attempt, keeps_graph, lean, verify
-from funcjac._dispatch.choose_engine_mode_chunk import Sizes, routes_of
+from funcjac._dispatch.attempt import NOT_CAUGHT, Attempt, lean, verify
+from funcjac._dispatch.choose_engine_mode_chunk import Sizes, routes_of, sizes_of
 from funcjac._dispatch.messages import drew, is_out_of_memory
 from funcjac._engines import loop, vmap
-from funcjac._engines.basis import elements_of_rows, row_sizes
 from funcjac._engines.run_func import (
     Derivatives,
+    Facts,
     Route,
     Run,
-    attached,
+    computed,
     detached,
-    grad_mode,
+    kind_of,
     read_graph,
     retire,
     run_once,
@@ -46,7 +46,7 @@ def by_sum(attempt: Attempt) -> Derivatives:
     decision = attempt.decision
     if decision.records is None:
         decision.records = _may_record(attempt)
-    if decision.outputs is None:
+    if not decision.has_run:
         attempt.start = rng_state()  # for a run of replacements to draw the same numbers
     run = attempt.plain = attempt.read(attempt.run(Recorder if decision.records else None))
     sizes = attempt.sizes(run)
@@ -55,7 +55,7 @@ def by_sum(attempt: Attempt) -> Derivatives:
     outcome.sizes, outcome.operations = sizes, facts.operations
     known = facts.signature in decision.signatures
     check = attempt.options.check is not False and (attempt.is_due or not known)
-    return _first_that_works(attempt, run, sizes, check)
+    return _first_that_works(attempt, run, facts, sizes, check)
 
 
 def _may_record(attempt: Attempt) -> bool:
@@ -69,13 +69,16 @@ def _may_record(attempt: Attempt) -> bool:
     return "taylor" in operator.modes and mode in ("auto", "taylor")
 
 
-def _first_that_works(attempt: Attempt, run: Run, sizes: Sizes, check: bool) -> Derivatives:
+def _first_that_works(
+    attempt: Attempt, run: Run, facts: Facts, sizes: Sizes, check: bool
+) -> Derivatives:
     decision, error = attempt.decision, None
     for route in routes_of(run, sizes, attempt.options.chunk_size):
         if route in decision.left:
             continue
+        nested = route if route.mode != "taylor" else attempt.operator.route(run.call, sizes)
         try:
-            result = computed(run, route, sizes)
+            result = computed(run, route, nested)
             if check:
                 verify(attempt, run, result, "sum")
         except NOT_CAUGHT:
@@ -88,26 +91,11 @@ def _first_that_works(attempt: Attempt, run: Run, sizes: Sizes, check: bool) -> 
             continue
         if len(decision.routes) >= _MOST_ROUTES:
             decision.routes.clear()
-        decision.routes[sizes] = route
+        decision.routes[kind_of(run, facts)] = route, nested
         decision.records = route.mode == "taylor"
         attempt.outcome.route, attempt.outcome.verified = route, check
         return result if run.create_graph else detached(result)
     raise error or RefusedError("; ".join(decision.left.values()))
-
-
-def computed(run: Run, route: Route, sizes: Sizes) -> Derivatives:
-    """The derivatives by one route, with a graph where one is kept."""
-    operator = run.call.options.operator
-    with grad_mode(run.create_graph or operator.is_second_order):
-        result = operator.compute(run, route)
-        if route.mode == "taylor" and not _is_finite(result):
-            # One infinite factor makes all directions NaN: others may be finite.
-            return operator.compute(run, operator.route(run.call, sizes))
-    return result
-
-
-def _is_finite(result: Derivatives) -> bool:
-    return all(bool(block.isfinite().all()) for row in result.blocks for block in row)
 
 
 def _leave(attempt: Attempt, route: Route, error: Exception) -> None:
@@ -132,7 +120,7 @@ def by_vmap(attempt: Attempt) -> Derivatives:
         if not attempt.is_due:
             check_forward_formulas(attempt.call, again=torch.is_grad_enabled() or "_" in mode)
     draws = False
-    if attempt.is_due or attempt.decision.outputs is None:
+    if attempt.is_due or not attempt.decision.has_run:
         draws = reference(attempt, before)
     # Node names do not show all that torch.func differentiates wrongly.
     plain, call = attempt.plain, attempt.call._replace(replaced=True)
@@ -204,7 +192,7 @@ def _with_draws_of_vmap(call: Call, plain: Run, before: RngState) -> Run:
 def by_loop(attempt: Attempt) -> Derivatives:
     """One row after the other."""
     before, draws = rng_state(), False
-    if attempt.is_due or attempt.decision.outputs is None:
+    if attempt.is_due or not attempt.decision.has_run:
         draws = reference(attempt, before)
     plain, call, start = attempt.plain, attempt.call, rng_state()
     graph = torch.is_grad_enabled() and (plain is None or plain.create_graph)
@@ -222,15 +210,9 @@ def by_loop(attempt: Attempt) -> Derivatives:
 
 def _one_row(attempt: Attempt, call: Call) -> Derivatives:
     attempt.outcome.runs += 1
-    run = run_once(call)
-    facts = read_graph(attached(run.output), run.inputs)
-    create_graph = keeps_graph(facts, call)
-    run = run._replace(create_graph=create_graph)
-    inputs = sum(row_sizes(run.inputs, run.dims))
-    outputs = elements_of_rows(run.output.leaves)
-    sizes = Sizes(1, outputs, inputs, facts.widest, create_graph, True)
-    operator = attempt.operator
-    route = operator.route(call, sizes)._replace(chunk=1)  # whatever vmap cannot do
+    run, facts = read_graph(run_once(call))
+    operator, create_graph = attempt.operator, run.create_graph
+    route = operator.route(call, sizes_of(run, facts.widest))._replace(chunk=1)  # without any vmap
     attempt.outcome.route = route
     with torch.set_grad_enabled(create_graph or operator.is_second_order):
         result = operator.compute(run, route)

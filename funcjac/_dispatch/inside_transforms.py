@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from funcjac._arguments.call import Call
-from funcjac._dispatch.choose_engine_mode_chunk import Sizes, engines_of
+from funcjac._dispatch.choose_engine_mode_chunk import engines_of, sizes_of
 from funcjac._dispatch.decisions import FunctionKey, decision_of, make_key
-from funcjac._engines.basis import elements_of_rows, row_sizes
 from funcjac._engines.loop import by_loop
 from funcjac._engines.run_func import (
     ChangedInputError,
@@ -144,11 +143,8 @@ def _at_a_level(call: Call, verify: FunctionKey | None) -> tuple[Derivatives, st
 def _computed(run: Run, verify: FunctionKey | None) -> tuple[Derivatives, str | None]:
     operator, outs = run.call.options.operator, run.output.leaves
     operator.check_output(run.call, outs)
-    inputs = sum(row_sizes(run.inputs, run.dims))
-    outputs = elements_of_rows(outs)
     widest = max([x.numel() for x in (*run.inputs, *outs)], default=1)
-    sizes = Sizes(run.call.batch, outputs, inputs, widest, True, True)
-    route = operator.route(run.call, sizes)
+    route = operator.route(run.call, sizes_of(run, widest))
     result = operator.compute(run, route)
     if verify is None or not run.call.batch or not any(x.numel() for x in run.inputs):
         return result, None

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 
 from funcjac._arguments.call import Call
-from funcjac._dispatch.attempt import NOT_CAUGHT, Attempt, Outcome, keeps_graph, lean, sizes_of
+from funcjac._dispatch.attempt import NOT_CAUGHT, Attempt, Outcome, lean
 from funcjac._dispatch.choose_engine_mode_chunk import engines_of
 from funcjac._dispatch.decisions import Decision, FunctionKey, decision_of, make_key
-from funcjac._dispatch.engines import BY_ENGINE, computed, reference
+from funcjac._dispatch.engines import BY_ENGINE, reference
 from funcjac._dispatch.messages import failure, is_out_of_memory, warn_of_fallback
 from funcjac._engines.run_func import (
     ChangedInputError,
     Derivatives,
     Run,
-    attached,
+    computed,
     detached,
+    kind_of,
     read_graph,
     retire,
     run_once,
@@ -52,20 +53,13 @@ def _settled(call: Call, decision: Decision) -> tuple[Run | None, Derivatives | 
     except ChangedInputError:
         decision.clone = True
         return None, None
-    call.options.operator.check_output(call, run.output.leaves)
-    facts = read_graph(attached(run.output), run.inputs, decision.widths_of(call.batch))
-    if keeps_graph(facts, call):
-        run = run._replace(create_graph=True)
-    if call.options.check is False:
-        is_known = call.replaced or facts.signature in decision.graphs
-    else:
-        is_known = facts.signature in decision.signatures
-    sizes = sizes_of(run, facts, decision)
-    route = decision.routes.get(sizes) if is_known else None
-    if route is None:
+    run, facts = read_graph(run)
+    routes = decision.routes.get(kind_of(run, facts))
+    is_verified = call.options.check is False or facts.signature in decision.signatures
+    if routes is None or not is_verified:
         return run, None
     try:
-        result = computed(run, route, sizes)
+        result = computed(run, *routes)
     except NOT_CAUGHT:
         raise
     except Exception:  # values may decide: everything is tried

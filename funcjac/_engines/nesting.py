@@ -16,17 +16,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funcjac._engines.basis import (
+from funcjac._engines.rows import (
     basis_chunks,
     batch_at,
     coordinates,
     flat_rows,
     row_shape,
 )
-from funcjac._engines.products import Product, pushforwards
 from funcjac._engines.run_func import Route, Run
-from funcjac._engines.sum import Blocks, column_root, contracted, jacobian_blocks
-from funcjac._environment.torch_private import backward
+from funcjac._engines.sum import (
+    Blocks,
+    Product,
+    column_root,
+    contracted,
+    jacobian,
+    pushforwards,
+)
+from funcjac._environment.torch_private import backward, has_levels
 
 Index = tuple[int, ...]
 Maybe = Tensor | None
@@ -88,7 +94,8 @@ def hessian_blocks(run: Run, route: Route) -> tuple[list[Blocks], Blocks]:
     for g, passes in enumerate(_passes(run, inner, basis)):
         firsts, seconds = [], []
         for tensors in passes:
-            seconds.append(jacobian_blocks(run, tensors, Route(mode, route.chunk)))
+            output = run.output._replace(leaves=tensors)
+            seconds.append(jacobian(run._replace(output=output), Route(mode, route.chunk)).blocks)
             firsts.append([_released(run, t) for t in tensors])
         for e in range(len(rows if by_output else outs)):
             i, j = (g, e) if by_output else (e, g)
@@ -249,7 +256,10 @@ def _column(grad: Tensor, dim: int | None, n: int, batch: int) -> Tensor:
         return (grad if grad.ndim == 0 else grad[n]).expand(batch)
     if grad.ndim == 1:
         return grad
-    return grad.narrow(1, n, 1) if dim == 0 else grad.select(0, n)
+    if dim != 0:
+        return grad.select(0, n)
+    # A copy has one node, a contiguous view two; torch.vmap knows the view only.
+    return grad.narrow(1, n, 1) if has_levels() else torch.slice_copy(grad, 1, n, n + 1)
 
 
 @functools.lru_cache(1024)

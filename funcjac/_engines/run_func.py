@@ -39,15 +39,19 @@ class Facts(NamedTuple):
 
     Attributes:
         signature: hash of the names of the nodes, in the order of a walk.
+        nodes: those that are no leaves.
         operations: number of nodes.
-        widest: elements of the widest tensor that a gradient flows through.
-        has_leaves: whether tensors require grad that are not differentiated here (parameters).
     """
 
     signature: int
+    nodes: list[Any]
     operations: int
-    widest: int
-    has_leaves: bool
+
+    @property
+    def widest(self) -> int:
+        """Elements of the widest tensor that a gradient flows through."""
+        shapes = [metadata.shape for node in self.nodes for metadata in node._input_metadata]
+        return max(map(math.prod, shapes), default=1)
 
 
 class Run(NamedTuple):
@@ -147,18 +151,19 @@ def plain_values(call: Call) -> list[Tensor]:
     return [out.detach() for out in outs]
 
 
-def read_graph(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], widths: dict[int, int] | None = None
-) -> Facts:
-    """Walk the graph from ``outputs`` back to ``inputs``, once, in the order of graph_nodes.
+def read_graph(run: Run) -> tuple[Run, Facts]:
+    """Walk the graph of a run back to its inputs, once, in the order of graph_nodes.
 
-    ``widths`` remembers the widest tensor by signature, for calls of the same sizes.
+    Returns:
+        The run, which creates a graph if its result can be differentiated, and what was seen.
     """
+    call, inputs, output, create_graph, _ = run
+    graph = torch.is_grad_enabled()
     names: list[str] = []
     nodes: list[Any] = []
-    has_leaves = False
     seen: set[Any] = {None, *map(_grad_fn, inputs)}
-    stack: list[Any] = list(map(_grad_fn, outputs))
+    outs = output.leaves if output.aux is None else attached(output)
+    stack: list[Any] = list(map(_grad_fn, outs))
     while stack:  # of every call: a generator would take twice as long
         node = stack.pop()
         if node in seen:
@@ -167,24 +172,46 @@ def read_graph(
         name = node.name()
         names.append(name)
         if name == "torch::autograd::AccumulateGrad":
-            variable = node.variable
-            if not has_leaves and _DONE not in variable.__dict__:
-                has_leaves = id(variable) not in map(id, inputs)
+            if graph and not create_graph:  # by what is not differentiated here: parameters
+                x = node.variable
+                create_graph = _DONE not in x.__dict__ and id(x) not in map(id, inputs)
             continue
         nodes.append(node)
         for parent, _ in node.next_functions:
             stack.append(parent)
-    signature = hash(tuple(names))
-    widest = None if widths is None else widths.get(signature)
-    if widest is None:
-        shapes = [metadata.shape for node in nodes for metadata in node._input_metadata]
-        widest = max(map(math.prod, shapes), default=1)
-        if widths is not None:
-            widths[signature] = widest
-    return Facts(signature, len(names), widest, has_leaves)
+    if graph and not create_graph:
+        for i in (*call.layout.diff, *range(len(call.leaves) - call.extra, len(call.leaves))):
+            create_graph = create_graph or call.leaves[i].requires_grad
+    facts = Facts(hash(tuple(names)), nodes, len(names))
+    return run._replace(create_graph=True) if create_graph else run, facts
 
 
 _grad_fn = operator.attrgetter("grad_fn")
+
+
+def kind_of(run: Run, facts: Facts) -> Any:
+    """What runs have in common that take one route."""
+    return facts.signature, run.create_graph, run.call.batch, *map(_shape, run.output.leaves)
+
+
+_shape = operator.attrgetter("shape")
+
+
+def computed(run: Run, route: Route, nested: Route) -> Derivatives:
+    """The derivatives by one route, with a graph where one is kept.
+
+    One infinite factor makes all directions of Taylor propagation NaN: ``nested`` runs then.
+    """
+    operator = run.call.options.operator
+    with grad_mode(run.create_graph or operator.is_second_order):
+        result = operator.compute(run, route)
+        if route.mode == "taylor" and not _is_finite(result):
+            return operator.compute(run, nested)
+    return result
+
+
+def _is_finite(result: Derivatives) -> bool:
+    return all(bool(block.isfinite().all()) for row in result.blocks for block in row)
 
 
 def graph_nodes(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Any]:

@@ -8,59 +8,81 @@ independent, which is how the loop over rows uses this file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from funcjac._engines.basis import (
+from funcjac._engines.rows import (
+    apart_from,
+    as_block,
     basis_chunks,
     flat_rows,
     identity,
+    join,
     row_shape,
     spread,
 )
-from funcjac._engines.join_chunks import Chunks, apart_from, as_block
-from funcjac._engines.products import Product, of_each, pull, pushforwards
 from funcjac._engines.run_func import Derivatives, Route, Run
+from funcjac._environment.torch_private import (
+    Tensors,
+    backward,
+    has_levels,
+    over_basis,
+    vector_jacobian,
+)
 
+Product = Callable[[Tensor], Tensors]
+Maybe = Tensor | None
 Blocks = list[list[Tensor]]
 # Below this many outputs, starting behind the last layer costs more than it saves.
 _FEWEST_PEELED = 16
 
 
 def jacobian(run: Run, route: Route) -> Derivatives:
-    """The Jacobian of each row of a run, whose rows must be independent."""
-    return Derivatives(jacobian_blocks(run, run.output.leaves, route), run.output)
-
-
-def jacobian_blocks(run: Run, outs: Sequence[Tensor], route: Route) -> Blocks:
-    """``blocks[i][j]`` of shape ``(B, *out, *in)``, of ``outs`` ``(B, *out)`` by the inputs."""
+    """The Jacobian of each row, ``(B, *out, *in)`` of each output by each input."""
+    outs = run.output.leaves
     if route.mode == "rev":
-        return [_rows(run, out, route.chunk) for out in outs]
+        return Derivatives(list(map(functools.partial(_rows, run, route.chunk), outs)), run.output)
     products = pushforwards(outs, run.inputs, create_graph=run.create_graph)
     columns = [_columns(run, outs, j, push, route.chunk) for j, push in enumerate(products)]
-    return [list(row) for row in zip(*columns)]
+    return Derivatives([list(row) for row in zip(*columns)], run.output)
 
 
-def _rows(run: Run, out: Tensor, chunk: int | None) -> list[Tensor]:
+def _rows(run: Run, chunk: int | None, out: Tensor) -> list[Tensor]:
     """Derivatives of one output by all inputs, by reverse passes."""
-    row, dims, batch, graph = out.shape[1:], run.dims, run.call.batch, run.create_graph
-    root, cotangents = _cotangents(run, out, chunk)
-    joined = [Chunks(row.numel(), 1, create_graph=graph) for _ in run.inputs]
+    passes, count, inputs = _reverse(run, out, chunk), out.shape[1:].numel(), run.inputs
+    joined = join(passes, count, 1, len(inputs), create_graph=run.create_graph)
+    result = []
+    for block, x, dim in zip(joined, inputs, run.call.layout.diff_dims):
+        result.append(as_block(block, (*out.shape, *row_shape(x, dim)), out, (x,)))
+    return result
+
+
+def _reverse(run: Run, out: Tensor, chunk: int | None) -> Iterator[tuple[int, list[Maybe]]]:
+    """Gradients ``(B, k, *in)`` by all inputs, from one chunk of cotangents after the other."""
+    call, inputs, _, graph, _ = run
+    row, root = out.shape[1:], out
+    peeled = _peel(out, inputs) if row.numel() > _FEWEST_PEELED else None
+    if peeled is None:
+        cotangents = basis_chunks(out, row, call.batch, 0, chunk)
+    else:
+        root, vectors = peeled  # (M, K)
+        cotangents = vectors.unsqueeze(1).expand(-1, call.batch, -1).split(chunk or len(vectors))
+    product = functools.partial(backward, root, inputs, retain=True, graph=graph)
     for vectors in cotangents:
-        grads = pull(root, run.inputs, vectors, create_graph=graph)
-        for chunks, grad, dim in zip(joined, grads, dims):
-            if batch == 1 and grad is not None:  # a cotangent may come out as it went in
-                grad = apart_from(vectors, grad)
-            if grad is not None:  # (k, ..., B, ...) -> (B, k, *in)
-                grad = grad.unsqueeze(0)[:batch] if dim is None else grad.movedim(dim + 1, 0)
-            chunks.add(grad, vectors.shape[0])
-    return [
-        as_block(chunks.result(), (*out.shape, *row_shape(x, dim)), out, (x,))
-        for chunks, x, dim in zip(joined, run.inputs, dims)
-    ]
+        rows = []
+        for grad, dim in zip(of_each(product, vectors), call.layout.diff_dims):
+            if grad is not None:
+                if call.batch == 1:  # a cotangent may come out as it went in
+                    grad = apart_from(vectors, grad)
+                # (k, ..., B, ...) -> (B, k, *in)
+                grad = grad.unsqueeze(0)[: call.batch] if dim is None else grad.movedim(dim + 1, 0)
+            rows.append(grad)
+        yield vectors.shape[0], rows
 
 
 def _columns(
@@ -69,27 +91,72 @@ def _columns(
     """Derivatives of all outputs by one input, by forward passes."""
     x, dim = run.inputs[j], run.dims[j]
     row = row_shape(x, dim)
-    joined = [Chunks(row.numel(), -1, create_graph=run.create_graph) for _ in outs]
-    for vectors in basis_chunks(x, row, run.call.batch, dim, chunk):
-        for chunks, tangent in zip(joined, of_each(push, vectors)):  # (k, B, *out) -> (B, *out, k)
-            chunks.add(None if tangent is None else tangent.movedim(0, -1), vectors.shape[0])
+
+    def forward() -> Iterator[tuple[int, list[Maybe]]]:
+        for vectors in basis_chunks(x, row, run.call.batch, dim, chunk):
+            tangents = of_each(push, vectors)  # (k, B, *out) -> (B, *out, k)
+            yield vectors.shape[0], [None if t is None else t.movedim(0, -1) for t in tangents]
+
+    joined = join(forward(), row.numel(), -1, len(outs), create_graph=run.create_graph)
+    pairs = zip(joined, outs)
+    return [as_block(block, (*out.shape, *row), out, (x,)) for block, out in pairs]
+
+
+# --- products ----------------------------------------------------------------------------------
+
+
+def of_each(product: Product, vectors: Tensor) -> Tensors:
+    """``product`` of each of ``vectors`` ``(k, ...)``; a single one takes no vmap."""
+    if vectors.shape[0] == 1:
+        return [None if x is None else x.unsqueeze(0) for x in product(vectors.select(0, 0))]
+    return over_basis(product, vectors)
+
+
+def pushforwards(
+    outs: Sequence[Tensor], inputs: Sequence[Tensor], *, create_graph: bool
+) -> list[Product]:
+    """For each input, what takes a tangent of it to tangents of ``outs``.
+
+    The transpose of one vector-Jacobian product: ``u -> J^T u`` is linear, and its own
+    vector-Jacobian product is ``J`` (J. Townsend, "A new trick for calculating Jacobian vector
+    products", 2017), so that only torch's reverse formulas are used.
+    """
+    roots = [out for out in outs if out.requires_grad]
+
+    def product(transpose: Product | None, tangent: Tensor) -> Tensors:
+        if transpose is None:
+            return [None] * len(outs)
+        pushed = iter(transpose(tangent))
+        return [next(pushed) if out.requires_grad else None for out in outs]
+
+    transposes = _transposes(roots, inputs, create_graph) if roots else [None] * len(inputs)
+    return [functools.partial(product, transpose) for transpose in transposes]
+
+
+def _transposes(
+    roots: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool
+) -> list[Product | None]:
+    """The transpose of ``u -> J^T u`` for each input; ``None`` for zero."""
+    vjp = functools.partial(vector_jacobian, retain=True, graph=True)
+    if has_levels():  # a tensor of another level must stand for the cotangent
+        zeros = [torch.zeros_like(root) for root in roots]
+        products = [lambda *u, x=x: vjp(roots, [x], u)[0] for x in inputs]
+        grads = vjp(roots, inputs, zeros)
+        return [
+            None if grad is None else torch.func.vjp(product, *zeros)[1]
+            for product, grad in zip(products, grads)
+        ]
+    with torch.enable_grad():
+        zeros = [torch.zeros_like(root, requires_grad=True) for root in roots]
+        grads = vjp(roots, inputs, zeros)
+    product = functools.partial(backward, retain=True, graph=create_graph)
     return [
-        as_block(chunks.result(), (*out.shape, *row), out, (x,))
-        for chunks, out in zip(joined, outs)
+        functools.partial(product, grad, zeros) if grad is not None and grad.requires_grad else None
+        for grad in grads
     ]
 
 
 # --- where a pass begins ---------------------------------------------------------------------
-
-
-def _cotangents(run: Run, out: Tensor, chunk: int | None) -> tuple[Any, Iterable[Tensor]]:
-    """Where in the graph a pass begins, and cotangents there for all outputs of a row."""
-    row, batch = out.shape[1:], run.call.batch
-    peeled = _peel(out, run.inputs) if row.numel() > _FEWEST_PEELED else None
-    if peeled is None:
-        return out, basis_chunks(out, row, batch, 0, chunk)
-    root, rows = peeled  # (M, K)
-    return root, rows.unsqueeze(1).expand(-1, batch, -1).split(chunk or len(rows))
 
 
 def _peel(out: Tensor, inputs: Sequence[Tensor]) -> tuple[Any, Tensor] | None:
@@ -172,17 +239,24 @@ def contracted(
     ``left`` is ``(K or 1, B, N)``; ``None`` for the standard basis.
     """
     x, dim, batch, graph = run.inputs[j], run.dims[j], run.call.batch, run.create_graph
-    push = pushforwards([out], [x], create_graph=graph)[0] if mode == "fwd" else None
-    joined = Chunks(count, 0, create_graph=graph)
-    for chunk in vectors:
-        (product,) = of_each(push, chunk) if push else pull(out, [x], chunk, create_graph=graph)
-        if product is not None:
-            start, stop = joined.stop, joined.stop + chunk.shape[0]
-            rows = flat_rows(product, 0 if push else dim, batch)  # (k, B, N)
-            if left is None:
-                product = rows[:, :, start:stop].diagonal(0, 0, 2).mT
-            else:
-                product = (rows * (left if left.shape[0] == 1 else left[start:stop])).sum(-1)
-        joined.add(product, chunk.shape[0])
-    result = joined.result()
+    if mode == "fwd":
+        (product,), dim = pushforwards([out], [x], create_graph=graph), 0
+    else:
+        product = functools.partial(backward, out, [x], retain=True, graph=graph)
+
+    def passes() -> Iterator[tuple[int, list[Maybe]]]:
+        start = 0
+        for chunk in vectors:
+            (rows,) = of_each(product, chunk)
+            stop = start + chunk.shape[0]
+            if rows is not None:
+                rows = flat_rows(rows, dim, batch)  # (k, B, N)
+                if left is None:
+                    rows = rows[:, :, start:stop].diagonal(0, 0, 2).mT
+                else:
+                    rows = (rows * (left if left.shape[0] == 1 else left[start:stop])).sum(-1)
+            yield stop - start, [rows]
+            start = stop
+
+    (result,) = join(passes(), count, 0, 1, create_graph=graph)
     return out.new_zeros(count, batch) if result is None else result

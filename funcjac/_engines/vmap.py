@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from funcjac._arguments.call import Call, Output
-from funcjac._engines.join_chunks import block_dtype
+from funcjac._engines.rows import as_block
 from funcjac._engines.run_func import (
     Derivatives,
     check_aux,
@@ -87,8 +87,7 @@ def in_result_type(call: Call, result: Derivatives) -> Derivatives:
     inputs, names = call.inputs, call.options.operator.by_inputs(call)
 
     def typed(out: Tensor, block: Tensor, name: tuple[int, ...]) -> Tensor:
-        dtype = block_dtype(out, [inputs[j] for j in name or (0,)])
-        return block.to(dtype).contiguous()  # what is the same in all rows came out expanded
+        return as_block(block, block.shape, out, [inputs[j] for j in name or (0,)])
 
     rows = zip(result.output.leaves, result.blocks)
     return result._replace(

@@ -165,9 +165,13 @@ def backward(
     out: Any, inputs: Sequence[Tensor], cotangent: Tensor, *, retain: bool, graph: bool
 ) -> Tensors:
     """``torch.autograd.grad`` of a tensor, or a place in a graph; ``None`` for no dependence."""
-    if isinstance(out, Tensor) and not out.requires_grad:
+    if type(out) is not GradientEdge and not out.requires_grad:
         return (None,) * len(inputs)
-    return vector_jacobian((out,), inputs, (cotangent,), retain=retain, graph=graph)
+    if _ENGINE is None or type(out) not in _ROOTS:
+        return torch.autograd.grad(out, inputs, cotangent, retain, graph, allow_unused=True)
+    return _ENGINE.run_backward(
+        (out,), (cotangent,), retain, graph, tuple(inputs), True, accumulate_grad=False
+    )
 
 
 def vector_jacobian(

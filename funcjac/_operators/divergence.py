@@ -12,7 +12,7 @@ from torch import Tensor
 from funcjac._arguments.bind_arguments import with_extras
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
-from funcjac._engines.basis import identity, row_shape
+from funcjac._engines.rows import identity, row_shape
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._engines.sum import divergence
 from funcjac._operators.operator import Operator, Tensors
@@ -53,6 +53,10 @@ class Hutchinson:
             remedy = "The error is estimated from how far samples differ."
             expected = "at least two samples with return_error=True"
             raise refuse(name, ValueError, expected, samples, remedy)
+
+    @property
+    def has_parts(self) -> bool:
+        return self.return_error
 
     def as_numbers(self) -> tuple[Any, ...]:
         return (self.samples or 0, self.return_error)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
-from funcjac._engines.basis import identity, row_shape, row_sizes, spread
 from funcjac._engines.nesting import hessian_blocks
+from funcjac._engines.rows import identity, row_shape, row_sizes, spread
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._engines.sum import Blocks
 from funcjac._operators.operator import NESTED, SecondOrder, Tensors

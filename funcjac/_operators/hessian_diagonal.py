@@ -11,9 +11,8 @@ from torch import Tensor
 
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
-from funcjac._engines.basis import coordinates, row_shape
-from funcjac._engines.join_chunks import Chunks, added
 from funcjac._engines.nesting import Along, Directions, along
+from funcjac._engines.rows import added, coordinates, join, row_shape
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._operators.hessian import recording_of
 from funcjac._operators.operator import SecondOrder, Tensors
@@ -146,22 +145,20 @@ def _by_taylor(
     """Derivatives along directions in input ``j``; their weighted sum ``(1, B, *out)`` if total."""
     count, graph = len(pairs.left), recording.create_graph
     step = chunk or max(_PASS_ELEMENTS // max(largest(recording), 1), 1)
-    outputs = range(len(recording.slots))
-    slopes, columns = ([Chunks(count, 0, create_graph=graph) for _ in outputs] for _ in range(2))
-    sums: list[Maybe] = [None for _ in outputs]
-    for start in range(0, max(count, 1), step):
-        part = pairs.narrow(start, min(start + step, count))
-        weights, size = part.weights if total else None, len(part.left)
-        first, second = directional(recording, j, part.left, part.right, weights, firsts=firsts)
-        if size == count:
-            return Along(first, second)
-        for i in outputs:
-            slopes[i].add(first[i], size)
+    outputs = len(recording.slots)
+    sums: list[Maybe] = [None] * outputs
+
+    def passes() -> Iterator[tuple[int, list[Maybe]]]:
+        for start in range(0, max(count, 1), step):
+            part = pairs.narrow(start, min(start + step, count))
+            weights = part.weights if total else None
+            first, second = directional(recording, j, part.left, part.right, weights, firsts=firsts)
             if total:
-                sums[i] = added(sums[i], second[i])
-            else:
-                columns[i].add(second[i], size)
-    return Along([c.result() for c in slopes], sums if total else [c.result() for c in columns])
+                sums[:] = map(added, sums, second)
+            yield len(part.left), [*first, *([] if total else second)]
+
+    joined = join(passes(), count, 0, outputs * (1 if total else 2), create_graph=graph)
+    return Along(joined[:outputs], sums if total else joined[outputs:])
 
 
 @documented

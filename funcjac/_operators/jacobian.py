@@ -9,23 +9,22 @@ from typing import Any, ClassVar
 import torch
 
 from funcjac._arguments import pytree
-from funcjac._arguments.bind_arguments import batch_size, check_inputs, make_layout
+from funcjac._arguments.batch_sizes import check_batch_sizes
+from funcjac._arguments.bind_arguments import check_inputs, make_layout
 from funcjac._arguments.call import Call, Options, as_output
 from funcjac._arguments.check_keywords import check_options
 from funcjac._arguments.check_tensors import check_arguments
-from funcjac._dispatch.choose_engine_mode_chunk import Sizes
+from funcjac._dispatch.attempt import problem_of
+from funcjac._dispatch.choose_engine_mode_chunk import sizes_of
 from funcjac._dispatch.decisions import decision_of
 from funcjac._engines import vmap
-from funcjac._engines.basis import elements_of_rows, row_shape, row_sizes
-from funcjac._engines.run_func import Derivatives, Route, Run, detached, read_graph
+from funcjac._engines.rows import row_shape
+from funcjac._engines.run_func import Derivatives, Run, detached, read_graph
 from funcjac._engines.sum import jacobian
 from funcjac._environment.torch_private import is_traced, sees_values
 from funcjac._operators.operator import Operator, Tensors
 from funcjac._operators.transform import documented, make_transform
 from funcjac._verification.central_differences import Pair, difference, random_moves, times
-from funcjac._verification.row_independence import check_rows
-from funcjac._verification.verify_backward import backward_mismatch
-from funcjac._verification.verify_result import agrees_with_units, mismatch
 from funcjac.errors import VerificationError, refuse
 
 
@@ -36,8 +35,7 @@ class Jacobian(Operator):
     is_jacobian: ClassVar[bool] = True
     order: ClassVar[int] = 1
 
-    def compute(self, run: Run, route: Route) -> Derivatives:
-        return jacobian(run, route)
+    compute = staticmethod(jacobian)  # type: ignore[assignment]
 
     def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
         jac, along = vmap.jacobian(f, xs, mode, call.options.chunk_size)
@@ -224,7 +222,8 @@ def _as_run(options: Options, outputs: Any, inputs: Any) -> Run:
     name, (leaves, spec) = options.name, pytree.flatten_args((inputs,))
     check_arguments(name, leaves)
     layout = make_layout(options, (inputs,), leaves, spec)
-    batch = batch_size(name, layout, leaves)
+    check_batch_sizes(name, layout, leaves)
+    batch = leaves[0].shape[layout.dims[0]]
     call = Call(batch_jacobian_of, options, layout, leaves, {}, batch)
     check_inputs(call)
     if not all(x.requires_grad for x in call.inputs):
@@ -241,40 +240,26 @@ def _as_run(options: Options, outputs: Any, inputs: Any) -> Run:
 def _solved(run: Run) -> Derivatives:
     """The derivatives by the route of the rule, or one by one where those are refused."""
     call, options, outs, graph = run.call, run.call.options, run.output.leaves, run.create_graph
-    facts = read_graph(outs, run.inputs)
-    outputs, inputs = elements_of_rows(outs), sum(row_sizes(run.inputs, run.dims))
-    on_cpu = all(x.device.type == "cpu" for x in run.inputs)
-    sizes = Sizes(call.batch, outputs, inputs, facts.widest, graph, on_cpu)
+    facts = read_graph(run)[1]
+    sizes = sizes_of(run, facts.widest)
     rows = tuple([(row_shape(x, dim), x.dtype) for x, dim in zip(run.inputs, run.dims)])
     shapes = tuple([out.shape[1:] for out in outs])
     keywords = (options.name, options.mode, options.chunk_size)
     decision = decision_of((*keywords, facts.signature, rows, shapes, graph))
     decision.calls += 1
     hooked = any(x._backward_hooks or (x.retains_grad and not x.is_leaf) for x in run.inputs)
-    check = decision.is_due(options.check, call.batch) and not hooked and sees_values()
+    unseen = hooked or not call.batch or not any(x.numel() for x in run.inputs)
+    check = decision.is_due(options.check, call.batch) and not unseen and sees_values()
     route, problem = options.operator.route(call, sizes), None
     for candidate in dict.fromkeys((route, route._replace(chunk=1))):
         if candidate in decision.left:
             continue
         with torch.set_grad_enabled(graph):
             result = options.operator.compute(run, candidate)
-        problem = _problem(run, result, decision.calls) if check else None
+        problem = problem_of(run, result, decision.calls, [])[0] if check else None
         if problem is None:
             decision.rows |= check and call.batch > 1
             return result
         decision.left[candidate] = problem
     decision.left.clear()
     raise VerificationError(f"{options.name}: the result was verified and refused: {problem}.")
-
-
-def _problem(run: Run, result: Derivatives, number: int) -> str | None:
-    """Where a result and plain autograd disagree."""
-    if not run.call.batch or not any(x.numel() for x in run.inputs):
-        return None
-    problem, _ = mismatch(run, result, number)
-    if problem is not None:
-        check_rows(run, [])
-        problem = None if agrees_with_units(run, result) else problem
-    if problem is None and run.create_graph:
-        problem = backward_mismatch(run, result, number)
-    return problem

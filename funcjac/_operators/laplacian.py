@@ -17,8 +17,8 @@ from torch import Tensor
 
 from funcjac._arguments.call import Call
 from funcjac._arguments.check_tensors import check_arguments
-from funcjac._engines.basis import coordinates, row_shape
 from funcjac._engines.nesting import Directions
+from funcjac._engines.rows import coordinates, row_shape
 from funcjac._engines.run_func import Derivatives, Run
 from funcjac._environment.torch_private import is_traced, is_transformed
 from funcjac._operators.divergence import Hutchinson

@@ -18,8 +18,7 @@ from funcjac._dispatch.choose_engine_mode_chunk import (
     prefers_taylor,
     second_order_route,
 )
-from funcjac._engines.basis import row_shape
-from funcjac._engines.join_chunks import as_block
+from funcjac._engines.rows import as_block, row_shape
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._verification.central_differences import Pair
 from funcjac._verification.reference_vjp import Entry, Probe
@@ -31,6 +30,9 @@ NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd")
 @dataclass(frozen=True)
 class Operator:
     """Computes the derivatives of one transform, of a run or of a row, and their references.
+
+    One with inputs or tensors of its own has ``prepare(call, args, kwargs)``, which refuses bad
+    inputs and returns the call with those tensors.
 
     Attributes:
         modes: what ``mode`` may be, beside ``"auto"``.
@@ -44,6 +46,11 @@ class Operator:
     is_jacobian: ClassVar[bool] = False
     order: ClassVar[int] = 0
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether the result for one output and input is more than one block."""
+        return False
+
     def keywords(self) -> list[str]:
         """The operator's own keywords that differ from their defaults, printed."""
         return changed_keywords(self, [field.name for field in fields(self)])
@@ -56,10 +63,6 @@ class Operator:
     def from_numbers(cls, numbers: tuple[Any, ...]) -> Operator:
         """An operator that computes the same as the one of ``as_numbers``."""
         return cls(*numbers)
-
-    def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
-        """Refuse bad inputs, and add the operator's own tensors to a call."""
-        return call
 
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
         """First and second derivatives of each output, and gradients differentiated further."""
@@ -113,8 +116,6 @@ class Operator:
 
     def tree(self, call: Call, result: Derivatives) -> Any:
         """The operator's own blocks: output structure outside, input structure inside."""
-        if result.output.spec is None and call.layout.plain and type(call.options.argnums) is int:
-            return result.blocks[0][0]  # of one tensor by one tensor
         return by_output(result, lambda blocks: _by_input(call, blocks, self.order))
 
     def assemble(self, call: Call, result: Derivatives) -> Any:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
-from funcjac._engines.basis import coordinates, row_shape, row_sizes
-from funcjac._engines.join_chunks import as_block
 from funcjac._engines.nesting import Index, by_order, nested_partials
+from funcjac._engines.rows import as_block, coordinates, row_shape, row_sizes
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._environment.torch_private import is_traced
 from funcjac._operators.hessian import recording_of, stacked_coordinates
@@ -39,6 +38,10 @@ class Partials(SecondOrder):
 
     def keywords(self) -> list[str]:
         return [repr(list(self.indices))]
+
+    @property
+    def has_parts(self) -> bool:
+        return True
 
     def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
         """Refuse inputs whose rows are no vectors or numbers, or too short for the indices."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from funcjac._arguments import pytree
 from funcjac._arguments.bind_arguments import bind
-from funcjac._arguments.call import Call, Options
+from funcjac._arguments.call import Options
 from funcjac._arguments.check_keywords import check_options
 from funcjac._arguments.check_tensors import is_uninitialized
 from funcjac._dispatch.attempt import Outcome
@@ -105,6 +105,7 @@ class Transform:
         self.func, self.options = func, options
         shared = [repr(getattr(options, name)) for name in KEYWORDS if name != "check"]
         self.__funcjac_key__ = (options.name, *shared, *options.operator.keywords())
+        self._has_parts = options.return_value or options.has_aux or options.operator.has_parts
         functools.update_wrapper(self, func, updated=())
         vars(self).pop("__wrapped__", None)  # it would be copied and pickled a second time
 
@@ -119,20 +120,21 @@ class Transform:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], outcome: Outcome | None = None
     ) -> Any:
         """The result; ``outcome`` takes down what happened on the way."""
-        key, operator = self.__funcjac_key__, self.options.operator
+        key, options = self.__funcjac_key__, self.options
         if is_transformed():
-            call = self.bind(args, kwargs)
-            return operator.assemble(call, solve_inside(call, key))
-        call = None if torch.is_inference_mode_enabled() else self.bind(args, kwargs)
+            call = bind(self.func, options, args, kwargs)
+            return options.operator.assemble(call, solve_inside(call, key))
+        is_inference = torch.is_inference_mode_enabled()
+        call = None if is_inference else bind(self.func, options, args, kwargs)
         if call is None or any(map(_is_inference, call.leaves)):
             with torch.inference_mode(False), torch.no_grad():
                 args, kwargs = usable((args, kwargs))
                 return self.evaluate(args, kwargs, outcome)
-        return operator.assemble(call, solve(call, key, outcome))
-
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        call = bind(self.func, self.options, args, kwargs)
-        return self.options.operator.prepare(call, args, kwargs)
+        result = solve(call, key, outcome)
+        is_tree = result.output.spec is not None or type(options.argnums) is not int
+        if self._has_parts or is_tree or not call.layout.plain:
+            return options.operator.assemble(call, result)
+        return result.blocks[0][0]
 
     def __repr__(self) -> str:
         func, options = self.func, self.options

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from funcjac._engines.join_chunks import added
+from funcjac._engines.rows import added
 from funcjac._taylor.recording import Node, Recording
 
 Jet = tuple["Tensor | None", ...]

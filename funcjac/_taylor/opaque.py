@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._engines.join_chunks import added
+from funcjac._engines.rows import added
 from funcjac._environment.torch_private import over_basis, vector_jacobian
 from funcjac._taylor.jets import Derivative, Site
 from funcjac.errors import UntraceableError

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._engines.join_chunks import added
+from funcjac._engines.rows import added
 from funcjac._environment.torch_private import over_basis
 from funcjac._taylor.elementwise import elementwise
 from funcjac._taylor.jets import Derivative, Jet, Site, on_one_row, spread

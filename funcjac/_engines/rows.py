@@ -1,0 +1,193 @@
+"""Rows of tensors: the standard basis of a row, and blocks joined from what passes gave."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcjac._environment.torch_private import is_functional
+
+# Making a small identity matrix takes 5 microseconds, of 100 that a small call takes.
+_MOST_CACHED = 2**14
+_CACHE: dict[Any, Tensor] = {}
+
+
+def row_shape(x: Tensor, dim: int | None) -> torch.Size:
+    return x.shape if dim is None else x.shape[:dim] + x.shape[dim + 1 :]
+
+
+def row_sizes(inputs: Sequence[Tensor], dims: Sequence[int | None]) -> list[int]:
+    """Elements of one row of each input."""
+    return [row_shape(x, dim).numel() for x, dim in zip(inputs, dims)]
+
+
+def elements_of_rows(outs: Sequence[Tensor]) -> int:
+    """Elements of one row of all outputs together."""
+    total = 0
+    for out in outs:
+        total += out.shape[1:].numel()
+    return total
+
+
+def identity(count: int, like: Tensor) -> Tensor:
+    """The identity matrix ``(count, count)``; small ones are made once."""
+    if count * count > _MOST_CACHED or is_functional():  # there, what is made belongs to a level
+        return torch.eye(count, dtype=like.dtype, device=like.device)
+    key = (count, like.dtype, like.device)
+    eye = _CACHE.get(key)
+    if eye is None:
+        eye = torch.eye(count, dtype=like.dtype, device=like.device)
+        if type(eye) is Tensor and not eye.is_inference() and len(_CACHE) < 256:
+            _CACHE[key] = eye
+    return eye
+
+
+def basis_chunks(
+    like: Tensor, row: torch.Size, batch: int, dim: int | None, chunk: int | None
+) -> Iterable[Tensor]:
+    """The standard basis of one row, ``(k, ..., B, ...)`` at a time with the batch at ``dim``."""
+    count = row.numel()
+    step = count if chunk is None else min(chunk, count)
+    if step == count:
+        return (spread(identity(count, like), row, batch, dim),) if count else ()
+    if count * count <= _MOST_CACHED:
+        return spread(identity(count, like), row, batch, dim).split(step)
+    return (spread(_units(count, i, step, like), row, batch, dim) for i in range(0, count, step))
+
+
+def _units(count: int, start: int, step: int, like: Tensor) -> Tensor:
+    """Up to ``step`` rows of the identity matrix ``(count, count)`` from ``start`` on."""
+    rows = torch.zeros(min(step, count - start), count, dtype=like.dtype, device=like.device)
+    rows.diagonal(start).fill_(1)
+    return rows
+
+
+def spread(vectors: Tensor, row: torch.Size, batch: int, dim: int | None) -> Tensor:
+    """The same vectors in every row: ``(k, N) -> (k, ..., B, ...)``."""
+    count = len(vectors)
+    if dim is None:
+        return vectors.view(count, *row)
+    vectors = vectors.view(count, *row[:dim], 1, *row[dim:])
+    return vectors.expand(count, *row[:dim], batch, *row[dim:])
+
+
+def coordinates(x: Tensor, dim: int | None) -> Tensor:
+    """The standard basis of a row, the same in all rows: ``(N, *x.shape)``."""
+    row = row_shape(x, dim)
+    return spread(identity(row.numel(), x), row, x.shape[dim] if dim is not None else 0, dim)
+
+
+def batch_at(place: int, x: Tensor, dim: int | None, batch: int, *, skip: int = 0) -> Tensor:
+    """``x`` with the batch moved to ``place``, from ``dim`` behind the first ``skip`` dimensions.
+
+    What has no batch is that of one row, or of none.
+    """
+    if dim is None:
+        return x.unsqueeze(place).narrow(place, 0, batch)
+    return x if dim + skip == place else x.movedim(dim + skip, place)
+
+
+def flat_rows(stack: Tensor, dim: int | None, batch: int) -> Tensor:
+    """``(k, ..., B, ...) -> (k, B, N)``."""
+    rows = batch_at(1, stack, dim, batch, skip=1)
+    return rows.flatten(2) if rows.ndim > 2 else rows.unsqueeze(2)
+
+
+# --- blocks ------------------------------------------------------------------------------------
+
+
+def join(
+    passes: Iterable[tuple[int, Sequence[Tensor | None]]],
+    count: int,
+    axis: int,
+    width: int,
+    *,
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """``width`` tensors of ``count`` entries along ``axis``; ``None`` stands for zeros.
+
+    A pass brings a number of entries of each. Without a graph they go into one preallocated
+    tensor: small ones that are kept each for itself, among large ones that come and go, would keep
+    the C library from using the memory of those again. With one they are joined at the end: every
+    write into a slice would add a node that copies the whole backwards.
+    """
+    start, sizes, columns = 0, [], defaultdict(list)
+    wholes: list[Tensor | None] = [None] * width
+    for size, pieces in passes:
+        if size == count:
+            return list(pieces)
+        sizes.append(size)
+        for i, piece in enumerate(pieces):
+            if create_graph:
+                columns[i].append(piece)
+            else:
+                wholes[i] = _written(wholes[i], piece, axis, start, size, count)
+        start += size
+    if not create_graph:
+        return wholes
+    return [_concatenated(columns[i], sizes, axis) for i in range(width)]
+
+
+def _written(
+    whole: Tensor | None, piece: Tensor | None, axis: int, start: int, size: int, count: int
+) -> Tensor | None:
+    """``whole``, with a piece in its place."""
+    if piece is None:
+        if whole is not None:
+            whole.narrow(axis, start, size).zero_()
+        return whole
+    if whole is None:
+        new = piece.new_zeros if start else piece.new_empty
+        whole = new(_resized(piece, axis, count))
+    whole.narrow(axis, start, size).copy_(piece.detach())
+    return whole
+
+
+def _concatenated(pieces: list[Any], sizes: list[int], axis: int) -> Tensor | None:
+    like = next((piece for piece in pieces if piece is not None), None)
+    if like is None:
+        return None
+    for i, size in enumerate(sizes):
+        if pieces[i] is None:
+            pieces[i] = like.new_zeros(_resized(like, axis, size))
+    return torch.cat(pieces, axis)
+
+
+def _resized(like: Tensor, axis: int, size: int) -> list[int]:
+    shape = list(like.shape)
+    shape[axis] = size
+    return shape
+
+
+def apart_from(vectors: Tensor, tensor: Tensor) -> Tensor:
+    """A copy, if a tensor lies in the memory of basis vectors, which are kept for other calls."""
+    if is_functional() or type(tensor) is not Tensor or type(vectors) is not Tensor:
+        return tensor
+    shared = tensor.untyped_storage().data_ptr() == vectors.untyped_storage().data_ptr()
+    return tensor.clone() if shared else tensor
+
+
+def added(total: Tensor | None, piece: Tensor | None) -> Tensor | None:
+    """The sum of pieces so far; ``None`` for zero."""
+    if total is None or piece is None:
+        return piece if total is None else total
+    return total + piece
+
+
+def as_block(
+    value: Tensor | None, shape: Sequence[int], out: Tensor, inputs: Sequence[Tensor]
+) -> Tensor:
+    """A contiguous block of the type that ``out`` and ``inputs`` promote to; ``None`` for zeros."""
+    dtype = out.dtype
+    for x in inputs:
+        if x.dtype != dtype and x.ndim:  # a number does not widen a tensor
+            dtype = torch.promote_types(dtype, x.dtype)
+    if value is None:
+        return out.new_zeros(shape, dtype=dtype)
+    value = value if value.dtype == dtype else value.to(dtype)
+    value = value if value.shape == shape else value.reshape(shape)  # no node of its own
+    return value.contiguous()
