@@ -13,7 +13,7 @@ from funcjac._arguments.bind_arguments import batch_size, check_inputs, make_lay
 from funcjac._arguments.call import Call, Options, as_output
 from funcjac._arguments.check_keywords import check_options
 from funcjac._arguments.check_tensors import check_arguments
-from funcjac._dispatch.choose_engine_mode_chunk import Sizes
+from funcjac._dispatch.choose_engine_mode_chunk import Sizes, routes_of
 from funcjac._dispatch.decisions import decision_of
 from funcjac._engines import vmap
 from funcjac._engines.basis import elements_of_rows, row_shape, row_sizes
@@ -26,7 +26,7 @@ from funcjac._verification.central_differences import Pair, difference, random_m
 from funcjac._verification.row_independence import check_rows
 from funcjac._verification.verify_backward import backward_mismatch
 from funcjac._verification.verify_result import agrees_with_units, mismatch
-from funcjac.errors import VerificationError, refuse
+from funcjac.errors import VerificationError, brief, refuse
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def _as_run(options: Options, outputs: Any, inputs: Any) -> Run:
 
 
 def _solved(run: Run) -> Derivatives:
-    """The derivatives by the route of the rule, or one by one where those are refused."""
+    """The derivatives by the first route of the rule that works and is not refused."""
     call, options, outs, graph = run.call, run.call.options, run.output.leaves, run.create_graph
     facts = read_graph(outs, run.inputs)
     outputs, inputs = elements_of_rows(outs), sum(row_sizes(run.inputs, run.dims))
@@ -252,29 +252,35 @@ def _solved(run: Run) -> Derivatives:
     decision.calls += 1
     hooked = any(x._backward_hooks or (x.retains_grad and not x.is_leaf) for x in run.inputs)
     check = decision.is_due(options.check, call.batch) and not hooked and sees_values()
-    route, problem = options.operator.route(call, sizes), None
-    for candidate in dict.fromkeys((route, route._replace(chunk=1))):
-        if candidate in decision.left:
+    failed: RuntimeError | None = None
+    for route in dict.fromkeys(routes_of(run, sizes, None)):
+        if route in decision.left:
             continue
-        with torch.set_grad_enabled(graph):
-            result = options.operator.compute(run, candidate)
-        problem = _problem(run, result, decision.calls) if check else None
-        if problem is None:
-            decision.rows |= check and call.batch > 1
-            return result
-        decision.left[candidate] = problem
+        try:
+            with torch.set_grad_enabled(graph):
+                result = options.operator.compute(run, route)
+            if check:
+                _verify(run, result, decision.calls)
+        except RuntimeError as error:  # fwd differentiates the graph twice: not every node can be
+            decision.left[route], failed = brief(error), failed or error
+            continue
+        decision.rows |= check and call.batch > 1
+        return result
     decision.left.clear()
-    raise VerificationError(f"{options.name}: the result was verified and refused: {problem}.")
+    assert failed is not None
+    raise failed
 
 
-def _problem(run: Run, result: Derivatives, number: int) -> str | None:
-    """Where a result and plain autograd disagree."""
+def _verify(run: Run, result: Derivatives, number: int) -> None:
+    """Raises where a result and plain autograd disagree."""
     if not run.call.batch or not any(x.numel() for x in run.inputs):
-        return None
+        return
     problem, _ = mismatch(run, result, number)
     if problem is not None:
         check_rows(run, [])
         problem = None if agrees_with_units(run, result) else problem
     if problem is None and run.create_graph:
         problem = backward_mismatch(run, result, number)
-    return problem
+    if problem is not None:
+        name = run.call.options.name
+        raise VerificationError(f"{name}: the result was verified and refused: {problem}.")
