@@ -56,7 +56,8 @@ def refuse(
 
 def brief(error: Exception) -> str:
     """An exception in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    text = lines[0] if len(lines[0]) <= 200 else lines[0][:200] + "..."
+    line = (str(error).strip().splitlines() or [""])[0]
+    if len(line) > 200:  # up to the end of a sentence, if one ends before
+        line = line[:200].rpartition(". ")[0] or line[:200] + " …"
     name = "" if isinstance(error, RefusedError) else f"{type(error).__name__}: "
-    return f"{name}{text}".rstrip(": .")
+    return f"{name}{line}".rstrip(": .")

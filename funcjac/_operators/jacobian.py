@@ -15,7 +15,7 @@ from funcjac._arguments.call import Call, Options, as_output
 from funcjac._arguments.check_keywords import check_options
 from funcjac._arguments.check_tensors import check_arguments
 from funcjac._dispatch.attempt import problem_of
-from funcjac._dispatch.choose_engine_mode_chunk import sizes_of
+from funcjac._dispatch.choose_engine_mode_chunk import routes_of, sizes_of
 from funcjac._dispatch.decisions import decision_of
 from funcjac._engines import vmap
 from funcjac._engines.rows import row_shape
@@ -25,7 +25,7 @@ from funcjac._environment.torch_private import is_traced, sees_values
 from funcjac._operators.operator import Operator, Tensors
 from funcjac._operators.transform import documented, make_transform
 from funcjac._verification.central_differences import Pair, difference, random_moves, times
-from funcjac.errors import VerificationError, refuse
+from funcjac.errors import VerificationError, brief, refuse
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _as_run(options: Options, outputs: Any, inputs: Any) -> Run:
 
 
 def _solved(run: Run) -> Derivatives:
-    """The derivatives by the route of the rule, or one by one where those are refused."""
+    """The derivatives by the first route of the rule that works and is not refused."""
     call, options, outs, graph = run.call, run.call.options, run.output.leaves, run.create_graph
     facts = read_graph(run)[1]
     sizes = sizes_of(run, facts.widest)
@@ -250,16 +250,22 @@ def _solved(run: Run) -> Derivatives:
     hooked = any(x._backward_hooks or (x.retains_grad and not x.is_leaf) for x in run.inputs)
     unseen = hooked or not call.batch or not any(x.numel() for x in run.inputs)
     check = decision.is_due(options.check, call.batch) and not unseen and sees_values()
-    route, problem = options.operator.route(call, sizes), None
-    for candidate in dict.fromkeys((route, route._replace(chunk=1))):
-        if candidate in decision.left:
+    failed: RuntimeError | None = None
+    for route in dict.fromkeys(routes_of(run, sizes, None)):
+        if route in decision.left:
             continue
-        with torch.set_grad_enabled(graph):
-            result = options.operator.compute(run, candidate)
-        problem = problem_of(run, result, decision.calls, [])[0] if check else None
-        if problem is None:
-            decision.rows |= check and call.batch > 1
-            return result
-        decision.left[candidate] = problem
+        try:
+            with torch.set_grad_enabled(graph):
+                result = options.operator.compute(run, route)
+            problem = problem_of(run, result, decision.calls, [])[0] if check else None
+            if problem is not None:
+                words = f"{options.name}: the result was verified and refused: {problem}."
+                raise VerificationError(words)
+        except RuntimeError as error:  # fwd differentiates the graph twice: not every node can be
+            decision.left[route], failed = brief(error), failed or error
+            continue
+        decision.rows |= check and call.batch > 1
+        return result
     decision.left.clear()
-    raise VerificationError(f"{options.name}: the result was verified and refused: {problem}.")
+    assert failed is not None
+    raise failed

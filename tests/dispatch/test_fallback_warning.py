@@ -47,6 +47,14 @@ def test_the_warning_says_it_all_once():
     assert warning.filename == __file__
 
 
+def test_the_reason_is_told_in_whole_sentences():
+    """torch's own goes on for 500 characters."""
+    (warning,) = said_of(lambda: shared(fresh(branches))(randn(3), randn(B, 3)))
+    reason = str(warning.message).partition("because ")[2].partition(" The result is ")[0]
+    assert reason.startswith("RuntimeError: vmap: It looks like you're either (1) calling .item()")
+    assert reason.endswith("(3) encountering this error in PyTorch internals.")
+
+
 @pytest.mark.quick
 def test_the_warning_comes_once_for_each_function():
     """However many transforms are made of it: inline ones are made at each call."""

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import funcjac
-from funcjac import BatchMixingError, batch_hessian, batch_jacobian
+from funcjac import BatchMixingError, VerificationError, batch_hessian, batch_jacobian
 from funcjac import batch_jacobian_of as jacobian_of
+from tests.oracles import by_rows
 from tests.tensors import equal, randn
 
 B = 4
@@ -144,6 +145,38 @@ def test_a_mixed_precision(mode):
     found = jacobian_of(x.double().sin(), x, mode=mode)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, torch.diag_embed(x.double().cos()), rtol=1e-6, atol=1e-6)
+
+
+# --- where forward mode cannot be ---------------------------------------------------------
+
+
+def test_a_graph_that_cannot_be_differentiated_twice_is_pulled_back():
+    """Forward mode is chosen by sizes and differentiates twice, which fused attention cannot."""
+    x = leaf(B, 5, 2)
+
+    def attention(x):
+        heads = x.unsqueeze(1)
+        heads = nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        return torch.cat([heads * k for k in range(1, 6)], -1)  # 50 outputs, 10 inputs
+
+    reference = by_rows(attention, (x.detach(),))
+    equal(jacobian_of(attention(x), x, create_graph=False), reference)
+    with pytest.raises(RuntimeError, match="derivative for aten::_scaled_dot_product"):
+        jacobian_of(attention(x), x, mode="fwd", create_graph=False)
+
+
+def test_where_forward_mode_has_wrong_derivatives_the_result_is_pulled_back():
+    """The third derivative of layer norm is wrong in torch, and forward mode takes one more."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 40)).double()
+    x = leaf(B, 3)
+    jac = jacobian_of(net(x), x)
+    equal(jac, by_rows(net, (x.detach(),)))
+    for _ in range(3):  # not tried again
+        equal(jacobian_of(net(x), x), jac)
+    (grad,) = torch.autograd.grad(jac.square().sum(), x)
+    equal(grad, torch.autograd.grad(batch_jacobian(net)(x).square().sum(), x)[0])
+    with pytest.raises(VerificationError, match="differ from those of plain double backward"):
+        jacobian_of(net(x), x, mode="fwd")
 
 
 # --- graphs ------------------------------------------------------------------------------

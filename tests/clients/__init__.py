@@ -1,0 +1,1 @@
+"""funcjac inside libraries that others wrote; a library that is not installed is skipped."""
