@@ -66,7 +66,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Turns the list of the gallery into cards, and links of the repository into those of the site."""
+    """Turns the list of the gallery into cards, and moves links to where the site has things."""
     source = SOURCES.get(page.file.src_uri, DOCS / page.file.src_uri)
     if source.name == "gallery.md":
         markdown = _gallery(markdown)
