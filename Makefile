@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+FRESH := build/fresh
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format table coverage benchmark rule clean
+.PHONY: demo test lint format docs package table coverage benchmark rule clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m funcjac
@@ -21,6 +22,21 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, in site/. A warning or a dead link fails.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Wheel and sdist, in dist/; the tests of the one run on the other, in a fresh environment.
+package: $(VENV)/.package
+	rm -rf dist $(FRESH)
+	$(BIN)/python -m build --outdir dist > /dev/null
+	$(PYTHON) -m venv $(FRESH)
+	$(FRESH)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	    --constraint constraints.txt "$$(echo dist/*.whl)[test]"
+	tar --extract --file dist/*.tar.gz --directory $(FRESH) --strip-components 1 \
+	    --exclude '*/funcjac'
+	cd $(FRESH) && bin/python -m pytest -m quick tests
 
 # The page in the docs that shows each function in each engine and mode.
 table: $(VENV)/.test
@@ -55,5 +71,13 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[dev]'
 	touch $@ $(VENV)/.test $(VENV)/.runtime
 
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[docs]'
+	touch $@ $(VENV)/.runtime
+
+$(VENV)/.package: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[package]'
+	touch $@ $(VENV)/.runtime
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist site

@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import importlib.metadata
 import inspect
 import pathlib
 import subprocess
@@ -213,7 +214,7 @@ def test_the_public_names_are_those_of_the_contract():
     assert named == PUBLIC
     public = {name for name in vars(funcjac) if not name.startswith("_")}
     assert public - {"errors"} == PUBLIC
-    assert funcjac.__version__
+    assert funcjac.__version__ == importlib.metadata.version("funcjac")
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
