@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format table coverage benchmark rule clean
+.PHONY: demo test clients lint format table coverage benchmark rule clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m funcjac
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# funcjac inside libraries that others wrote, and the page in the docs about them.
+clients: $(VENV)/.clients
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/clients \
+		'tests/test_demo.py::test_blocks_run_in_order[clients]'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -53,6 +58,14 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[dev]'
+	touch $@ $(VENV)/.test $(VENV)/.runtime
+
+# laplace-torch asks for torchvision and does not use it; it does not load beside a torch for CPUs
+# if its wheel is for CUDA, and whoever looks for it then fails.
+$(VENV)/.clients: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[clients]'
+	$(BIN)/python -c 'import torchvision' 2>/dev/null || \
+		$(BIN)/python -m pip uninstall --quiet --yes torchvision
 	touch $@ $(VENV)/.test $(VENV)/.runtime
 
 clean:
