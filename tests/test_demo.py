@@ -24,7 +24,7 @@ IMPORTED = {"clients": ("laplace", "deepxde", "scipy")}
 def test_blocks_run_in_order(page, capsys, monkeypatch):
     monkeypatch.setenv("DDE_BACKEND", "pytorch")  # DeepXDE reads it when it is imported
     for library in IMPORTED.get(page.stem, ()):
-        pytest.importorskip(library)
+        pytest.importorskip(library, reason=f"{library} is not installed: make clients")
     blocks = _blocks(page.read_text("utf-8"))
     torch.manual_seed(0)
     scope = {}
