@@ -6,13 +6,18 @@ FRESH := build/fresh
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format docs package table coverage benchmark rule clean
+.PHONY: demo test clients lint format docs package table coverage benchmark rule clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m funcjac
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# funcjac inside libraries that others wrote, and the page in the docs about them.
+clients: $(VENV)/.clients
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/clients \
+		'tests/test_demo.py::test_blocks_run_in_order[clients]'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -78,6 +83,14 @@ $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.package: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[package]'
 	touch $@ $(VENV)/.runtime
+
+# laplace-torch asks for torchvision and does not use it; it does not load beside a torch for CPUs
+# if its wheel is for CUDA, and whoever looks for it then fails.
+$(VENV)/.clients: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[clients]'
+	$(BIN)/python -c 'import torchvision' 2>/dev/null || \
+		$(BIN)/python -m pip uninstall --quiet --yes torchvision
+	touch $@ $(VENV)/.test $(VENV)/.runtime
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache build dist site
