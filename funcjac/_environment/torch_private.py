@@ -32,10 +32,10 @@ _is_zero: Any = getattr(Tensor, "_is_zerotensor", lambda _: False)
 _STOP = getattr(torch.utils.checkpoint, "_StopRecomputationError", None)
 CONTROL_FLOW: tuple[type[Exception], ...] = () if _STOP is None else (_STOP,)
 
-# Wrong once differentiated twice, or three times. Without them, nothing is replaced.
-fused_weight_norm: Any = getattr(torch, "_weight_norm", None)
-legit_batch_norm: Any = getattr(torch, "_native_batch_norm_legit", None)
+# Wrong once differentiated three times. Without it, nothing is replaced.
 updating_batch_norm: Any = getattr(torch.ops.aten, "_batch_norm_with_update", None)
+# Returns the weights of attention too, and runs no fused kernel. Without it attention fails.
+composed_attention: Any = getattr(torch, "_scaled_dot_product_attention_math", None)
 
 
 def is_transformed() -> bool:
