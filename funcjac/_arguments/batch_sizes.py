@@ -41,11 +41,7 @@ def _argument_dim(name: str, leaf: Any, dim: Any) -> int | None:
 
 
 def batch_size(name: str, layout: Any, leaves: list[Any]) -> int:
-    """The batch size, which all batched arguments share.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """The batch size, which all batched arguments share."""
     first = layout.batched[0]
     batch = leaves[first].shape[layout.dims[first]]
     for i in layout.batched[1:]:
