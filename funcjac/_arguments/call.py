@@ -131,8 +131,6 @@ def as_output(options: Options, out: Any, batch: int) -> Output:
     name, out_dims, aux = options.name, options.out_dims, None
     if is_plain(out) and out_dims == 0 and not options.has_aux and out.shape[:1] == (batch,):
         return Output([out], None)
-    if type(out) is Tensor and type(out_dims) is int and not options.has_aux:
-        return Output([as_batch_first(name, out, out_dims, batch)], None)
     if options.has_aux:
         if not (isinstance(out, tuple) and len(out) == 2):
             expected = "func to return a pair (output, aux) with has_aux=True"
@@ -141,10 +139,7 @@ def as_output(options: Options, out: Any, batch: int) -> Output:
         out, aux = out
     leaves, spec = pytree.flatten(out)
     if not leaves:
-        expected, remedy = (
-            "func to return at least one tensor",
-            "Return what is to be differentiated.",
-        )
+        expected, remedy = "func to return at least one tensor", "Return what to differentiate."
         raise refuse(name, TypeError, expected, type(out).__name__, remedy)
     dims = output_dims(name, out_dims, out, len(leaves))
     tensors = [as_batch_first(name, leaf, dim, batch) for leaf, dim in zip(leaves, dims)]

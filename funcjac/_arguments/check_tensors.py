@@ -1,7 +1,7 @@
 """Checks that tensors can be looked at and differentiated."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,35 +12,6 @@ from funcjac.errors import refuse
 
 # What can be computed with: of narrower types PyTorch only knows how to store them.
 _DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
-
-
-class _Texts(NamedTuple):
-    """What is expected of a tensor, and remedies."""
-
-    tensor: str
-    aux: str
-    real: str
-    of_complex: str
-    of_integers: str
-    dense: str
-
-
-_INPUT = _Texts(
-    tensor="the differentiated argument to hold tensors only",
-    aux="Name the tensors to differentiate in argnums.",
-    real="a differentiated argument of real floating-point dtype",
-    of_complex="Use torch.view_as_real for complex inputs.",
-    of_integers="Pass integers as another argument and leave them out of argnums.",
-    dense="a differentiated argument that is dense",
-)
-_OUTPUT = _Texts(
-    tensor="func to return tensors",
-    aux="Return what is not a tensor as aux, with has_aux=True.",
-    real="func to return real floating-point tensors",
-    of_complex="Use torch.view_as_real for complex outputs, and aux for integers.",
-    of_integers="Return integers and booleans as aux, with has_aux=True.",
-    dense="func to return dense tensors",
-)
 
 
 def is_plain(x: Any) -> bool:
@@ -55,25 +26,45 @@ def is_plain(x: Any) -> bool:
 
 def check_input(name: str, leaf: Any) -> None:
     """Refuse what cannot be differentiated."""
-    _check_derivable(name, leaf, _INPUT)
+    _check_derivable(
+        name,
+        leaf,
+        tensor="the differentiated argument to hold tensors only",
+        aux="Name the tensors to differentiate in argnums.",
+        real="a differentiated argument of real floating-point dtype",
+        of_complex="Use torch.view_as_real for complex inputs.",
+        of_integers="Pass integers as another argument and leave them out of argnums.",
+        dense="a differentiated argument that is dense",
+    )
 
 
 def check_output(name: str, leaf: Any) -> None:
     """Refuse an output that has no Jacobian."""
-    _check_derivable(name, leaf, _OUTPUT)
-    check_arguments(name, [leaf], _OUTPUT.tensor)
+    _check_derivable(
+        name,
+        leaf,
+        tensor="func to return tensors",
+        aux="Return what is not a tensor as aux, with has_aux=True.",
+        real="func to return real floating-point tensors",
+        of_complex="Use torch.view_as_real for complex outputs, and aux for integers.",
+        of_integers="Return integers and booleans as aux, with has_aux=True.",
+        dense="func to return dense tensors",
+    )
+    check_arguments(name, [leaf], "func to return tensors")
 
 
-def _check_derivable(name: str, leaf: Any, texts: _Texts) -> None:
+def _check_derivable(
+    name: str, leaf: Any, *, tensor: str, aux: str, real: str, dense: str, **remedies: str
+) -> None:
     if not isinstance(leaf, Tensor):
-        raise refuse(name, TypeError, texts.tensor, type(leaf).__name__, texts.aux)
+        raise refuse(name, TypeError, tensor, type(leaf).__name__, aux)
     if leaf.dtype not in _DTYPES:
-        remedy = texts.of_complex if leaf.is_complex() else texts.of_integers
+        remedy = remedies["of_complex" if leaf.is_complex() else "of_integers"]
         if leaf.is_floating_point():
             remedy = "Convert it to torch.float32 first, which can be computed with."
-        raise refuse(name, TypeError, texts.real, leaf.dtype, remedy)
+        raise refuse(name, TypeError, real, leaf.dtype, remedy)
     if leaf.layout != torch.strided:
-        raise refuse(name, TypeError, texts.dense, leaf.layout, "Call .to_dense() on it.")
+        raise refuse(name, TypeError, dense, leaf.layout, "Call .to_dense() on it.")
 
 
 def check_arguments(name: str, leaves: Iterable[Any], what: str = "tensors") -> None:

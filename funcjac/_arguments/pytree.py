@@ -19,17 +19,8 @@ Tree = Any
 TreeSpec = optree.PyTreeSpec
 
 
-def flatten(tree: Tree) -> tuple[list[Any], TreeSpec]:
+def flatten(tree: Tree, *, none_is_leaf: bool = False) -> tuple[list[Any], TreeSpec]:
     """Leaves and structure of an output or an input; ``None`` is structure."""
-    return _flatten(tree, none_is_leaf=False)
-
-
-def flatten_args(tree: Tree) -> tuple[list[Any], TreeSpec]:
-    """Leaves and structure of arguments; ``None`` is a leaf, as it is in ``in_dims``."""
-    return _flatten(tree, none_is_leaf=True)
-
-
-def _flatten(tree: Tree, *, none_is_leaf: bool) -> tuple[list[Any], TreeSpec]:
     leaves, spec = optree.tree_flatten(tree, none_is_leaf=none_is_leaf, namespace=NAMESPACE)
     if torch.compiler.is_compiling():
         return leaves, spec
@@ -37,7 +28,12 @@ def _flatten(tree: Tree, *, none_is_leaf: bool) -> tuple[list[Any], TreeSpec]:
     unknown = {type(leaf) for leaf in leaves if type(leaf) is not Tensor} & nodes.keys()
     for kind in unknown:
         _register(kind, nodes[kind])
-    return _flatten(tree, none_is_leaf=none_is_leaf) if unknown else (leaves, spec)
+    return flatten(tree, none_is_leaf=none_is_leaf) if unknown else (leaves, spec)
+
+
+def flatten_args(tree: Tree) -> tuple[list[Any], TreeSpec]:
+    """Leaves and structure of arguments; ``None`` is a leaf, as it is in ``in_dims``."""
+    return flatten(tree, none_is_leaf=True)
 
 
 def _register(kind: type, node: Any) -> None:
@@ -72,24 +68,12 @@ def broadcast(prefix: Tree, tree: Tree) -> list[Any]:
     Raises:
         ValueError: ``prefix`` is not a prefix tree of ``tree``.
     """
-    if torch.compiler.is_compiling():
-        return _broadcast_in_containers(prefix, tree)
-    return optree.broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
+    parts = optree.tree_map(_repeated, prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
+    return flatten_args(parts)[0]
 
 
-def _broadcast_in_containers(prefix: Tree, tree: Tree) -> list[Any]:
-    """The same for tuples, lists and dicts, by operations that a compiler can trace."""
-    if not isinstance(prefix, (tuple, list, dict)):
-        return [prefix] * len(flatten_args(tree)[0])
-    if isinstance(prefix, dict):
-        if not isinstance(tree, dict) or sorted(prefix) != sorted(tree):
-            raise ValueError("expected dicts of the same keys")
-        pairs = [(prefix[key], tree[key]) for key in sorted(tree)]
-    else:
-        if not isinstance(tree, (tuple, list)) or len(prefix) != len(tree):
-            raise ValueError("expected sequences of the same length")
-        pairs = list(zip(prefix, tree))
-    return [entry for part, rest in pairs for entry in _broadcast_in_containers(part, rest)]
+def _repeated(entry: Any, part: Tree) -> list[Any]:
+    return [entry] * len(flatten_args(part)[0])
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Tree) -> Tree:

@@ -49,15 +49,14 @@ class WrappedAttributes:
 
     def __exit__(self, *_: object) -> None:
         for holder, before in self.before:
-            if isinstance(holder, list):
-                if any(map(is_wrapped, holder)):
-                    holder[:] = before
-                continue
-            for name in [name for name, value in holder.items() if is_wrapped(value)]:
-                if name in before:
-                    holder[name] = before[name]
-                else:
-                    del holder[name]
+            if isinstance(holder, dict):
+                for name in [name for name, value in holder.items() if is_wrapped(value)]:
+                    if name in before:
+                        holder[name] = before[name]
+                    else:
+                        del holder[name]
+            elif any(map(is_wrapped, holder)):
+                holder[:] = before
 
 
 def has_lazy(modules: Iterable[nn.Module]) -> bool:
@@ -69,14 +68,13 @@ def has_lazy(modules: Iterable[nn.Module]) -> bool:
     )
 
 
-# Module, name, the buffer itself, and a copy of its values.
-Buffers = list[tuple[nn.Module, str, Tensor, Tensor]]
+Buffers = list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]]
 
 
 def buffers_in_training(modules: Iterable[nn.Module]) -> Buffers:
     """Buffers that modules in training mode may move or replace, with copies of their values."""
     return [
-        (module, name, buffer, buffer.clone())
+        (module._buffers, name, buffer, buffer.clone())
         for module in _with_children(modules)
         if module.training
         for name, buffer in module._buffers.items()
@@ -84,9 +82,9 @@ def buffers_in_training(modules: Iterable[nn.Module]) -> Buffers:
     ]
 
 
+@torch.no_grad()
 def put_back(buffers: Buffers) -> None:
-    with torch.no_grad():
-        for module, name, buffer, values in buffers:
-            if not torch.equal(buffer, values):
-                buffer.copy_(values)
-            module._buffers[name] = buffer
+    for holder, name, buffer, values in buffers:
+        if not torch.equal(buffer, values):
+            buffer.copy_(values)
+        holder[name] = buffer

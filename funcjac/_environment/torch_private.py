@@ -32,14 +32,40 @@ _is_zero: Any = getattr(Tensor, "_is_zerotensor", lambda _: False)
 _STOP = getattr(torch.utils.checkpoint, "_StopRecomputationError", None)
 CONTROL_FLOW: tuple[type[Exception], ...] = () if _STOP is None else (_STOP,)
 
-# Wrong once differentiated twice, or three times. Without them, nothing is replaced.
-fused_weight_norm: Any = getattr(torch, "_weight_norm", None)
-legit_batch_norm: Any = getattr(torch, "_native_batch_norm_legit", None)
+# Wrong once differentiated three times. Without it, nothing is replaced.
 updating_batch_norm: Any = getattr(torch.ops.aten, "_batch_norm_with_update", None)
+# Returns the weights of attention too, and runs no fused kernel. Without it attention fails.
+composed_attention: Any = getattr(torch, "_scaled_dot_product_attention_math", None)
+# Raises where a compiled graph finds a tensor to be false, as nothing public does.
+assert_async: Any = getattr(torch, "_assert_async", lambda *_: None)
+
+_NONE = type(None)
+_PROXY: Any = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)
+_dispatch_mode: Any = getattr(torch._C, "_get_dispatch_mode", lambda _: None)
+
+
+def has_levels() -> bool:
+    """Whether a torch.func transform is at work.
+
+    Asked by type, as Dynamo takes the stack for an object even where there is none.
+    """
+    return type(_FUNCTORCH.peek_interpreter_stack()) is not _NONE
+
+
+def is_traced() -> bool:
+    """Whether a compiler, or ``make_fx``, traces what runs, and values cannot be looked at."""
+    return torch.compiler.is_compiling() or _dispatch_mode(_PROXY) is not None
+
+
+def is_functional() -> bool:
+    """Whether a tracer or a torch.func transform is at work, asked many times in each call."""
+    if torch.compiler.is_compiling() or _dispatch_mode(_PROXY) is not None:
+        return True
+    return type(_FUNCTORCH.peek_interpreter_stack()) is not _NONE
 
 
 def is_transformed() -> bool:
-    """Whether a torch.func transform, a dual level or a compiler is at work."""
+    """The same, or a dual level, which belongs to the process."""
     return is_functional() or forward_ad._current_level >= 0
 
 
@@ -54,57 +80,23 @@ def sees_values() -> bool:
     return all(level.key() != _VMAP for level in stack())
 
 
-def is_functional() -> bool:
-    """The same, but for dual levels, which belong to the process."""
-    if torch.compiler.is_compiling() or _dispatch_mode(_PROXY) is not None:
-        return True
-    return type(_FUNCTORCH.peek_interpreter_stack()) is not _NONE
-
-
-def has_levels() -> bool:
-    """Whether a torch.func transform is at work.
-
-    Asked by type, as Dynamo takes the stack for an object even where there is none.
-    """
-    return type(_FUNCTORCH.peek_interpreter_stack()) is not _NONE
-
-
-_NONE = type(None)
-
-
-def is_traced() -> bool:
-    """Whether a compiler, or ``make_fx``, traces what runs.
-
-    Without the private half, ``make_fx`` would trace verification, which looks at values.
-    """
-    return torch.compiler.is_compiling() or _dispatch_mode(_PROXY) is not None
-
-
-_PROXY: Any = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)
-_dispatch_mode: Any = getattr(torch._C, "_get_dispatch_mode", lambda _: None)
-
-
-# Raises where a compiled graph finds a tensor to be false, as nothing public does.
-assert_async: Any = getattr(torch, "_assert_async", lambda *_: None)
-
-
 def nonstrict_trace(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps Dynamo out of a function; what comes after Dynamo traces into it.
-
-    It imports the compiler: call it where one is at work already.
-    """
+    """Keeps Dynamo, which this imports, out of a function; later tracers go into it."""
     trace = getattr(torch.compiler, "nonstrict_trace", None)  # from torch 2.14 on
     return (trace or importlib.import_module("torch._dynamo").nonstrict_trace)(function)
 
 
 def bypassing_wrapper() -> Any:
-    """Runs what Dynamo traced of a function inside of a Python function that it did not trace.
+    """Lets a dispatch mode see the operations of a part of a graph of Dynamo.
 
-    The only way to have a dispatch mode see the operations of a part of a graph. Without this
-    private API ``None``, and Taylor propagation does not run in compiled code.
+    Without it ``None``, and Taylor propagation does not run in compiled code.
     """
     wraps = importlib.import_module("torch._higher_order_ops.wrap")
     return getattr(wraps, "dynamo_bypassing_wrapper", None)
+
+
+_autograd: Any = getattr(torch._C, "_autograd", None)
+_top_hooks: Any = getattr(_autograd, "_top_saved_tensors_default_hooks", lambda _: ())
 
 
 def saves_by_hooks() -> bool:
@@ -112,17 +104,8 @@ def saves_by_hooks() -> bool:
     return _top_hooks(False) is not None
 
 
-_top_hooks: Any = getattr(
-    getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", lambda _: ()
-)
-
-
 def is_wrapped(value: object) -> bool:
-    """Whether a tensor belongs to a torch.func transform.
-
-    Without it no tensor counts as wrapped, and a function that stores activations in a plain list
-    may find dead tensors there.
-    """
+    """Whether a tensor belongs to a torch.func transform; without this, none does."""
     probe = getattr(_FUNCTORCH, "is_functorch_wrapped_tensor", None)
     return probe is not None and isinstance(value, Tensor) and probe(value)
 
@@ -130,8 +113,8 @@ def is_wrapped(value: object) -> bool:
 def with_memory(args: Any) -> Any:
     """Arguments of an operation, for a dispatch mode to run it with.
 
-    Forward mode makes zeros without memory, which operations below a mode read all the same:
-    the process would die. Without this private API they do.
+    Operations below a mode read the zeros of forward mode, which have no memory: the process would
+    die, as it does without this private API.
     """
     if forward_ad._current_level < 0:
         return args
@@ -149,10 +132,7 @@ class EagerMode(TorchDispatchMode):
 
 @functools.cache
 def load_forward_formulas() -> None:
-    """Load what torch loads at its first dual number, without its warning about TorchScript.
-
-    Without this private API the first pass loads it, and warns.
-    """
+    """Load what torch loads at its first dual number, without its warning about TorchScript."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         getattr(forward_ad, "_maybe_load_decompositions", lambda: None)()
@@ -177,17 +157,18 @@ def backward(
 def vector_jacobian(
     outs: Sequence[Any], inputs: Sequence[Tensor], cotangents: Tensors, *, retain: bool, graph: bool
 ) -> Tensors:
-    """``torch.autograd.grad`` of tensors that require grad.
+    """``torch.autograd.grad`` of tensors that require grad, without its checks if possible.
 
-    The autograd engine itself, without the checks of ``torch.autograd.grad``, which take
-    as long as the backward pass of a small layer, and half a second to import at the first call.
-    Without it, ``torch.autograd.grad``.
+    They take as long as the backward pass of a small layer, and half a second to import.
     """
     if _ENGINE is None or not _ROOTS.issuperset(map(type, outs)):
         return torch.autograd.grad(outs, inputs, cotangents, retain, graph, allow_unused=True)
     return _ENGINE.run_backward(
         tuple(outs), tuple(cotangents), retain, graph, tuple(inputs), True, accumulate_grad=False
     )
+
+
+_warn_of_fallback: Any = getattr(_FUNCTORCH, "_set_vmap_fallback_warning_enabled", lambda _: None)
 
 
 @contextmanager
@@ -203,16 +184,14 @@ def quiet_fallback() -> Iterator[None]:
         _warn_of_fallback(True)
 
 
-_warn_of_fallback: Any = getattr(_FUNCTORCH, "_set_vmap_fallback_warning_enabled", lambda _: None)
 _ZEROS = itertools.repeat(0)
 
 
 def over_basis(function: Callable[..., Tensors], *vectors: Tensor) -> Tensors:
     """``function`` of each of ``vectors`` ``(k, ...)`` at once; ``None`` results stay ``None``.
 
-    Equals ``torch.vmap(function, randomness="same")`` without its handling of trees, which costs
-    more than the backward pass of a small network. Without this private API ``torch.vmap`` runs,
-    as it does under ``torch.compile``.
+    Equals ``torch.vmap(function, randomness="same")``, which runs in compiled code and without
+    this private API, but for its handling of trees, which costs more than a small backward pass.
     """
     if torch.compiler.is_compiling() or not hasattr(_FUNCTORCH, "_vmap_increment_nesting"):
         return _by_vmap(function, vectors)

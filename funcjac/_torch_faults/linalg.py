@@ -42,52 +42,36 @@ def _cast(dtype: torch.dtype, *numbers: Any) -> list[Any]:
     return [number.to(dtype) if isinstance(number, Tensor) else number for number in numbers]
 
 
-def reversed_power(exponent: Any, x: Any) -> Tensor:
-    """``power`` with the arguments in the order of ``Tensor.__rpow__``."""
-    return power(x, exponent)
-
-
 def float_power(x: Any, exponent: Any) -> Tensor:
-    """``power`` in double precision."""
-    if not (isinstance(x, Tensor) and isinstance(exponent, Tensor)):
-        return torch.float_power(x, exponent)
-    is_complex = x.is_complex() or exponent.is_complex()
+    is_complex = _is_complex(x) or _is_complex(exponent)
     return power(*_cast(torch.complex128 if is_complex else torch.float64, x, exponent))
 
 
 def pow_in_place(x: Tensor, exponent: Any) -> Tensor:
-    """``power`` written into ``x``."""
     out = power(x.clone(), exponent)
-    if out.dtype != x.dtype or out.shape != x.shape:
-        return x.pow_(exponent)  # which may raise
     return x.zero_().add_(out)
 
 
 def det(x: Tensor) -> Tensor:
-    """By minors where the matrix is small: torch's gradient is wrong for singular matrices."""
+    """By minors, or by LU factors, and where those have no derivative, as torch does.
+
+    Torch's gradient is wrong for small singular matrices.
+    """
     size = _size(x)
-    if not 0 < size <= _MOST_MINORS:
-        return torch.linalg.det(x)
-    if size == 1:
-        return x[..., 0, 0]
-    columns = set(range(size))
-    minors = [det(x[..., 1:, sorted(columns - {i})]) for i in range(size)]
-    terms = [(-1) ** i * x[..., 0, i] * minor for i, minor in enumerate(minors)]
-    return torch.stack(terms, -1).sum(-1)
-
-
-def det_in_transforms(x: Tensor) -> Tensor:
-    """By minors, or by LU factors, and where those have no derivative, as PyTorch does."""
-    if _size(x) <= _MOST_MINORS:
-        return det(x)
-    pivots = torch.linalg.lu_factor_ex(x.detach())[0].diagonal(0, -2, -1)
-    is_singular = (pivots == 0).any(-1)
-    numbers = torch.arange(1, x.shape[-1] + 1, device=x.device)
+    if size <= 1:
+        return x[..., 0, 0] if size else torch.linalg.det(x)
+    if size <= _MOST_MINORS:
+        columns = set(range(size))
+        minors = [det(x[..., 1:, sorted(columns - {i})]) for i in range(size)]
+        terms = [(-1) ** i * x[..., 0, i] * minor for i, minor in enumerate(minors)]
+        return torch.stack(terms, -1).sum(-1)
+    limit = 100 * torch.finfo(x.dtype).eps  # torch's own
+    is_singular = (torch.linalg.det(x.detach()).abs() < limit)[..., None, None]
+    numbers = torch.arange(1, size + 1, device=x.device)
     spare = torch.diag(numbers.to(x.dtype))  # has all derivatives, which are not asked for
-    regular = torch.where(is_singular[..., None, None], spare, x)
-    singular = torch.where(is_singular[..., None, None], x, spare)
-    pivots, sign = _pivots(regular)
-    return torch.where(is_singular, torch.linalg.det(singular), pivots.prod(-1) * sign)
+    pivots, sign = _pivots(torch.where(is_singular, spare, x))
+    singular = torch.linalg.det(torch.where(is_singular, x, spare))
+    return torch.where(is_singular[..., 0, 0], singular, pivots.prod(-1) * sign)
 
 
 def _size(x: Tensor) -> int:
@@ -116,45 +100,27 @@ def slogdet(x: Tensor) -> Any:
 
 def logdet(x: Tensor) -> Tensor:
     """By ``slogdet``: NaN where a real determinant is negative."""
-    if not _size(x):
-        return torch.logdet(x)
     sign, out = slogdet(x)
     return sign.log() + out if x.is_complex() else torch.where(sign == -1, math.nan, out)
 
 
 def solve(x: Tensor, B: Tensor, *, left: bool = True) -> Tensor:  # noqa: N803  torch's names
-    """By LU factors and triangular matrices."""
+    """By the inverse."""
     is_vector = B.ndim == 1 or (B.ndim == x.ndim - 1 and B.shape == x.shape[:-1])
     if is_vector and not left:
         return torch.linalg.solve(x, B, left=left)  # refuses it
-    factors, pivots = torch.linalg.lu_factor(x)
-    out = lu_solve(factors, pivots, B.unsqueeze(-1) if is_vector else B, left=left)
+    columns, inverse = B.unsqueeze(-1) if is_vector else B, torch.linalg.inv(x)
+    out = inverse @ columns if left else columns @ inverse
     return out.squeeze(-1) if is_vector else out
 
 
-def lu_solve(
-    LU: Tensor,  # noqa: N803
-    pivots: Tensor,
-    B: Tensor,  # noqa: N803
-    *,
-    left: bool = True,
-    adjoint: bool = False,
-) -> Tensor:
-    """By triangular matrices."""
-    if not left:
-        return lu_solve(LU, pivots, B.mH, adjoint=not adjoint).mH
+def lu_solve(LU, pivots, B, *, left=True, adjoint=False) -> Tensor:  # noqa: N803
+    """By the inverse."""
     order, lower, upper = torch.lu_unpack(LU, pivots)
-    triangular = torch.linalg.solve_triangular
-    if adjoint:
-        out = triangular(upper.mH, B, upper=False)
-        return order @ triangular(lower.mH, out, upper=True, unitriangular=True)
-    out = triangular(lower, order.mT @ B, upper=False, unitriangular=True)
-    return triangular(upper, out, upper=True)
-
-
-def torch_lu_solve(x: Tensor, LU_data: Tensor, LU_pivots: Tensor) -> Tensor:  # noqa: N803
-    """``lu_solve`` with the arguments in the order of ``torch.lu_solve``."""
-    return lu_solve(LU_data, LU_pivots, x)
+    inverse = torch.linalg.solve_triangular(lower, order.mT, upper=False, unitriangular=True)
+    inverse = torch.linalg.solve_triangular(upper, inverse, upper=True)
+    inverse = inverse.mH if adjoint else inverse
+    return inverse @ B if left else B @ inverse
 
 
 def cholesky_inverse(x: Tensor, upper: bool = False) -> Tensor:
@@ -165,19 +131,16 @@ def cholesky_inverse(x: Tensor, upper: bool = False) -> Tensor:
 
 
 def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
-    """By the norms of all differences.
+    """By the norms of all differences: torch has no second derivative, and a wrong batching rule.
 
-    Torch has no second derivative, and a wrong batching rule where cotangents are batched and
-    points are not.
+    Of a point and itself torch takes the slope for zero, and so are all further derivatives.
     """
-    del compute_mode
     if p < 0 or min(x1.ndim, x2.ndim) < 2 or x1.shape[-1] != x2.shape[-1]:
-        return torch.cdist(x1, x2, p)  # refuses it
+        return torch.cdist(x1, x2, p, compute_mode)  # refuses it
     steps = x1.unsqueeze(-2) - x2.unsqueeze(-3)
     if p != 2:
         return torch.linalg.vector_norm(steps, p, -1)
     squares = (steps * steps).sum(-1)
-    # Of a point and itself torch takes the slope for zero, and so are all further derivatives.
     same = squares == 0
     return torch.where(same, 0, torch.where(same, 1, squares).sqrt())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,10 +13,9 @@ from torch.nn import functional as F  # noqa: N812  its usual name
 
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
     """Torch's batching rule of the backward mixes up dimensions."""
-    if weight.numel() == 1 or x.ndim < 2 or weight.ndim != 1 or len(weight) != x.shape[1]:
-        torch.prelu(x.detach(), weight.detach())  # refuses what it cannot take
-        return torch.where(x > 0, x, weight.reshape(()) * x if weight.numel() == 1 else weight * x)
-    return torch.where(x > 0, x, weight.view(1, -1, *[1] * (x.ndim - 2)) * x)
+    torch.prelu(x.detach(), weight.detach())  # refuses what it cannot take
+    shape = (-1, *[1] * (x.ndim - 2)) if x.ndim > 1 else weight.shape
+    return torch.where(x > 0, x, weight.view(shape if weight.numel() > 1 else ()) * x)
 
 
 def select_scatter(x: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
@@ -27,21 +26,14 @@ def select_scatter(x: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     return torch.cat([*parts, x.narrow(dim, index + 1, size - index - 1)], dim)
 
 
-def as_strided_scatter(
-    x: Tensor,
-    src: Tensor,
-    size: Sequence[int],
-    stride: Sequence[int],
-    storage_offset: int | None = None,
-) -> Tensor:
+def as_strided_scatter(x: Tensor, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Torch's backward takes overwritten entries for the others."""
-    # The offset is that of the memory, in which ``x`` may begin later.
-    start = 0 if storage_offset is None else storage_offset - x.storage_offset()
-    if not x.is_contiguous() or start < 0:
-        return torch.as_strided_scatter(x, src, size, stride, storage_offset)
-    places = torch.arange(x.numel(), device=x.device).as_strided(size, stride, start)
-    out = x.reshape(-1).index_put((places.reshape(-1),), src.reshape(-1).to(x.dtype))
-    return out.reshape(x.shape)
+
+    def scatter(src: Tensor) -> Tensor:
+        return torch.as_strided_scatter(x.detach(), src, *args, **kwargs)
+
+    is_written = (scatter(torch.zeros_like(src)) == 0) & (scatter(torch.ones_like(src)) == 1)
+    return torch.where(is_written, scatter(src), x)
 
 
 def max_unpool(dims: int, unpool: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -63,12 +55,9 @@ def normal(mean: Any, std: Any = 1.0, *args: Any, **kwargs: Any) -> Tensor:
     """The same draw, which moves with mean and deviation: torch's gradient of both is zero."""
     if args or not (isinstance(mean, Tensor) or isinstance(std, Tensor)):
         return torch.normal(mean, std, *args, **kwargs)
-    if isinstance(std, Tensor):  # torch.vmap shows its values to operations alone: let one refuse
-        torch.normal(0.0, std.detach(), generator=torch.Generator(std.device))
-    elif std < 0:
-        return torch.normal(mean, std)
-    like = torch.as_tensor(mean) + torch.as_tensor(std)
-    dtype = mean.dtype if isinstance(mean, Tensor) else std.dtype
+    size = torch.as_tensor(std).detach()
+    torch.normal(0.0, size, generator=torch.Generator(size.device))  # refuses what is negative
+    like, dtype = mean + size, mean.dtype if isinstance(mean, Tensor) else std.dtype
     return (mean + std * torch.empty_like(like, dtype=dtype).normal_(**kwargs)).to(dtype)
 
 
@@ -117,10 +106,7 @@ def logcumsumexp(x: Tensor, dim: int) -> Tensor:
 
 def logaddexp(x: Tensor, other: Tensor) -> Tensor:
     """Torch's second derivative is NaN where the arguments are far apart."""
-    is_less = x < other
-    largest, smallest = torch.where(is_less, other, x), torch.where(is_less, x, other)
-    is_nowhere = (largest == smallest) & largest.isinf()  # their difference is NaN
-    return largest - F.logsigmoid(torch.where(is_nowhere, 0, largest - smallest))
+    return torch.stack(torch.broadcast_tensors(x, other)).logsumexp(0)
 
 
 def hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ name of the operation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ import funcjac._torch_faults.norms as norms
 import funcjac._torch_faults.others as others
 from funcjac._environment import torch_private
 
-Calls = Mapping[Any, Callable[..., Any]]
+Calls = dict[Any, Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -43,115 +43,99 @@ class Fault:
     Attributes:
         op: name of the ATen operation, or name and overload.
         derivatives: names of the wrong ones, of those above.
-        node_names: names of the autograd nodes that show the operation in a graph; with ``.k``
-            only where a gradient flows into output ``k`` of the node.
+        node_names: names of the autograd nodes for which ``func`` runs again, with replacements;
+            with ``.k`` only where a gradient flows into output ``k``.
         replacements: function that runs instead of each Python call, with right derivatives.
-        in_transforms: the same in torch.func alone, where plain derivatives are right or values
-            decide which function runs.
         issue: number of an issue of pytorch/pytorch.
         note: the fault itself, where ``derivatives`` do not say it.
         since: first release of torch that has the fault, as far as known: none below 2.11 was
             looked at.
-        compiles: whether torch.compile can look up the Python calls.
     """
 
     op: str
     derivatives: str
     node_names: str = ""
     replacements: Calls = field(default_factory=dict)
-    in_transforms: Calls = field(default_factory=dict)
     issue: int = 0
     note: str = ""
     since: str = "2.11"
-    compiles: bool = True
 
     @property
     def wrong(self) -> frozenset[str]:
-        """The names of the wrong derivatives."""
         return frozenset(self.derivatives.split())
 
     @property
     def nodes(self) -> frozenset[str]:
-        """The names of the autograd nodes."""
         return frozenset(self.node_names.split())
 
-    @property
-    def calls(self) -> frozenset[Any]:
-        """The Python calls to intercept: ``None`` stands for those that this release lacks."""
-        return frozenset((*self.replacements, *self.in_transforms)) - {None}
 
-
-def _calls(run: Callable[..., Any], *calls: Any) -> Calls:
-    """One replacement of several calls."""
-    return dict.fromkeys(calls, run)
+def _calls(run: Callable[..., Any], *names: str) -> Calls:
+    """One replacement of all calls of these names that this release has."""
+    places = (torch, Tensor, torch.linalg, F)
+    return {getattr(p, name): run for name in names for p in places if hasattr(p, name)}
 
 
 _UMBRELLA = 198017  # torch's own list of wrong formulas
 _NORM = "forward_again batching_again reverse_3"
-_BATCH_NORM = {
-    F.batch_norm: norms.batch_norm,
-    torch.batch_norm: norms.torch_batch_norm,
-    F.instance_norm: norms.instance_norm,
-    torch.instance_norm: norms.torch_instance_norm,
+_BATCH_NORMS = {
+    **norms.BATCH_NORMS,
+    **_calls(norms.legit_batch_norm, "_native_batch_norm_legit"),
+    torch_private.updating_batch_norm: norms.updating_batch_norm,
 }
 _POWERS = {
-    **_calls(linalg.power, torch.pow, Tensor.pow, Tensor.__pow__),
-    **_calls(linalg.pow_in_place, Tensor.pow_, Tensor.__ipow__),
-    **_calls(linalg.float_power, torch.float_power, Tensor.float_power),
-    Tensor.__rpow__: linalg.reversed_power,
+    **_calls(linalg.power, "pow", "__pow__"),
+    **_calls(linalg.pow_in_place, "pow_", "__ipow__"),
+    **_calls(lambda exponent, x: linalg.power(x, exponent), "__rpow__"),
+    **_calls(linalg.float_power, "float_power"),
 }
-_DET = (torch.det, Tensor.det, torch.linalg.det)
 _ATTENTION = {
-    F.scaled_dot_product_attention: attention.scaled_dot_product_attention,
-    F.multi_head_attention_forward: attention.multi_head_attention_forward,
+    **_calls(attention.scaled_dot_product_attention, "scaled_dot_product_attention"),
+    **_calls(attention.multi_head_attention_forward, "multi_head_attention_forward"),
+}
+_UNPOOL = {
+    unpool: others.max_unpool(dims, unpool)
+    for dims, unpool in enumerate((F.max_unpool1d, F.max_unpool2d, F.max_unpool3d), 1)
 }
 
 # fmt: off
 _NORMS = (
-    Fault("native_layer_norm", _NORM, "NativeLayerNormBackward0", {
-        **_calls(norms.layer_norm, F.layer_norm, torch.layer_norm),
-        torch.native_layer_norm: norms.native_layer_norm}, issue=175754),
+    Fault("native_layer_norm", _NORM, "NativeLayerNormBackward0", norms.LAYER_NORMS, issue=175754),
     Fault("native_group_norm", "reverse_1", "NativeGroupNormBackward0.1 NativeGroupNormBackward0.2",
-          {torch.native_group_norm: norms.native_group_norm},
+          _calls(norms.native_group_norm, "native_group_norm"),
           note="the gradient of the mean or the deviation alone is zero"),
-    Fault("native_batch_norm", _NORM, "NativeBatchNormBackward0",
-          {**_BATCH_NORM, torch.native_batch_norm: norms.tracked_batch_norm}, issue=186256),
-    Fault("_native_batch_norm_legit", _NORM,
-          "NativeBatchNormLegitBackward0 NativeBatchNormLegitBackward1",
-          {torch_private.legit_batch_norm: norms.legit_batch_norm}, issue=186256),
-    Fault("_batch_norm_with_update", "forward_again reverse_3", "BatchNormWithUpdateBackward0",
-          {torch_private.updating_batch_norm: norms.updating_batch_norm}, issue=186256),
-    Fault("cudnn_batch_norm", _NORM, "CudnnBatchNormBackward0", _BATCH_NORM, issue=186256),
-    Fault("miopen_batch_norm", _NORM, "MiopenBatchNormBackward0", _BATCH_NORM, issue=186256),
+    *(Fault(op, wrong, nodes, _BATCH_NORMS, issue=186256) for op, wrong, nodes in (
+        ("native_batch_norm", _NORM, "NativeBatchNormBackward0"),
+        ("_native_batch_norm_legit", _NORM,
+         "NativeBatchNormLegitBackward0 NativeBatchNormLegitBackward1"),
+        ("_batch_norm_with_update", "forward_again reverse_3", "BatchNormWithUpdateBackward0"),
+        ("cudnn_batch_norm", _NORM, "CudnnBatchNormBackward0"),
+        ("miopen_batch_norm", _NORM, "MiopenBatchNormBackward0"))),
     Fault("_weight_norm_interface", "reverse_2", "WeightNormInterfaceBackward0",
-          {torch_private.fused_weight_norm: norms.weight_norm}),
+          _calls(norms.weight_norm, "_weight_norm")),
 )
 _LINALG = (
-    Fault("pow.Tensor_Tensor", "reverse_2", "PowBackward1", _POWERS, compiles=False,
+    Fault("pow.Tensor_Tensor", "reverse_2", "PowBackward1", _POWERS,
           note="the derivative by an exponent of zero is lost"),
     Fault("pow of a real and a complex argument", "forward forward_again", "", _POWERS,
-          compiles=False, note="only the dtypes show it"),
+          note="only the dtypes show it"),
     Fault("_linalg_det", "forward forward_vmap forward_again reverse_1", "LinalgDetBackward0",
-          _calls(linalg.det, *_DET), _calls(linalg.det_in_transforms, *_DET), issue=192521,
-          compiles=False,
+          _calls(linalg.det, "det"), issue=192521,
           note="the gradient of singular matrices; in torch.func, differentiated again, of all"),
-    Fault("_linalg_slogdet", "forward_vmap forward_again", issue=192540, compiles=False,
-          in_transforms={
-              **_calls(linalg.slogdet, torch.slogdet, Tensor.slogdet, torch.linalg.slogdet),
-              **_calls(linalg.logdet, torch.logdet, Tensor.logdet)}),
-    Fault("_linalg_solve_ex", "forward_vmap forward_again", issue=192540, compiles=False,
-          in_transforms={torch.linalg.solve: linalg.solve},
+    Fault("_linalg_slogdet", "forward_vmap forward_again", "",
+          _calls(linalg.slogdet, "slogdet") | _calls(linalg.logdet, "logdet"),
+          issue=192540),
+    Fault("_linalg_solve_ex", "forward_vmap forward_again", "", {torch.linalg.solve: linalg.solve},
+          issue=192540,
           note="tensorsolve and solve_ex run it as well, and are not intercepted"),
-    Fault("linalg_lu_solve", "forward_vmap forward_again vmap", in_transforms={
-        torch.linalg.lu_solve: linalg.lu_solve,
-        **_calls(linalg.torch_lu_solve, torch.lu_solve, Tensor.lu_solve)}),
+    Fault("linalg_lu_solve", "forward_vmap forward_again vmap", "",
+          _calls(lambda x, factors, pivots: linalg.lu_solve(factors, pivots, x), "lu_solve")
+          | {torch.linalg.lu_solve: linalg.lu_solve}),
     Fault("cholesky_inverse", "forward forward_again reverse_1", "CholeskyInverseBackward0",
-          _calls(linalg.cholesky_inverse, torch.cholesky_inverse, Tensor.cholesky_inverse),
+          _calls(linalg.cholesky_inverse, "cholesky_inverse"),
           issue=_UMBRELLA, note="the gradient by the triangle that is not read"),
     Fault("_cdist_forward", "batching vmap reverse_2", "CdistBackward0",
-          {torch.cdist: linalg.cdist}, issue=83510),
-    Fault("_pdist_forward", "reverse_2", "PdistBackward0",
-          _calls(linalg.pdist, torch.pdist, F.pdist)),
+          _calls(linalg.cdist, "cdist"), issue=83510),
+    Fault("_pdist_forward", "reverse_2", "PdistBackward0", _calls(linalg.pdist, "pdist")),
     Fault("linalg_householder_product", "forward_again", issue=196698),
     Fault("linalg_eig", "forward_again"),
     Fault("_linalg_eigh", "forward_again"),
@@ -168,41 +152,36 @@ _ATTENTIONS = tuple(
 _SCATTERS = (
     # Its batching rule leaves this node in the graph; the gradient of plain code is right.
     Fault("select_scatter", "forward_again vmap", "ScatterBackward0",
-          _calls(others.select_scatter, torch.select_scatter, Tensor.select_scatter),
+          _calls(others.select_scatter, "select_scatter"),
           note="the gradient by the source is counted once for each of its entries"),
     Fault("as_strided_scatter", "reverse_1", "AsStridedScatterBackward0",
-          _calls(others.as_strided_scatter, torch.as_strided_scatter, Tensor.as_strided_scatter),
+          _calls(others.as_strided_scatter, "as_strided_scatter"),
           note="overwritten entries are taken for the others"),
     Fault("scatter_reduce", "forward forward_again", note="products where a factor is zero"),
-    Fault("max_unpool2d", "reverse_1", "MaxUnpool2DBackward0", {
-        F.max_unpool1d: others.max_unpool(1, F.max_unpool1d),
-        F.max_unpool2d: others.max_unpool(2, F.max_unpool2d)}, note="where windows overlap"),
-    Fault("max_unpool3d", "reverse_1", "MaxUnpool3DBackward0",
-          {F.max_unpool3d: others.max_unpool(3, F.max_unpool3d)}, note="where windows overlap"),
+    Fault("max_unpool2d", "reverse_1", "MaxUnpool2DBackward0", _UNPOOL, note="overlapping windows"),
+    Fault("max_unpool3d", "reverse_1", "MaxUnpool3DBackward0", _UNPOOL, note="overlapping windows"),
 )
 _CHUNKED = "_linear_cross_entropy_batch_chunked"
 _OTHERS = (
     *(Fault(op, f"forward forward_again single_pass reverse_2 {more}",
             f"GeneratedBackwardFor_torch_nn_{op}_defaultBackward",
-            {getattr(F, "linear_cross_entropy", None): others.linear_cross_entropy},
+            _calls(others.linear_cross_entropy, "linear_cross_entropy"),
             since="2.13", note="second derivatives are zero")
       for op, more in {_CHUNKED: "vmap", f"{_CHUNKED}_no_reduction": ""}.items()),
     Fault("normal", "forward reverse_1", "NormalBackward1 NormalBackward2 NormalBackward3",
-          {torch.normal: others.normal}, issue=4620,
+          _calls(others.normal, "normal"), issue=4620,
           note="the gradient by mean and deviation is zero"),
     Fault("_ctc_loss", "reverse_1", "CtcLossBackward0 CtcLossBackward1",
           {F.ctc_loss: others.ctc_loss}, issue=52241,
           note="the input is taken for the output of log_softmax"),
     Fault("logcumsumexp", "forward forward_again reverse_2 reverse_3", "LogcumsumexpBackward0",
-          _calls(others.logcumsumexp, torch.logcumsumexp, Tensor.logcumsumexp), issue=196705,
+          _calls(others.logcumsumexp, "logcumsumexp"), issue=196705,
           note="NaN where the cotangent is zero; forward mode where numbers are large"),
-    Fault("logaddexp", "reverse_2", "LogaddexpBackward0",
-          _calls(others.logaddexp, torch.logaddexp, Tensor.logaddexp), issue=196704,
-          note="NaN where the arguments are far apart"),
-    Fault("hardsigmoid", "reverse_2", "HardsigmoidBackward0", {F.hardsigmoid: others.hardsigmoid},
-          note="there is none"),
-    Fault("_prelu_kernel", "vmap",
-          in_transforms=_calls(others.prelu, torch.prelu, F.prelu, Tensor.prelu),
+    Fault("logaddexp", "reverse_2", "LogaddexpBackward0", _calls(others.logaddexp, "logaddexp"),
+          issue=196704, note="NaN where the arguments are far apart"),
+    Fault("hardsigmoid", "reverse_2", "HardsigmoidBackward0",
+          _calls(others.hardsigmoid, "hardsigmoid"), note="there is none"),
+    Fault("_prelu_kernel", "vmap", "", _calls(others.prelu, "prelu"),
           note="where cotangents are batched once more: rows of one length give wrong slopes"),
     Fault("cumprod", "forward_again", note="where a factor is zero", issue=196701),
 )

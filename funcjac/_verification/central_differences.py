@@ -63,7 +63,7 @@ def random_moves(call: Call) -> Moves:
 
 def times(block: Tensor, t: Tensor, dim: int | None) -> Tensor:
     """``(B, ..., *in) . t``, with the batch of ``t`` at ``dim``: ``(B, ...)``."""
-    batch, rows = len(block), t.expand(len(block), *t.shape) if dim is None else t.movedim(dim, 0)
-    count, shape = rows.shape[1:].numel(), block.shape[: block.ndim - (rows.ndim - 1)]
-    columns = rows.reshape(batch, count, 1).to(block.dtype)
-    return (block.reshape(batch, shape[1:].numel(), count) @ columns).reshape(shape)
+    rows = t.expand(len(block), *t.shape) if dim is None else t.movedim(dim, 0)
+    shape, count = block.shape[: block.ndim - rows.ndim + 1], rows.shape[1:].numel()
+    columns = rows.reshape(len(block), count, 1).to(block.dtype)
+    return (block.reshape(len(block), shape[1:].numel(), count) @ columns).reshape(shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from funcjac._engines.run_func import Run
 from funcjac._environment.state import buffers_in_training, put_back, rng_state, set_rng_state
@@ -16,23 +16,24 @@ def check_attached(run: Run, modules: Iterable[nn.Module]) -> int:
     """Raise if an output has no graph, and most of it moves with the inputs.
 
     This runs ``func`` again, at a point nearby, if an output has no graph; returns how often.
-
-    Raises:
-        VerificationError: it does.
     """
-    pairs = [(i, out) for i, out in enumerate(run.output.leaves) if not out.requires_grad]
-    loose = [(i, out.detach()) for i, out in pairs if out.numel()]
+    loose = {i: x for i, x in enumerate(run.output.leaves) if x.numel() and not x.requires_grad}
     batch = run.call.batch
     # A transform has seen to it itself; one row alone cannot tell draws apart.
     if not loose or batch == 1 or hasattr(run.call.func, "__funcjac_key__"):
         return 0
     even = torch.arange(batch, device=run.inputs[0].device) % 2 == 0
-    buffers, state = buffers_in_training(modules), rng_state()
+    buffers, state, moved = buffers_in_training(modules), rng_state(), []
+    for x, dim in zip(run.inputs, run.dims):
+        step = torch.finfo(x.dtype).eps ** (1 / 3) * (1 + x.detach().abs())
+        if dim is not None:
+            step = step * even.view(-1, *[1] * (x.ndim - 1 - dim)).to(x.dtype)
+        moved.append(x.detach() + step)
     with torch.no_grad():
-        nearby = run.call(_moved(run, even)).leaves
+        nearby = run.call(moved).leaves
     set_rng_state(state)
     put_back(buffers)
-    for i, out in loose:
+    for i, out in loose.items():
         moves = (out != nearby[i]).double().reshape(batch, -1).mean(1)
         # What changes in the rows that did not move is a draw of func's own.
         draws = None not in run.dims and moves[~even].mean() > 0.5
@@ -44,14 +45,3 @@ def check_attached(run: Run, modules: Iterable[nn.Module]) -> int:
                 "check=False if the derivative is meant to be zero."
             )
     return 1
-
-
-def _moved(run: Run, rows: Tensor) -> list[Tensor]:
-    """The inputs a little further, in some rows."""
-    moved = []
-    for x, dim in zip(run.inputs, run.dims):
-        step = torch.finfo(x.dtype).eps ** (1 / 3) * (1 + x.detach().abs())
-        if dim is not None:
-            step = step * rows.view(-1, *[1] * (x.ndim - 1 - dim)).to(x.dtype)
-        moved.append(x.detach() + step)
-    return moved

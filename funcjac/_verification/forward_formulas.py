@@ -24,15 +24,9 @@ class _Names(EagerMode):
 
 
 def check_forward_formulas(call: Call, *, again: bool) -> None:
-    """Raise if ``func`` runs an operation whose forward formula torch has wrong.
-
-    Runs ``func`` once more, with replacements.
-
-    Raises:
-        RuntimeError: it does, and nothing replaces it.
-    """
+    """Raise if ``func``, run once more, has a wrong forward formula that nothing replaces."""
     state, recorder = rng_state(), _Names()
-    with torch.enable_grad(), UseReplacements(forward=True), recorder:
+    with torch.enable_grad(), UseReplacements(), recorder:
         call._replace(clone=True, replaced=False)(call.inputs)
     set_rng_state(state)
     wrong = sorted(forward_faults(recorder.names, again=again))

@@ -13,7 +13,6 @@ from funcjac._engines.run_func import Run
 from funcjac._environment.torch_private import vector_jacobian
 
 # No number that a user would seed with: the cotangent must not be the input itself.
-# Of no tensor that users draw after torch.manual_seed(0).
 RNG_SEED = 0x6A61_636F_6269
 
 
@@ -49,23 +48,19 @@ class Probe(NamedTuple):
 
 def make_reference(run: Run, number: int) -> tuple[Probe, list[Entry]]:
     """The probe of a number, and what the blocks of a result must come to."""
-    with torch.enable_grad():  # references differentiate what they compute
-        probe = _make_probe(run, number)
-        return probe, run.call.options.operator.entries(run, probe)
-
-
-def _make_probe(run: Run, number: int) -> Probe:
     generator = torch.Generator("cpu").manual_seed(RNG_SEED + number)
-    outs = run.output.leaves
-    create_graph = run.create_graph or run.call.options.operator.is_second_order
+    outs, operator = run.output.leaves, run.call.options.operator
     drawn = [random_like(out, generator) for out in outs]
     seeds = [seed / output_sizes(out) for seed, out in zip(drawn, outs)]
-    try:
-        grads = vjp(outs, run.inputs, seeds, create_graph=create_graph)
-    except RuntimeError:  # an operation may refuse a large cotangent
-        seeds = drawn
-        grads = vjp(outs, run.inputs, seeds, create_graph=create_graph)
-    return Probe(seeds, grads, generator)
+    create_graph = run.create_graph or operator.is_second_order
+    with torch.enable_grad():  # references differentiate what they compute
+        try:
+            grads = vjp(outs, run.inputs, seeds, create_graph=create_graph)
+        except RuntimeError:  # an operation may refuse a large cotangent
+            seeds = drawn
+            grads = vjp(outs, run.inputs, seeds, create_graph=create_graph)
+        probe = Probe(seeds, grads, generator)
+        return probe, operator.entries(run, probe)
 
 
 def vjp(

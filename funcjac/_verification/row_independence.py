@@ -23,13 +23,7 @@ def halves(batch: int) -> Iterator[Tensor]:
 
 
 def check_rows(run: Run, modules: Iterable[nn.Module]) -> None:
-    """Raise if a cotangent in some rows reaches the input of others, for any two rows.
-
-    One backward pass for each bit of the batch size, twice.
-
-    Raises:
-        BatchMixingError: it does.
-    """
+    """Raise if a cotangent in some rows reaches the input of others, for any two rows."""
     generator = torch.Generator("cpu").manual_seed(RNG_SEED)
     outs = run.output.leaves
     cotangents = [random_like(out, generator) / output_sizes(out) for out in outs]
@@ -56,14 +50,13 @@ def _leak(run: Run, cotangents: list[Tensor], rows: Tensor) -> float:
 def mixing_error(
     name: str, modules: Iterable[nn.Module], size: float | None = None
 ) -> BatchMixingError:
-    suspects = list(dict.fromkeys(_suspects(modules)))
     blame = (
-        f"Suspects: {'; '.join(suspects)}."
-        if suspects
-        else "No module known to mix rows was found: look for reductions, sorts or softmax over "
+        "No module known to mix rows was found: look for reductions, sorts or softmax over "
         "the batch dimension, such as x.mean(0), for step sizes or iterations that are chosen for "
         "the whole batch (adaptive solvers), and for modules that take the batch second."
     )
+    if suspects := dict.fromkeys(_suspects(modules)):
+        blame = f"Suspects: {'; '.join(suspects)}."
     amount = "" if size is None else f", by {size:.1g} of the dependence on the same row"
     return BatchMixingError(
         f"{name}: expected each row of func's output to depend on the same row of its input "
@@ -72,12 +65,9 @@ def mixing_error(
 
 
 def _suspects(modules: Iterable[nn.Module]) -> Iterator[str]:
-    for root in modules:
-        for path, module in root.named_modules():
-            reason = _mixes(module)
-            if reason:
-                where = f"{path}: " if path else ""
-                yield f"{where}{type(module).__name__} {reason}"
+    for path, module in (pair for root in modules for pair in root.named_modules()):
+        if reason := _mixes(module):
+            yield f"{path}{': ' if path else ''}{type(module).__name__} {reason}"
 
 
 def _mixes(module: nn.Module) -> str | None:

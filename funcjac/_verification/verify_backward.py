@@ -33,7 +33,8 @@ def backward_mismatch(run: Run, result: Derivatives, number: int) -> str | None:
     """Where derivatives of a result and of plain autograd disagree, in words."""
     _, entries = make_reference(run, number)
     expected, computed = _scalars(entries, result, number)
-    leaves = _leaves(run, [expected, computed])
+    leaves = [x for x in graph_leaves([expected, computed], run.inputs) if not x._backward_hooks]
+    leaves = [x for x in {id(x): x for x in (*run.inputs, *leaves)}.values() if x.requires_grad]
     reference, grads = _derivatives(expected, leaves), _derivatives(computed, leaves)
     if isinstance(grads, RuntimeError):
         fails = isinstance(reference, RuntimeError)
@@ -42,17 +43,13 @@ def backward_mismatch(run: Run, result: Derivatives, number: int) -> str | None:
         if computed.requires_grad and not _raises_in_backward(computed):
             return "it has derivatives where plain double backward has none"
         return None
-    limit, errors = tolerance_of(run), list(map(error_of, grads, reference))
-    if _is_rounding(errors, reference, limit, largest(reference)):
-        return None
-    if _is_rounding(errors, reference, limit, largest(saved_tensors([expected], []))):
-        return None
+    limit, sizes = tolerance_of(run), [largest([derivative]) for derivative in reference]
+    errors = list(map(error_of, grads, reference))
+    for subtracted in (reference, saved_tensors([expected], [])):
+        floor = largest(subtracted)
+        if all(bool((e <= bound(limit, s, floor)).all()) for e, s in zip(errors, sizes)):
+            return None
     return "its derivatives differ from those of plain double backward"
-
-
-def _is_rounding(errors: list[Tensor], reference: list[Tensor], limit: float, floor: float) -> bool:
-    bounds = [bound(limit, largest([derivative]), floor) for derivative in reference]
-    return all(bool((error <= b).all()) for error, b in zip(errors, bounds))
 
 
 @torch.enable_grad()
@@ -68,13 +65,6 @@ def _scalars(entries: list[Entry], result: Derivatives, number: int) -> tuple[Te
             weights = outer_product(seed, tangent, entry.dim).to(blocks[e].dtype)
             computed = computed + (weights * blocks[e]).sum()
     return expected, computed
-
-
-def _leaves(run: Run, roots: list[Tensor]) -> list[Tensor]:
-    """What to differentiate by: the inputs of the run, and parameters without hooks."""
-    leaves = [leaf for leaf in graph_leaves(roots, run.inputs) if not leaf._backward_hooks]
-    distinct = {id(x): x for x in (*run.inputs, *leaves)}
-    return [x for x in distinct.values() if x.requires_grad]
 
 
 def _derivatives(scalar: Tensor, leaves: list[Tensor]) -> list[Tensor] | RuntimeError:

@@ -1,18 +1,15 @@
 """Verifies a result: one vector-Jacobian product verifies a batched Jacobian.
 
 Draw a random cotangent ``v`` of the output's shape. If rows are independent and the Jacobian is
-right, plain ``autograd.grad(y, x, v)`` equals ``v[b] @ J[b]`` in every row ``b``: one backward
-pass through the graph of the run, without torch.func, so that an error of torch's batching rules
-or formulas shows, and so does a function that mixes rows.
-
-What this can miss: a batch of one cannot show mixing; a derivative that plain reverse mode
-itself gets wrong (a custom backward, a partial ``detach``) is wrong on both sides.
+right, plain ``autograd.grad(y, x, v)`` equals ``v[b] @ J[b]`` in every row ``b``. What this can
+miss: a batch of one cannot show mixing; a derivative that plain reverse mode itself gets wrong (a
+custom backward, a partial ``detach``) is wrong on both sides.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,19 +36,43 @@ _MOST_UNIT_COTANGENTS = 32
 def mismatch(run: Run, result: Derivatives, number: int) -> tuple[str | None, bool]:
     """Where a result and plain autograd disagree, in words; and whether anything was compared."""
     probe, entries = make_reference(run, number)
-    limit, floor = tolerance_of(run), _subtracted(run, probe)
-    worst, is_blind = 0.0, False
+    floor = _subtracted(run, probe)
+
+    def floor_of(entry: Entry) -> Tensor:
+        return floor.sum() if entry.dim is None else floor.unsqueeze(1)
+
+    worst, compared = _worst_error(run, result, entries, floor_of)
+    if worst <= 1:
+        return None, compared
+    off = worst * tolerance_of(run)
+    return f"its product with a random cotangent is off by {off:.2g} of its size", True
+
+
+def is_lost_in_run(run: Run, result: Derivatives, number: int) -> bool:
+    """Whether a difference is what rounding the numbers inside of ``func`` comes to.
+
+    Asked once rows are known to be apart. What cancels leaves nothing else behind; see
+    ``test_constants_by_cancellation``. In a saturated row little is left of derivatives that are
+    large in others.
+    """
+    probe, entries = make_reference(run, number)
+    grads = [grad for grad in (*probe.grads, *[e.grad for e in entries]) if grad is not None]
+    floor = max(1.0, largest(saved_tensors(run.output.leaves, run.inputs)), largest(grads))
+    return _worst_error(run, result, entries, lambda e: floor * largest(e.seeds))[0] <= 1
+
+
+def _worst_error(
+    run: Run, result: Derivatives, entries: list[Entry], floor_of: Callable[[Entry], Any]
+) -> tuple[float, bool]:
+    """The largest error as a multiple of its bound, and whether each reference has a number."""
+    limit, worst, compared = tolerance_of(run), 0.0, True
     for e, entry in enumerate(entries):
         reference, error, scale = _compare(result, e, entry)
-        if not reference.numel():
-            continue
-        is_blind = is_blind or not reference.isfinite().any()
-        subtracted = floor.sum() if entry.dim is None else floor.unsqueeze(1)
-        ratio = error / bound(limit, scale, subtracted)
-        worst = max(worst, ratio.nan_to_num(0, torch.inf).max().item())
-    if worst <= 1:
-        return None, not is_blind
-    return f"its product with a random cotangent is off by {worst * limit:.2g} of its size", True
+        if reference.numel():
+            compared = compared and bool(reference.isfinite().any())
+            ratio = error / bound(limit, scale, floor_of(entry))
+            worst = max(worst, ratio.nan_to_num(0, torch.inf).max().item())
+    return worst, compared
 
 
 def _subtracted(run: Run, probe: Probe) -> Tensor:
@@ -90,10 +111,7 @@ def _rows(grad: Tensor | None, like: Tensor, dim: int | None) -> Tensor:
 
 
 def _contract(seed: Tensor, block: Tensor, *, summed: bool) -> tuple[Tensor, Tensor]:
-    """``sum_m seed[b, m] J[b, m, n]``, and the norm of what is summed, each ``(B, N)``.
-
-    Where rows are ``summed`` over, ``(1, N)``.
-    """
+    """``sum_m seed[b, m] J[b, m, n]``, and the norm of what is summed: ``(B, N)`` or ``(1, N)``."""
     right = wide(block.detach()).reshape(len(seed), seed[0].numel(), -1)
     left = wide(seed).to(right.dtype).reshape(len(seed), -1, 1)
     step = max(_MOST_PRODUCTS // max(right[0].numel(), 1), 1)
@@ -109,24 +127,12 @@ def _contract(seed: Tensor, block: Tensor, *, summed: bool) -> tuple[Tensor, Ten
     return torch.cat(sums), torch.cat(norms)
 
 
-# --- once rows are known to be apart -----------------------------------------------------------
-
-
 def agrees_with_units(run: Run, result: Derivatives) -> bool:
     """Whether unit cotangents in half of the rows give the rows of the Jacobian there.
 
     For backward passes that are not linear, such as a hook that clamps.
     """
-    limit = tolerance_of(run)
-    return all(
-        bool((error_of(row, grad) <= limit * largest([row])).all())
-        for row, grad in _unit_rows(run, result)
-    )
-
-
-def _unit_rows(run: Run, result: Derivatives) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of the Jacobian, zero in half of the batch, and what unit cotangents pull back."""
-    batch = run.call.batch
+    limit, batch = tolerance_of(run), run.call.batch
     even = torch.arange(batch, device=run.inputs[0].device) % 2 == 0
     for out, blocks in zip(run.output.leaves, result.blocks):
         count = out.shape[1:].numel()
@@ -137,27 +143,10 @@ def _unit_rows(run: Run, result: Derivatives) -> Iterator[tuple[Tensor, Tensor]]
             grads = vjp([out], run.inputs, [cotangent.view(out.shape)], create_graph=False)
             for grad, x, dim, block in zip(grads, run.inputs, run.dims, blocks):
                 row = wide(block.detach()).reshape(batch, count, -1)[:, m] * rows.unsqueeze(1)
-                yield row.sum(0, keepdim=True) if dim is None else row, _rows(grad, x, dim)
-
-
-def is_lost_in_run(run: Run, result: Derivatives, number: int) -> bool:
-    """Whether a difference is what rounding the numbers inside of ``func`` comes to.
-
-    What cancels leaves nothing else behind; see ``test_constants_by_cancellation``. In a saturated
-    row little is left of derivatives that are large in others.
-    """
-    probe, entries = make_reference(run, number)
-    grads = [grad for grad in (*probe.grads, *[e.grad for e in entries]) if grad is not None]
-    floor = max(1.0, largest(saved_tensors(run.output.leaves, run.inputs)), largest(grads))
-    limit = tolerance_of(run)
-    for e, entry in enumerate(entries):
-        error = _compare(result, e, entry)[1]
-        if error.numel() and error.max() > bound(limit, 0.0, floor * largest(entry.seeds)):
-            return False
+                row = row.sum(0, keepdim=True) if dim is None else row
+                if not (error_of(row, _rows(grad, x, dim)) <= limit * largest([row])).all():
+                    return False
     return True
-
-
-# --- what is returned besides ------------------------------------------------------------------
 
 
 def extras_mismatch(run: Run, result: Derivatives) -> str | None:
@@ -167,25 +156,19 @@ def extras_mismatch(run: Run, result: Derivatives) -> str | None:
         floor, pairs = largest(run.inputs), zip(run.output.leaves, result.output.leaves)
         if not all(is_alike(e.detach(), c.detach(), limit, floor) for e, c in pairs):
             return "its value is not that of the batch"
-    if not options.has_aux:
-        return None
-    expected, spec = pytree.flatten(run.output.aux)
-    computed, computed_spec = pytree.flatten(result.output.aux)
-    if spec != computed_spec:
-        return "its aux has another structure than that of the batch"
-    problems = (_aux_mismatch(*pair, limit) for pair in zip(expected, computed))
-    return next((problem for problem in problems if problem is not None), None)
+    if options.has_aux:
+        expected, spec = pytree.flatten(run.output.aux)
+        computed, computed_spec = pytree.flatten(result.output.aux)
+        same = (_is_same_aux(*pair, limit) for pair in zip(expected, computed))
+        if spec != computed_spec or not all(same):
+            return "its aux is not that of the batch"
+    return None
 
 
-def _aux_mismatch(expected: Any, computed: Any, limit: float) -> str | None:
+def _is_same_aux(expected: Any, computed: Any, limit: float) -> bool:
     if not isinstance(expected, Tensor) or not isinstance(computed, Tensor):
         is_plain = isinstance(expected, (bool, int, float, str))
-        if type(expected) is type(computed) and not (is_plain and expected != computed):
-            return None
-        return f"its aux holds {computed!r}, that of the batch {expected!r}"
+        return type(expected) is type(computed) and not (is_plain and expected != computed)
     if expected.shape != computed.shape or expected.dtype != computed.dtype:
-        shapes = f"shape {tuple(computed.shape)}, that of the batch {tuple(expected.shape)}"
-        return f"its aux has {shapes}"
-    if torch.allclose(wide(expected), wide(computed), limit, limit, equal_nan=True):
-        return None
-    return "its aux has other values than that of the batch"
+        return False
+    return torch.allclose(wide(expected), wide(computed), limit, limit, equal_nan=True)
