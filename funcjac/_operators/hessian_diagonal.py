@@ -15,10 +15,9 @@ from funcjac._engines.basis import coordinates, row_shape
 from funcjac._engines.join_chunks import Chunks, added
 from funcjac._engines.nesting import Along, Directions, along
 from funcjac._engines.run_func import Derivatives, Route, Run
-from funcjac._operators.hessian import recording_of
 from funcjac._operators.operator import SecondOrder, Tensors
 from funcjac._operators.transform import documented, make_transform
-from funcjac._taylor import Recording, directional, largest
+from funcjac._taylor import Recording, make_recording, on_one_row, propagate, second_order
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, curvature, row_factors
 
@@ -61,7 +60,8 @@ class HessianDiagonal(SecondOrder):
             for j, (x, dim) in enumerate(zip(run.inputs, run.dims))
         ]
         if route.mode == "taylor":
-            recording = recording_of(run)
+            outs, graph = run.output.leaves, run.create_graph
+            recording = make_recording(run.recorder, outs, create_graph=graph)
             derivatives = [
                 _by_taylor(recording, j, pairs, route.chunk, firsts=firsts, total=total)
                 for j, pairs in enumerate(directions)
@@ -145,22 +145,27 @@ def _by_taylor(
 ) -> Along:
     """Derivatives along directions in input ``j``; their weighted sum ``(1, B, *out)`` if total."""
     count, graph = len(pairs.left), recording.create_graph
-    step = chunk or max(_PASS_ELEMENTS // max(largest(recording), 1), 1)
+    largest = max((value.numel() for value in recording.values), default=0)
+    step = chunk or max(_PASS_ELEMENTS // max(largest, 1), 1)
     outputs = range(len(recording.slots))
     slopes, columns = ([Chunks(count, 0, create_graph=graph) for _ in outputs] for _ in range(2))
     sums: list[Maybe] = [None for _ in outputs]
     for start in range(0, max(count, 1), step):
         part = pairs.narrow(start, min(start + step, count))
-        weights, size = part.weights if total else None, len(part.left)
-        first, second = directional(recording, j, part.left, part.right, weights, firsts=firsts)
-        if size == count:
-            return Along(first, second)
-        for i in outputs:
-            slopes[i].add(first[i], size)
+        size, seeds, every = len(part.left), part.left, slice(len(part.left))
+        other = every
+        if part.right is not None:
+            seeds = on_one_row(lambda *stacks: torch.cat(stacks), part.left, part.right)
+            other = slice(size, None)
+        scheme = second_order(every, other, part.weights if total else None)
+        jets = propagate(recording, {j: (seeds, None)}, scheme, 1 if firsts else 2)
+        for i, (first, second) in enumerate(jets):
+            if firsts:
+                slopes[i].add(None if first is None else first[:size], size)
             if total:
-                sums[i] = added(sums[i], second[i])
+                sums[i] = added(sums[i], second)
             else:
-                columns[i].add(second[i], size)
+                columns[i].add(second, size)
     return Along([c.result() for c in slopes], sums if total else [c.result() for c in columns])
 
 

@@ -18,10 +18,10 @@ from funcjac._engines.join_chunks import as_block
 from funcjac._engines.nesting import Index, by_order, nested_partials
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._environment.torch_private import is_traced
-from funcjac._operators.hessian import recording_of, stacked_coordinates
+from funcjac._operators.hessian import stacked_coordinates
 from funcjac._operators.operator import SecondOrder, Tensors, by_output
 from funcjac._operators.transform import documented, make_transform
-from funcjac._taylor import mixed_partials
+from funcjac._taylor import make_recording, mixed, propagate
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, row_factors, vjp
 from funcjac.errors import refuse
@@ -70,17 +70,20 @@ class Partials(SecondOrder):
     def compute(self, run: Run, route: Route) -> Derivatives:
         places = _places(run)
         names = _names(self.indices, len(places))
-        if route.mode == "taylor":
-            columns = _by_taylor(run, names, places, route.chunk)
-        else:
-            columns = nested_partials(run, names, places.__getitem__)
+        distinct = [name for name in dict.fromkeys(names) if name]
+        columns: list[Any] = []
+        if distinct and route.mode == "taylor":
+            columns = _by_taylor(run, distinct, places, route.chunk)
+        elif distinct:
+            columns = nested_partials(run, distinct, places.__getitem__)
+        by_name = dict(zip(distinct, columns))
         rows: list[list[Tensor]] = [[] for _ in run.output.leaves]
         for e, name in enumerate(names):
             # One index twice, or the value, must not come as one tensor under two names.
             twice = name in names[:e] or (run.call.options.return_value and not name)
             x = run.inputs[places[name[0]][0] if name else 0]
             for i, out in enumerate(run.output.leaves):
-                block = as_block(columns[e][i] if name else out, out.shape, out, [x])
+                block = as_block(by_name[name][i] if name else out, out.shape, out, [x])
                 rows[i].append(block.clone() if twice else block)
         return Derivatives(rows, run.output)
 
@@ -133,14 +136,21 @@ class Partials(SecondOrder):
 
 
 def _by_taylor(run: Run, names: Sequence[Index], places: Places, chunk: int | None) -> list[Any]:
+    """For each index and output ``(B, *out)``, ``None`` for zero."""
     columns, step = [], chunk or len(names)
+    recording = make_recording(run.recorder, run.output.leaves, create_graph=run.create_graph)
     for start in range(0, len(names), step):
         part = names[start : start + step]
         used = sorted({entry for name in part for entry in name})
-        live = {places[entry][0] for entry in used}
-        directions = {j: stack[used] for j, stack in stacked_coordinates(run).items() if j in live}
         indices = [tuple([used.index(entry) for entry in name]) for name in part]
-        columns += mixed_partials(recording_of(run), directions, indices)
+        scheme, rows = mixed(indices, run.inputs[0].device)
+        live, zeros = {places[entry][0] for entry in used}, [None] * (scheme.order - 1)
+        stacks = stacked_coordinates(run).items()
+        seeds = {j: (stack[used], *zeros) for j, stack in stacks if j in live}
+        jets = propagate(recording, seeds, scheme, min(map(len, indices)))
+        for index in indices:
+            stacks = [jet[len(index) - 1] for jet in jets]
+            columns.append([None if s is None else s[rows[index]] for s in stacks])
     return columns
 
 
