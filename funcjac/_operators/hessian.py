@@ -124,12 +124,10 @@ def batch_hessian(  # noqa: D417  documented once, for all
     For ``func: (B, *in) -> (B, *out)`` the returned function gives ``H[b] = d^2 func(x)[b] / d
     x[b]^2``, of shape ``(B, *out, *in, *in)``: what ``batch_jacobian(batch_jacobian(func))``
     gives, as one transform. Like :func:`torch.func.hessian` under :func:`torch.vmap`, except for
-    what :func:`batch_jacobian` does otherwise, and that blocks of several arguments are computed
-    once and transposed.
+    what :func:`batch_jacobian` does otherwise.
 
     Args:
-        func: a batched function: row ``b`` of its output depends on row ``b`` of its batched
-            inputs alone.
+        func: a batched function.
         argnums: positional argument or arguments to differentiate. A tuple adds two levels
             inside each output leaf: ``hess[i][j]`` of shape ``(B, *out, *in_i, *in_j)``.
         mode: ``"fwd_over_rev"``, ``"rev_over_rev"``, ``"rev_over_fwd"``, ``"fwd_over_fwd"``: how
@@ -139,8 +137,7 @@ def batch_hessian(  # noqa: D417  documented once, for all
         {keywords}
 
     Returns:
-        A function of the same arguments that returns ``hess``, or ``(hess, (jac, value))`` with
-        ``return_value``. Leaves have the dtype that output and input promote to.
+        A function that returns ``hess``, or ``(hess, (jac, value))`` with ``return_value``.
 
     Raises:
         {errors}
@@ -156,8 +153,6 @@ def batch_hessian(  # noqa: D417  documented once, for all
         >>> import torch, funcjac
         >>> x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
         >>> hess = funcjac.batch_hessian(lambda x: x.sin().sum(-1))(x)
-        >>> hess.shape
-        torch.Size([2, 3, 3])
         >>> torch.allclose(hess, torch.diag_embed(-x.sin()))
         True
     """

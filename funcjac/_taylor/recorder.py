@@ -96,20 +96,26 @@ class Recorder(EagerMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         args, kwargs = with_memory(args), kwargs or {}
-        note = None if self.failure else self._tried(self._before, func, args, kwargs)
+        if self.failure is not None:
+            return func(*args, **kwargs)
+        # What cannot be recorded must not stop func, which runs just this once.
+        try:
+            note = self._before(func, args, kwargs)
+        except Exception as error:
+            self._fail(error)
+            return func(*args, **kwargs)
         out = func(*args, **kwargs)
-        if note is not None:
-            self._tried(note, as_list(out))
+        try:
+            if note is not None:
+                note(as_list(out))
+        except Exception as error:
+            self._fail(error)
         return out
 
-    def _tried(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What cannot be recorded must not stop func, which runs just this once."""
-        try:
-            return function(*args)
-        except Exception as error:
-            text = str(error) if isinstance(error, UntraceableError) else repr(error)
-            self.failure = UntraceableError(text)
-            self._tensors.clear()
+    def _fail(self, error: Exception) -> None:
+        text = str(error) if isinstance(error, UntraceableError) else repr(error)
+        self.failure = UntraceableError(text)
+        self._tensors.clear()
 
     def _before(self, op: Any, args: Any, kwargs: Any) -> Callable[[Any], Any] | None:
         """What to note of an operation once it has run."""
@@ -130,12 +136,14 @@ class Recorder(EagerMode):
         """Keep what was made of constants alone, whatever history it gets (tangents of a jvp)."""
         self._constants.update({id(x): x for x in results if isinstance(x, Tensor)})
 
-    def _with_slots(self, arg: Any) -> Any:
+    def _with_slots(self, args: Sequence[Any]) -> list[Any]:
         """Arguments, with slots in the place of tensors that depend on the input."""
-        if type(arg) in (list, tuple):
-            return [self._with_slots(item) for item in arg]
-        slot = self.slot(arg)
-        return arg if slot is None else slot
+        result: list[Any] = []
+        for arg in args:
+            is_list = type(arg) in (list, tuple)
+            slot = None if is_list else self.slot(arg)
+            result.append(self._with_slots(arg) if is_list else arg if slot is None else slot)
+        return result
 
     def slot(self, value: Any) -> Slot | None:
         """Slot of a tensor, ``None`` if it does not depend on the input.
