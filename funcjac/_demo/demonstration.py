@@ -5,7 +5,6 @@ the answers that people write by hand differ in time, in memory, and in whether 
 """
 
 import argparse
-import random
 import statistics
 import textwrap
 import time
@@ -149,19 +148,19 @@ def make_ways(net: nn.Module, images: Tensor) -> dict[str, Way]:
 
 
 def compare(ways: dict[str, Way]) -> dict[str, Outcome]:
-    """Run every way, in turns and in random order, so that load on the machine meets all alike."""
+    """Run every way, in turns, so that load on the machine meets all alike."""
     outcomes = {name: attempt(way) for name, way in ways.items()}
     works = [name for name, outcome in outcomes.items() if outcome.jac is not None]
-    times: dict[str, list[float]] = {name: [] for name in works}
+    times = {name: [outcomes[name].seconds] for name in works}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are in the first outcome
-        for name in random.sample(works * ROUNDS, len(works) * ROUNDS):
-            if outcomes[name].seconds + sum(times[name]) < BUDGET:
+        for name in works * ROUNDS:
+            if sum(times[name]) < BUDGET:
                 times[name].append(time_of(ways[name]))
         for name in works:
             with Meter() as meter:
                 ways[name]()
-            seconds = statistics.median(times[name] or [outcomes[name].seconds])
+            seconds = statistics.median(times[name][1:] or times[name])
             outcomes[name] = outcomes[name]._replace(seconds=seconds, memory=meter.peak)
     return outcomes
 
@@ -227,21 +226,17 @@ def draw(tables: dict[str, dict[str, Outcome]], path: str) -> None:
     shape = {"nrows": 1, "ncols": len(tables), "sharex": True, "sharey": True}
     figure, axes = pyplot.subplots(**shape, figsize=(10, 3), layout="constrained")
     for ax, (title, table) in zip(axes, tables.items()):
-        draw_bars(ax, title, table)
+        times = {name: 1e3 * o.seconds for name, o in table.items() if o.jac is not None}
+        low = min(times.values()) / 3
+        for name, outcome in table.items():
+            kind = outcome.remark.split(":")[0]
+            text = f"{as_time(outcome.seconds)} {'(slow fallback)' if kind else ''}"
+            text, color = text if name in times else kind, "tab:red" if kind else "black"
+            ax.barh(name, times.get(name, 0), color="tab:blue" if name == OURS else "0.75")
+            ax.text(times.get(name, low) * 1.15, name, text, va="center", fontsize=8, color=color)
+        ax.set(title=title, xscale="log", xlim=(low, 8 * max(times.values())))
+        ax.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
     title = f"Jacobians of ten logits by 64 pixels for {COUNT} digits, milliseconds"
     figure.suptitle(f"{title} (torch {torch.__version__}, one CPU thread, float32)", fontsize=10)
     figure.savefig(path, dpi=150)
-
-
-def draw_bars(ax: Any, title: str, table: dict[str, Outcome]) -> None:
-    times = {name: 1e3 * o.seconds for name, o in table.items() if o.jac is not None}
-    low = min(times.values()) / 3
-    for name, outcome in table.items():
-        ax.barh(name, times.get(name, 0), color="tab:blue" if name == OURS else "0.75")
-        kind = outcome.remark.split(":")[0]
-        text = f"{as_time(outcome.seconds)} {'(slow fallback)' if kind else ''}"
-        text, color = text if name in times else kind, "tab:red" if kind else "black"
-        ax.text(times.get(name, low) * 1.15, name, text, va="center", fontsize=8, color=color)
-    ax.set(title=title, xscale="log", xlim=(low, 8 * max(times.values())))
-    ax.spines[["top", "right"]].set_visible(False)

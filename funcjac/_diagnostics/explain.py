@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from funcjac._arguments import pytree
 from funcjac._diagnostics.meter import Meter
 from funcjac._dispatch.attempt import Outcome
 from funcjac._operators.transform import Transform, looks, transform_of
-from funcjac.errors import brief
+from funcjac.errors import brief, refuse
 
 _REPEATS = 5
 _CHUNKS = (1, 4, 16, 64, None)
@@ -39,7 +39,13 @@ class Timing:
     reason: str = ""
 
     def __str__(self) -> str:
-        return f"engine={self.engine!r}, mode={self.mode!r}, chunk_size={self.chunk_size}"
+        time = self.reason
+        if self.seconds is not None:
+            us = 1e6 * self.seconds
+            time = f"{us:.0f} us" if us < 1000 else f"{us / 1000:.2f} ms"
+        return (
+            f"{time:>9}  engine={self.engine!r}, mode={self.mode!r}, chunk_size={self.chunk_size}"
+        )
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,8 @@ class Explanation:
             f"most {_amount(self.memory, 'B', 1024)} at once; {self.operations} operations, the "
             f"widest of {self.widest} numbers",
             *[f"left   {reason}" for reason in self.reasons],
+            *map(str, self.attempts),
         ]
-        lines += [f"{_time_of(timing):>9}  {timing}" for timing in self.attempts]
         return "\n".join(lines)
 
     def plot(self, ax: Any = None) -> Any:
@@ -109,14 +115,12 @@ class Explanation:
 
         timed = [timing for timing in reversed(self.attempts) if timing.seconds is not None]
         if not timed:
-            raise ValueError(
-                "explain: expected measured times to plot, got none. Pass measure=True."
-            )
+            remedy = "Pass measure=True."
+            raise refuse("explain", ValueError, "measured times to plot", "none", remedy)
         ax = pyplot.subplots(figsize=(6, 0.3 * len(timed) + 1))[1] if ax is None else ax
         names = [f"{a.engine}/{a.mode}, {a.chunk_size or 'all'} at once" for a in timed]
         ax.barh(names, [1e3 * (a.seconds or 0) for a in timed], color="tab:blue")
-        ax.set_xlabel("milliseconds")
-        ax.set_title(f"{self.name}: measured alternatives")
+        ax.set(xlabel="milliseconds", title=f"{self.name}: measured alternatives")
         return ax
 
 
@@ -156,8 +160,7 @@ def explain(
     outcome, verified = Outcome(meter=Meter()), Transform(transform.func, always)
     with outcome.meter as meter:
         result = verified.evaluate(args, kwargs, outcome)
-    attempts = list(_measured(transform, args, kwargs)) if measure else []
-    attempts.sort(key=lambda a: math.inf if a.seconds is None else a.seconds)
+    attempts = _measured(transform, args, kwargs) if measure else []
     sizes, route = outcome.sizes, outcome.route
     passes = transform.options.operator.passes(route.mode, sizes.outputs, sizes.inputs)
     return Explanation(
@@ -181,31 +184,31 @@ def explain(
     )
 
 
-def _measured(transform: Transform, args: Any, kwargs: Any) -> Iterator[Timing]:
-    """Time every engine and mode in a few chunks."""
-    modes = transform.options.operator.modes
+def _measured(transform: Transform, args: Any, kwargs: Any) -> list[Timing]:
+    """Times of every engine and mode in a few chunks, the fastest first."""
+    modes, timings = transform.options.operator.modes, []
     ways = [("sum", mode, chunk) for mode in modes for chunk in _CHUNKS]
     ways += [("vmap", mode, None) for mode in modes if mode != "taylor"]
     for engine, mode, chunk in ways:
         keywords = replace(transform.options, engine=engine, mode=mode, chunk_size=chunk)
-        variant, times = Transform(transform.func, keywords), []
+        variant, times, reason = Transform(transform.func, keywords), [], ""
         try:
             for _ in range(_REPEATS):
-                _synchronize()
-                start = time.perf_counter()
+                start = _now()
                 variant.evaluate(args, kwargs)
-                _synchronize()
-                times.append(time.perf_counter() - start)
+                times.append(_now() - start)
         except Exception as error:  # it is not to be had in this way
-            yield Timing(engine, mode, chunk, None, brief(error))
-        else:
-            yield Timing(engine, mode, chunk, statistics.median(times))
+            times, reason = [], brief(error)
+        seconds = statistics.median(times) if times else None
+        timings.append(Timing(engine, mode, chunk, seconds, reason))
+    return sorted(timings, key=lambda t: math.inf if t.seconds is None else t.seconds)
 
 
-def _synchronize() -> None:
-    """Wait for the device, so that a clock sees what ran."""
+def _now() -> float:
+    """The clock, once the device is done."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _amount(value: float, unit: str, base: int) -> str:
@@ -213,10 +216,3 @@ def _amount(value: float, unit: str, base: int) -> str:
     while value >= base and step < len(_PREFIXES) - 1:
         value, step = value / base, step + 1
     return f"{value:.3g} {_PREFIXES[step]}{'i' if base == 1024 and step else ''}{unit}"
-
-
-def _time_of(timing: Timing) -> str:
-    if timing.seconds is None:
-        return timing.reason
-    ms = 1e3 * timing.seconds
-    return f"{1e3 * ms:.0f} us" if ms < 1 else f"{ms:.2f} ms"

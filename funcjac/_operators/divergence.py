@@ -81,14 +81,12 @@ class Hutchinson:
     def _drawn(self, batch: int, x: Tensor, dim: int | None) -> Tensor:
         rows = () if dim is None else (batch,)  # what rows share moves the same way in all
         shape = (*rows, self.samples or 0, *row_shape(x, dim))
-        generator = self.generator
         keywords: dict[str, Any] = {"device": x.device}
-        if generator is not None:  # a compiler takes none
-            keywords = {"device": generator.device, "generator": generator}
+        if self.generator is not None:  # a compiler takes none
+            keywords = {"device": self.generator.device, "generator": self.generator}
         if self.probes == "gaussian":
             return torch.randn(shape, dtype=x.dtype, **keywords).to(x.device)
-        drawn = torch.randint(0, 2, shape, **keywords)
-        return (2 * drawn - 1).to(x.device, x.dtype)
+        return (2 * torch.randint(0, 2, shape, **keywords) - 1).to(x.device, x.dtype)
 
     def own_inputs(self, call: Call) -> list[tuple[int, ...]]:
         return [()] * (1 + self.return_error)
@@ -112,19 +110,16 @@ class Divergence(Hutchinson, Operator):
         return self.samples or outputs
 
     def compute(self, run: Run, route: Route) -> Derivatives:
-        out, x = run.output.leaves[0], run.inputs[0]
-        dtype = torch.result_type(out, x)
-        if not any(y.shape[1:].numel() for y in run.output.leaves):
-            zero = out.new_zeros(run.call.batch, dtype=dtype)
-            return Derivatives([[zero] * (1 + self.return_error)], run.output)
-        probes = None if self.samples is None else run.call.extras
-        total = divergence(run, route, probes).to(dtype)
-        blocks = [block.contiguous() for block in self.estimates(total, -1)]
+        out, probes = run.output.leaves[0], None if self.samples is None else run.call.extras
+        dtype = torch.result_type(out, run.inputs[0])
+        blocks = [out.new_zeros(run.call.batch, dtype=dtype)] * (1 + self.return_error)
+        if any(y.shape[1:].numel() for y in run.output.leaves):
+            total = divergence(run, route, probes).to(dtype)
+            blocks = [block.contiguous() for block in self.estimates(total, -1)]
         return Derivatives([blocks], run.output)
 
     def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
-        samples = self.samples
-        if samples is not None and call.options.mode != "fwd" and len(xs) == 1:
+        if self.samples is not None and call.options.mode != "fwd" and len(xs) == 1:
             total, along = _estimate_of_row(call, f, xs[0], extras[0])
             return [self.estimates(total, -1)], along
         jac, along = vmap.jacobian(f, xs, mode, call.options.chunk_size)
@@ -132,10 +127,10 @@ class Divergence(Hutchinson, Operator):
         total: Any = 0
         for i, x in enumerate(xs):
             matrix = jac[i][i].reshape(x.numel(), x.numel())
-            if samples is None:
+            if self.samples is None:
                 total = total + matrix.diagonal().sum()
             else:
-                rows = extras[i].reshape(samples, -1).to(matrix.dtype)
+                rows = extras[i].reshape(self.samples, -1).to(matrix.dtype)
                 total = total + ((rows @ matrix) * rows).sum(-1)
         return [self.estimates(total, -1)], along
 
@@ -198,25 +193,16 @@ def _estimate_of_row(call: Call, f: Any, x: Tensor, probes: Tensor) -> tuple[Ten
 
 
 def check_square(call: Call, outs: list[tuple[int, ...]]) -> None:
-    """Raise unless outputs and inputs have rows of the same shapes.
-
-    Raises:
-        ValueError: they do not, or rows share an input of an estimate.
-    """
-    dims = call.layout.diff_dims
+    """Raise unless outputs and inputs have rows of the same shapes, batched ones for samples."""
+    name, dims = call.options.name, call.layout.diff_dims
     if call.extra and None in dims:
         remedy = "Expand it over the batch and give it its dimension in in_dims."
-        expected = "batched inputs with samples"
-        raise refuse(call.options.name, ValueError, expected, "a shared one", remedy)
+        raise refuse(name, ValueError, "batched inputs with samples", "a shared one", remedy)
     rows = [tuple(row_shape(x, dim)) for x, dim in zip(call.inputs, dims)]
     if rows != outs:
-        raise refuse(
-            call.options.name,
-            ValueError,
-            f"func to return rows of the shapes of its input, {rows}",
-            outs,
-            "A divergence is the trace of a square Jacobian.",
-        )
+        expected = f"func to return rows of the shapes of its input, {rows}"
+        remedy = "A divergence is the trace of a square Jacobian."
+        raise refuse(name, ValueError, expected, outs, remedy)
 
 
 @documented
@@ -252,8 +238,7 @@ def batch_divergence(  # noqa: D417  documented once, for all
         {keywords}
 
     Returns:
-        A function of the same arguments that returns ``div``, or ``(div, value)`` with
-        ``return_value``.
+        A function that returns ``div``, or ``(div, value)`` with ``return_value``.
 
     Raises:
         {errors}

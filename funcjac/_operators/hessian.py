@@ -18,7 +18,7 @@ from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._engines.sum import Blocks
 from funcjac._operators.operator import NESTED, SecondOrder, Tensors
 from funcjac._operators.transform import documented, make_transform
-from funcjac._taylor import Recording, all_pairs, make_recording
+from funcjac._taylor import make_recording, propagate, second_order
 from funcjac._verification.central_differences import Pair, difference, random_moves, times
 from funcjac._verification.reference_vjp import Entry, Probe, outer_product, random_like, vjp
 
@@ -82,24 +82,17 @@ def _by_taylor(run: Run) -> tuple[list[Blocks], Blocks]:
     left, right = torch.triu_indices(total, total, device=device)
     place = torch.empty(total, total, dtype=torch.long, device=device)
     place[left, right] = place[right, left] = torch.arange(len(left), device=device)
-    pairs = all_pairs(recording_of(run), stacked_coordinates(run), total)
+    recording = make_recording(run.recorder, run.output.leaves, create_graph=run.create_graph)
+    seeds = {j: (stack, None) for j, stack in stacked_coordinates(run).items()}
+    jets = propagate(recording, seeds, second_order(left, right))
     hess, jac = [], []
-    for out, (firsts, seconds) in zip(run.output.leaves, pairs):
+    for out, (firsts, seconds) in zip(run.output.leaves, jets):
         firsts = out.new_zeros(total, *out.shape) if firsts is None else firsts
         seconds = out.new_zeros(len(left), *out.shape) if seconds is None else seconds
         jac.append(list(firsts.movedim(0, -1).split(sizes, -1)))  # (B, *out, N)
         whole = seconds[place].movedim((0, 1), (-2, -1))  # (B, *out, N, N)
         hess.append([list(band.split(sizes, -1)) for band in whole.split(sizes, -2)])
     return hess, jac
-
-
-def recording_of(run: Run) -> Recording:
-    """The operations of a run that Taylor propagation follows.
-
-    Raises:
-        UntraceableError: it does something through which nothing can be propagated.
-    """
-    return make_recording(run.recorder, run.output.leaves, create_graph=run.create_graph)
 
 
 def stacked_coordinates(run: Run) -> dict[int, Tensor]:
@@ -131,12 +124,10 @@ def batch_hessian(  # noqa: D417  documented once, for all
     For ``func: (B, *in) -> (B, *out)`` the returned function gives ``H[b] = d^2 func(x)[b] / d
     x[b]^2``, of shape ``(B, *out, *in, *in)``: what ``batch_jacobian(batch_jacobian(func))``
     gives, as one transform. Like :func:`torch.func.hessian` under :func:`torch.vmap`, except for
-    what :func:`batch_jacobian` does otherwise, and that blocks of several arguments are computed
-    once and transposed.
+    what :func:`batch_jacobian` does otherwise.
 
     Args:
-        func: a batched function: row ``b`` of its output depends on row ``b`` of its batched
-            inputs alone.
+        func: a batched function.
         argnums: positional argument or arguments to differentiate. A tuple adds two levels
             inside each output leaf: ``hess[i][j]`` of shape ``(B, *out, *in_i, *in_j)``.
         mode: ``"fwd_over_rev"``, ``"rev_over_rev"``, ``"rev_over_fwd"``, ``"fwd_over_fwd"``: how
@@ -146,8 +137,7 @@ def batch_hessian(  # noqa: D417  documented once, for all
         {keywords}
 
     Returns:
-        A function of the same arguments that returns ``hess``, or ``(hess, (jac, value))`` with
-        ``return_value``. Leaves have the dtype that output and input promote to.
+        A function that returns ``hess``, or ``(hess, (jac, value))`` with ``return_value``.
 
     Raises:
         {errors}
@@ -163,8 +153,6 @@ def batch_hessian(  # noqa: D417  documented once, for all
         >>> import torch, funcjac
         >>> x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
         >>> hess = funcjac.batch_hessian(lambda x: x.sin().sum(-1))(x)
-        >>> hess.shape
-        torch.Size([2, 3, 3])
         >>> torch.allclose(hess, torch.diag_embed(-x.sin()))
         True
     """

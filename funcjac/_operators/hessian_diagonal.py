@@ -14,10 +14,9 @@ from funcjac._engines import vmap
 from funcjac._engines.nesting import Along, Directions, along
 from funcjac._engines.rows import added, coordinates, join, row_shape
 from funcjac._engines.run_func import Derivatives, Route, Run
-from funcjac._operators.hessian import recording_of
 from funcjac._operators.operator import SecondOrder, Tensors
 from funcjac._operators.transform import documented, make_transform
-from funcjac._taylor import Recording, directional, largest
+from funcjac._taylor import Recording, make_recording, on_one_row, propagate, second_order
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, curvature, row_factors
 
@@ -39,11 +38,11 @@ class HessianDiagonal(SecondOrder):
         return inputs, inputs, inputs
 
     def directions(
-        self, j: int, x: Tensor, dim: int | None, extras: Tensors, *, exact: bool, of_row: bool
-    ) -> Directions:
-        """Directions in input ``j``, of one row or of all; ``exact`` for the basis if possible."""
-        left = coordinates(x, dim)
-        return Directions(left, None, left.new_ones(len(left)), basis=True)
+        self, call: Call, xs: Tensors, dims: Sequence[int | None], extras: Tensors
+    ) -> list[Directions]:
+        """Directions in each input; of one row if no input has a batch dimension."""
+        bases = [coordinates(x, dim) for x, dim in zip(xs, dims)]
+        return [Directions(left, None, left.new_ones(len(left)), basis=True) for left in bases]
 
     def adds_up(self) -> bool:
         """Whether second derivatives are added up on the way, by weights."""
@@ -55,32 +54,27 @@ class HessianDiagonal(SecondOrder):
 
     def derivatives(self, run: Run, route: Route) -> list[list[Any]]:
         firsts, total = self.adds_jac(run.call), self.adds_up()
-        directions = [
-            self.directions(j, x, dim, run.call.extras, exact=firsts, of_row=False)
-            for j, (x, dim) in enumerate(zip(run.inputs, run.dims))
-        ]
-        if route.mode == "taylor":
-            recording = recording_of(run)
-            derivatives = [
+        directions = self.directions(run.call, run.inputs, run.dims, run.call.extras)
+        if route.mode != "taylor":
+            pairs = zip(along(run, directions, route), directions)
+            return self._by_output([(f, self._summed(s, d.weights)) for (f, s), d in pairs])
+        outs, graph = run.output.leaves, run.create_graph
+        recording = make_recording(run.recorder, outs, create_graph=graph)
+        return self._by_output(
+            [
                 _by_taylor(recording, j, pairs, route.chunk, firsts=firsts, total=total)
                 for j, pairs in enumerate(directions)
             ]
-        else:
-            derivatives = [
-                Along(slopes, self._summed(seconds, pairs.weights))
-                for (slopes, seconds), pairs in zip(along(run, directions, route), directions)
-            ]
-        return self._by_output(derivatives)
+        )
 
     def row_derivatives(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
         derivatives, come_along, chunk = [], None, call.options.chunk_size
-        for j, x in enumerate(xs):
-            pairs = self.directions(j, x, None, extras, exact=True, of_row=True)
+        for j, pairs in enumerate(self.directions(call, xs, [None] * len(xs), extras)):
             slopes, seconds, come_along = vmap.along(f, xs, j, _both(pairs), mode, chunk)
-            derivatives.append(Along(slopes, self._summed(seconds, pairs.weights)))
+            derivatives.append((slopes, self._summed(seconds, pairs.weights)))
         return self._by_output(derivatives), come_along
 
-    def _by_output(self, derivatives: list[Along]) -> list[list[Any]]:
+    def _by_output(self, derivatives: Sequence[Any]) -> list[list[Any]]:
         slopes, seconds = zip(*derivatives)
         rows = zip(zip(*seconds), zip(*slopes))
         return [[*self.combine(second), *map(_axis_last, first)] for second, first in rows]
@@ -94,39 +88,38 @@ class HessianDiagonal(SecondOrder):
             for s in seconds
         ]
 
-    def curvature(
-        self, run: Run, probe: Probe, j: int, factors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Double backward in each row along each direction, ``(K, B)`` or ``(K,)``, and weights."""
-        x, dim, extras = run.inputs[j], run.dims[j], run.call.extras
-        pairs = self.directions(j, x, dim, extras, exact=True, of_row=False)
-        return curvature(run, probe.grads[j], j, *_both(pairs), factors), pairs.weights
+    def curvatures(
+        self, run: Run, probe: Probe, factors: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Double backward along each direction of an input, ``(K, B)`` or ``(K,)``, and weights."""
+        directions = self.directions(run.call, run.inputs, run.dims, run.call.extras)
+        for j, pairs in enumerate(directions):
+            yield curvature(run, probe.grads[j], j, *_both(pairs), factors), pairs.weights
 
     def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
         """Plain double backward along each coordinate, other rows by another factor."""
         entries = []
         factors, seeds = row_factors(run, probe)
-        for j, (x, dim) in enumerate(zip(run.inputs, run.dims)):
-            columns, _ = self.curvature(run, probe, j, factors)
+        columns = self.curvatures(run, probe, factors)
+        for x, dim, (column, _) in zip(run.inputs, run.dims, columns):
             if dim is None:
-                entries.append(Entry(probe.seeds, columns.view(x.shape), x, None))
+                entries.append(Entry(probe.seeds, column.view(x.shape), x, None))
             else:
-                grad = columns.movedim(0, -1).reshape(run.call.batch, *row_shape(x, dim))
+                grad = column.movedim(0, -1).reshape(run.call.batch, *row_shape(x, dim))
                 entries.append(Entry(seeds, grad, x.movedim(dim, 0), 0))
         return entries
 
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
         """Along each pair of directions."""
-        outputs, seconds = range(len(result.blocks)), []
-        for j, (x, dim) in enumerate(zip(call.inputs, call.layout.diff_dims)):
-            pairs = self.directions(j, x, dim, call.extras, exact=True, of_row=False)
-            moves = [[{j: left}, {j: right}] for left, right in zip(*_both(pairs))]
-            columns = [difference(call, pair) for pair in moves]
-            stacks = [torch.stack([c[i] for c in columns]) if columns else None for i in outputs]
+        seconds = []
+        directions = self.directions(call, call.inputs, call.layout.diff_dims, call.extras)
+        for j, pairs in enumerate(directions):
+            rows = [difference(call, [{j: u}, {j: v}]) for u, v in zip(*_both(pairs))]
+            stacks = list(map(torch.stack, zip(*rows))) or [None] * len(result.blocks)
             seconds.append(self._summed(stacks, pairs.weights))
-        expected = [self.combine([stacks[i] for stacks in seconds]) for i in outputs]
+        expected = list(map(self.combine, zip(*seconds)))
         for e in range(len(self.own_inputs(call))):
-            columns = [(rows[e], blocks[e]) for rows, blocks in zip(expected, result.blocks)]
+            columns = [(values[e], blocks[e]) for values, blocks in zip(expected, result.blocks)]
             columns = [(value.reshape(b.shape), b) for value, b in columns if value is not None]
             yield [value for value, _ in columns], [block for _, block in columns]
 
@@ -144,18 +137,26 @@ def _by_taylor(
 ) -> Along:
     """Derivatives along directions in input ``j``; their weighted sum ``(1, B, *out)`` if total."""
     count, graph = len(pairs.left), recording.create_graph
-    step = chunk or max(_PASS_ELEMENTS // max(largest(recording), 1), 1)
+    largest = max((value.numel() for value in recording.values), default=0)
+    step = chunk or max(_PASS_ELEMENTS // max(largest, 1), 1)
     outputs = len(recording.slots)
     sums: list[Maybe] = [None] * outputs
 
     def passes() -> Iterator[tuple[int, list[Maybe]]]:
         for start in range(0, max(count, 1), step):
             part = pairs.narrow(start, min(start + step, count))
-            weights = part.weights if total else None
-            first, second = directional(recording, j, part.left, part.right, weights, firsts=firsts)
+            size, seeds, every = len(part.left), part.left, slice(len(part.left))
+            other = every
+            if part.right is not None:
+                seeds = on_one_row(lambda *stacks: torch.cat(stacks), part.left, part.right)
+                other = slice(size, None)
+            scheme = second_order(every, other, part.weights if total else None)
+            jets = propagate(recording, {j: (seeds, None)}, scheme, 1 if firsts else 2)
+            slopes = [f[:size] if firsts and f is not None else None for f, _ in jets]
+            seconds = [second for _, second in jets]
             if total:
-                sums[:] = map(added, sums, second)
-            yield len(part.left), [*first, *([] if total else second)]
+                sums[:] = map(added, sums, seconds)
+            yield size, slopes if total else [*slopes, *seconds]
 
     joined = join(passes(), count, 0, outputs * (1 if total else 2), create_graph=graph)
     return Along(joined[:outputs], sums if total else joined[outputs:])
@@ -181,13 +182,11 @@ def batch_hessian_diagonal(  # noqa: D417  documented once, for all
     For ``func: (B, *in) -> (B, *out)`` the returned function gives ``d^2 func(x)[b] / d
     x[b, i]^2`` for every ``i``, of shape ``(B, *out, *in)``: the ``u_xx`` and ``u_yy`` of a
     physics-informed network, without the Hessian. Derivatives are pushed through the operations
-    that ``func`` runs in this very call, once (Taylor propagation), so nothing of an earlier call
-    can be stale. Where that is not possible (recurrent kernels, custom ``autograd.Function``,
-    writes into slices), two differentiations are nested on the same run.
+    of the one run of ``func`` (Taylor propagation). Where that is not possible (GRUs, custom
+    ``autograd.Function``, writes into slices), two differentiations are nested on that run.
 
     Args:
-        func: a batched function: row ``b`` of its output depends on row ``b`` of its batched
-            inputs alone.
+        func: a batched function.
         argnums: positional argument or arguments to differentiate; a tuple adds a tuple inside
             each output leaf.
         mode: ``"taylor"``; one of the nested modes of :func:`batch_hessian`; or ``"auto"``:
@@ -195,15 +194,14 @@ def batch_hessian_diagonal(  # noqa: D417  documented once, for all
         {keywords}
 
     Returns:
-        A function of the same arguments that returns ``diag``, or ``(diag, (jac, value))`` with
-        ``return_value``.
+        A function that returns ``diag``, or ``(diag, (jac, value))`` with ``return_value``.
 
     Raises:
         {errors}
 
     Cost: ``func`` once, and ``2 N`` times its linear operations, for ``N`` inputs in a row, at all
-    ``M`` outputs at once; memory of ``2 N`` of its tensors at a time. A verified call takes
-    ``N + 1`` more passes backward.
+    outputs at once; memory of ``2 N`` of its tensors at a time. A verified call takes ``N + 1``
+    more passes backward.
 
     Sources: see :mod:`funcjac._taylor`; pytorch/pytorch issues 41530 and 87559, which asked.
 
@@ -211,8 +209,6 @@ def batch_hessian_diagonal(  # noqa: D417  documented once, for all
         >>> import torch, funcjac
         >>> x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
         >>> diag = funcjac.batch_hessian_diagonal(lambda x: x.sin().sum(-1))(x)
-        >>> diag.shape
-        torch.Size([2, 3])
         >>> torch.allclose(diag, -x.sin())
         True
     """

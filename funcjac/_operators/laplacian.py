@@ -1,11 +1,12 @@
 """``batch_laplacian``: the trace of each row's Hessian, without the Hessian.
 
 ``sum_r weights[r] D^2 f [left[r], right[r]]`` is a Laplacian for the standard basis, a weighted
-one for directions that are made from it and the weight, and an estimate for random probes.
+one for directions made from it and the weight, an estimate for random probes.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,18 +19,16 @@ from torch import Tensor
 from funcjac._arguments.call import Call
 from funcjac._arguments.check_tensors import check_arguments
 from funcjac._engines.nesting import Directions
-from funcjac._engines.rows import coordinates, row_shape
+from funcjac._engines.rows import added, identity, row_shape
 from funcjac._engines.run_func import Derivatives, Run
 from funcjac._environment.torch_private import is_traced, is_transformed
 from funcjac._operators.divergence import Hutchinson
 from funcjac._operators.hessian_diagonal import HessianDiagonal, Maybe
-from funcjac._operators.operator import Tensors, by_output, changed_keywords
+from funcjac._operators.operator import Tensors, by_output
 from funcjac._operators.transform import documented, make_transform
 from funcjac._verification.central_differences import Pair
 from funcjac._verification.reference_vjp import Entry, Probe, row_factors
 from funcjac.errors import refuse
-
-_KEYWORDS = ("weight", "weight_dim", "samples", "probes", "generator", "return_error")
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,6 @@ class Laplacian(Hutchinson, HessianDiagonal):
     weight: Tensor | Callable[..., Tensor] | None = None
     weight_dim: int | None = None
     order: ClassVar[int] = 0
-
-    def keywords(self) -> list[str]:
-        return changed_keywords(self, _KEYWORDS)
 
     def as_numbers(self) -> tuple[Any, ...]:
         dim = -1 if self.weight_dim is None else self.weight_dim
@@ -65,10 +61,8 @@ class Laplacian(Hutchinson, HessianDiagonal):
             remedy = "It says where a weight that differs between rows has the batch."
             expected = "weight_dim to be None, or an int beside a weight"
             raise refuse(name, TypeError, expected, repr(dim), remedy)
-        if weight is not None and not isinstance(weight, Tensor) and not callable(weight):
-            expected, kind = "weight to be a tensor or a function that returns one", type(weight)
-            remedy = "Make one of it by torch.as_tensor, with the dtype of the input."
-            raise refuse(name, TypeError, expected, kind.__name__, remedy)
+        if not (weight is None or isinstance(weight, Tensor) or callable(weight)):
+            _check_kind(name, weight)
 
     def extras(self, call: Call, args: Any, kwargs: Any) -> tuple[list[Tensor], list[int | None]]:
         """The weight, and probes."""
@@ -90,41 +84,45 @@ class Laplacian(Hutchinson, HessianDiagonal):
         return call.options.return_value and self.samples is None
 
     def directions(
-        self, j: int, x: Tensor, dim: int | None, extras: Tensors, *, exact: bool, of_row: bool
+        self, call: Call, xs: Tensors, dims: Sequence[int | None], extras: Tensors
+    ) -> list[Directions]:
+        weight, probes = (extras[0], extras[1:]) if self.weight is not None else (None, extras)
+        drawn = probes or [None] * len(xs)
+        return [self._along(call, weight, *parts) for parts in zip(xs, dims, drawn)]
+
+    def _along(
+        self, call: Call, weight: Any, x: Tensor, dim: int | None, probes: Tensor | None
     ) -> Directions:
-        row = row_shape(x, dim)
-        weight = None if self.weight is None else extras[0]
-        shared = of_row or self.weight_dim is None
-        if self.samples is not None:
-            probes = extras[j if weight is None else 1]  # (B, k, *row), or (k, *row)
-            probes = probes.unsqueeze(1) if dim is None else probes.movedim(1, 0)
-            even = x.new_full((len(probes),), 1 / len(probes))
-            right = None if weight is None else _applied(weight, probes, row, shared)
-            right = None if right is None else _placed(right, x, dim)
-            return Directions(_placed(probes, x, dim), right, even, basis=False)
-        left = coordinates(x, dim)
-        if weight is None:
-            return Directions(left, None, x.new_ones(len(left)), basis=True)
-        if shared and weight.ndim == len(row):
-            return Directions(left, None, weight.reshape(-1), basis=True)
-        if shared and not (exact or weight.requires_grad or is_transformed()):
-            values, vectors = torch.linalg.eigh(weight.detach().reshape(len(left), -1).double())
+        """Probes, the basis, or eigenvectors of a weight that all rows share."""
+        row, shared = row_shape(x, dim), dim is None or self.weight_dim is None
+        if probes is not None:  # (B, k, *row), or (k, *row)
+            rows = probes.unsqueeze(1) if dim is None else probes.movedim(1, 0)
+            weights = x.new_full((len(rows),), 1 / len(rows))
+        else:
+            rows = identity(row.numel(), x).view(row.numel(), 1, *row)
+            weights = x.new_ones(len(rows))
+        basis = probes is None
+        if basis and weight is not None and shared and weight.ndim == len(row):
+            weights, weight = weight.reshape(-1), None
+        elif basis and weight is not None and shared and not self._needs_basis(call, weight):
+            values, vectors = torch.linalg.eigh(weight.detach().reshape(len(rows), -1).double())
             is_large = values.abs() >= torch.finfo(x.dtype).eps * values.abs().max()
-            rows = vectors.mT[is_large].to(x.dtype).view(-1, 1, *row)
-            weights = values[is_large].to(x.dtype)
-            return Directions(_placed(rows, x, dim), None, weights, basis=False)
-        eye = torch.eye(len(left), dtype=x.dtype, device=x.device).view(-1, 1, *row)
-        right = _placed(_applied(weight, eye, row, shared), x, dim)
-        return Directions(left, right, x.new_ones(len(left)), basis=True)
+            rows, basis = vectors.mT[is_large].to(x.dtype).view(-1, 1, *row), False
+            weights, weight = values[is_large].to(x.dtype), None
+        right = None if weight is None else _placed(_applied(weight, rows, shared), x, dim)
+        return Directions(_placed(rows, x, dim), right, weights, basis)
+
+    def _needs_basis(self, call: Call, weight: Tensor) -> bool:
+        """Whether derivatives along other directions, such as eigenvectors, would not do."""
+        return self.adds_jac(call) or weight.requires_grad or is_transformed()
 
     def adds_up(self) -> bool:
         return not self.return_error
 
     def combine(self, seconds: Sequence[Maybe]) -> Sequence[Maybe]:
-        terms = [columns for columns in seconds if columns is not None]
-        if not terms:
+        total = functools.reduce(added, seconds)
+        if total is None:
             return [None] * (1 + self.return_error)
-        total = sum(terms[1:], terms[0])
         return [total[0]] if self.adds_up() else self.estimates(total, 0)
 
     def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
@@ -133,8 +131,7 @@ class Laplacian(Hutchinson, HessianDiagonal):
         factors, seeds = (None, probe.seeds) if shared else row_factors(run, probe)
         total = run.inputs[0].new_zeros(() if shared else run.call.batch)
         size = total.detach()
-        for j in range(len(run.inputs)):
-            columns, weights = self.curvature(run, probe, j, factors)
+        for columns, weights in self.curvatures(run, probe, factors):
             terms = weights.view(-1, *[1] * (columns.ndim - 1)) * columns
             over = list(range(terms.ndim)) if shared else 0
             total, size = total + terms.sum(over), size + terms.detach().abs().sum(over)
@@ -157,16 +154,15 @@ def _placed(rows: Tensor, x: Tensor, dim: int | None) -> Tensor:
     return rows if dim == 0 else rows.movedim(1, dim + 1)
 
 
-def _applied(weight: Tensor, rows: Tensor, row: torch.Size, shared: bool) -> Tensor:
+def _applied(weight: Tensor, rows: Tensor, shared: bool) -> Tensor:
     """The weight times each of ``(K, B or 1, *row)``."""
     weight = weight.unsqueeze(0) if shared else weight  # (B or 1, *row[, *row])
-    if weight.ndim == len(row) + 1:
+    if weight.ndim == rows.ndim - 1:
         return weight * rows
-    size = row.numel()
-    matrix = weight.reshape(len(weight), size, size)
-    flat = rows.reshape(rows.shape[0], rows.shape[1], size)  # (K, B or 1, N)
+    flat = rows.reshape(*rows.shape[:2], -1)  # (K, B or 1, N)
+    matrix = weight.reshape(len(weight), flat.shape[2], -1)
     products = torch.matmul(matrix, flat.movedim(0, -1)).movedim(-1, 0)
-    return products.reshape(rows.shape[0], -1, *row)
+    return products.reshape(len(rows), -1, *rows.shape[2:])
 
 
 def _checked_weight(call: Call, weight: Any, dim: int | None) -> Tensor:
@@ -179,10 +175,14 @@ def _checked_weight(call: Call, weight: Any, dim: int | None) -> Tensor:
     if len(call.inputs) != 1:
         expected, remedy = "one input tensor with weight", "Name one in argnums."
         raise refuse(name, ValueError, expected, len(call.inputs), remedy)
-    (x,) = call.inputs
     _check_kind(name, weight)
-    row, shape = row_shape(x, call.layout.diff_dims[0]), weight.shape
+    (x,), (x_dim,) = call.inputs, call.layout.diff_dims
+    row, shape = row_shape(x, x_dim), weight.shape
     if dim is not None:
+        if x_dim is None:
+            expected = "a batched input with weight_dim"
+            remedy = "Expand it over the batch and give it its dimension in in_dims."
+            raise refuse(name, ValueError, expected, "a shared one", remedy)
         if not -weight.ndim <= dim < weight.ndim or shape[dim] != call.batch:
             expected = f"weight to have a batch of {call.batch} in dimension {dim}"
             remedy = "A weight that is the same in all rows has no weight_dim."
@@ -190,16 +190,14 @@ def _checked_weight(call: Call, weight: Any, dim: int | None) -> Tensor:
         weight = weight.movedim(dim, 0)
         shape = weight.shape[1:]
     if not (_is_same(shape, row) or _is_same(shape, row + row)):
-        whole, square = tuple(row), tuple(row + row)
         rows = "in each row" if dim is not None else "(and weight_dim if there is one for each row)"
-        expected = f"weight of shape {whole} or {square} {rows}"
+        expected = f"weight of shape {tuple(row)} or {tuple(row + row)} {rows}"
         raise refuse(name, ValueError, expected, f"shape {tuple(shape)}")
     if not is_traced() and weight.is_inference():
         weight = weight.clone()
     weight = weight.to(x.device, x.dtype)
     if weight.numel() and not is_transformed():
-        square = (-1, row.numel()) if shape == row else (-1, row.numel(), row.numel())
-        _check_entries(name, weight.detach().reshape(square))
+        _check_entries(name, weight.detach(), row.numel() if len(shape) > len(row) else None)
     return weight
 
 
@@ -211,22 +209,24 @@ def _is_same(shape: torch.Size, other: torch.Size) -> bool:
 def _check_kind(name: str, weight: Any) -> None:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        expected = "weight to be a tensor of real numbers, or a function that returns one"
         remedy = "Make one of it by torch.as_tensor, with the dtype of the input."
-        raise refuse(name, TypeError, "weight to be a tensor of real numbers", got, remedy)
+        raise refuse(name, TypeError, expected, got, remedy)
     check_arguments(name, [weight], "weight to be a tensor")
     if weight.layout != torch.strided:
         remedy = "Call .to_dense() on it."
         raise refuse(name, TypeError, "weight to be a dense tensor", weight.layout, remedy)
 
 
-def _check_entries(name: str, weight: Tensor) -> None:
-    """Raise unless vectors ``(B or 1, N)``, or matrices ``(B or 1, N, N)``, can be weights."""
+def _check_entries(name: str, weight: Tensor, size: int | None) -> None:
+    """Raise unless vectors, or matrices of some size, can be weights."""
     largest = weight.abs().amax().item()
     if not math.isfinite(largest):
         remedy = "Leave out coordinates by a weight of 0."
         raise refuse(name, ValueError, "weight to be finite", largest, remedy)
     limit = 100 * torch.finfo(weight.dtype).eps * largest
-    if weight.ndim == 3 and (weight - weight.mT).abs().amax() > limit:
+    matrices = None if size is None else weight.reshape(-1, size, size)
+    if matrices is not None and (matrices - matrices.mT).abs().amax() > limit:
         remedy = "Pass (W + W.mT) / 2, which has the same sum."
         raise refuse(name, ValueError, "a symmetric matrix as weight", "another", remedy)
 
@@ -271,16 +271,16 @@ def batch_laplacian(  # noqa: D417  documented once, for all
         {keywords}
 
     Returns:
-        A function of the same arguments that returns ``lap`` in the structure of the output, or
-        ``(lap, (jac, value))`` with ``return_value``, from ``samples`` ``(lap, value)``.
+        A function that returns ``lap`` in the structure of the output, or ``(lap, (jac, value))``
+        with ``return_value``, from ``samples`` ``(lap, value)``.
 
     Raises:
         {errors}
         ValueError: ``weight`` does not fit or is not symmetric.
 
     Cost: ``func`` once, and ``N + 1`` times its linear operations (``samples + 1`` for an
-    estimate, up to ``2 N + 1`` with a matrix for each row); memory likewise. The nested modes hold
-    all pairs of the directions of a chunk. A verified call takes as many passes backward more.
+    estimate, up to ``2 N + 1`` with a matrix for each row); memory likewise. A verified call takes
+    as many passes backward more.
 
     Sources: R. Li et al., "A computational framework for neural network-based variational Monte
     Carlo with forward Laplacian", 2024; M. F. Hutchinson, 1989; pytorch/pytorch issue 53903.

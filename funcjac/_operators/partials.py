@@ -16,11 +16,10 @@ from funcjac._engines import vmap
 from funcjac._engines.nesting import Index, by_order, nested_partials
 from funcjac._engines.rows import as_block, coordinates, row_shape, row_sizes
 from funcjac._engines.run_func import Derivatives, Route, Run
-from funcjac._environment.torch_private import is_traced
-from funcjac._operators.hessian import recording_of, stacked_coordinates
+from funcjac._operators.hessian import stacked_coordinates
 from funcjac._operators.operator import SecondOrder, Tensors, by_output
 from funcjac._operators.transform import documented, make_transform
-from funcjac._taylor import mixed_partials
+from funcjac._taylor import make_recording, mixed, propagate
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, row_factors, vjp
 from funcjac.errors import refuse
@@ -45,11 +44,16 @@ class Partials(SecondOrder):
 
     def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
         """Refuse inputs whose rows are no vectors or numbers, or too short for the indices."""
-        rows = []
-        for i, dim in zip(call.layout.diff, call.layout.diff_dims):
-            rows.append(row_shape(call.leaves[i], dim))
-        check = _check_rows if is_traced() else _check_rows_once
-        check(call.options.name, self.indices, tuple(rows))
+        name, size = call.options.name, 0
+        for x, dim in zip(call.inputs, call.layout.diff_dims):
+            row = row_shape(x, dim)
+            if len(row) > 1:
+                expected, remedy = "an input with rows (d,)", "Reshape it inside of func."
+                raise refuse(name, ValueError, expected, f"rows {tuple(row)}", remedy)
+            size += row.numel()
+        if any(not -size <= entry < size for index in self.indices for entry in index):
+            expected = f"indices between {-size} and {size - 1}"
+            raise refuse(name, ValueError, expected, list(self.indices))
         return call
 
     def as_numbers(self) -> tuple[Any, ...]:
@@ -73,17 +77,20 @@ class Partials(SecondOrder):
     def compute(self, run: Run, route: Route) -> Derivatives:
         places = _places(run)
         names = _names(self.indices, len(places))
-        if route.mode == "taylor":
-            columns = _by_taylor(run, names, places, route.chunk)
-        else:
-            columns = nested_partials(run, names, places.__getitem__)
+        distinct = [name for name in dict.fromkeys(names) if name]
+        columns: list[Any] = []
+        if distinct and route.mode == "taylor":
+            columns = _by_taylor(run, distinct, places, route.chunk)
+        elif distinct:
+            columns = nested_partials(run, distinct, places.__getitem__)
+        by_name = dict(zip(distinct, columns))
         rows: list[list[Tensor]] = [[] for _ in run.output.leaves]
         for e, name in enumerate(names):
             # One index twice, or the value, must not come as one tensor under two names.
             twice = name in names[:e] or (run.call.options.return_value and not name)
             x = run.inputs[places[name[0]][0] if name else 0]
             for i, out in enumerate(run.output.leaves):
-                block = as_block(columns[e][i] if name else out, out.shape, out, [x])
+                block = as_block(by_name[name][i] if name else out, out.shape, out, [x])
                 rows[i].append(block.clone() if twice else block)
         return Derivatives(rows, run.output)
 
@@ -91,33 +98,34 @@ class Partials(SecondOrder):
         basis = [(j, vector) for j, x in enumerate(xs) for vector in coordinates(x, None)]
         mode = "transposed" if mode in ("auto", "taylor") else mode
         columns, along = [], None
-        for index in self.indices:
-            name = _sorted(index, len(basis))
+        for name in _names(self.indices, len(basis)):
             outs, along = vmap.partial(f, xs, [basis[entry] for entry in name], mode)
             columns.append(outs)
         return [list(row) for row in zip(*columns)], along
 
     def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
         """Plain nested backward of each row's scalar, other rows by another factor."""
-        places, batch = _places(run), run.call.batch
-        factors = None if None in run.dims else row_factors(run, probe)[0]
-        fields = _Fields(run, probe, places, factors)
+        places, x, shared = _places(run), run.inputs[0], None in run.dims
+        factors = x.new_ones(1) if shared else row_factors(run, probe)[0]
+        gradients: dict[Index, list[Tensor | None]] = {(): probe.grads}
         entries = []
         for name in _names(self.indices, len(places)):
             if not name:
                 pairs = zip(probe.seeds, run.output.leaves)
-                rows = [(s.to(o.dtype) * o).reshape(batch, -1).sum(1) for s, o in pairs]
+                rows = [(s.to(o.dtype) * o).reshape(run.call.batch, -1).sum(1) for s, o in pairs]
                 entries.append(Entry(probe.seeds, sum(rows[1:], rows[0]), rows[0].detach(), 0))
                 continue
-            x, value = run.inputs[places[name[-1]][0]], fields(name)
-            grad = x.new_zeros(1 if factors is None else batch) if value is None else value
+            field: Tensor | None = None
+            for n, entry in enumerate(name):
+                if name[:n] not in gradients:
+                    weights = [None if field is None else torch.ones_like(field) * factors]
+                    gradients[name[:n]] = vjp([field], run.inputs, weights, create_graph=True)
+                field = _coordinate(run, gradients[name[:n]], *places[entry])
+            grad = factors.new_zeros(len(factors)) if field is None else field
             grad = grad if run.create_graph else grad.detach()
-            if factors is None:
-                entries.append(Entry(probe.seeds, grad.sum(), grad.detach().sum(), None))
-                continue
-            times = factors ** (len(name) - 1)
+            grad, times = grad.sum() if shared else grad, factors ** (len(name) - 1)
             seeds = [s * times.to(s.dtype).view(-1, *[1] * (s.ndim - 1)) for s in probe.seeds]
-            entries.append(Entry(seeds, grad, grad.detach(), 0))
+            entries.append(Entry(seeds, grad, grad.detach(), None if shared else 0))
         return entries
 
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
@@ -136,42 +144,31 @@ class Partials(SecondOrder):
 
 
 def _by_taylor(run: Run, names: Sequence[Index], places: Places, chunk: int | None) -> list[Any]:
+    """For each index and output ``(B, *out)``, ``None`` for zero."""
     columns, step = [], chunk or len(names)
+    recording = make_recording(run.recorder, run.output.leaves, create_graph=run.create_graph)
     for start in range(0, len(names), step):
         part = names[start : start + step]
         used = sorted({entry for name in part for entry in name})
-        live = {places[entry][0] for entry in used}
-        directions = {j: stack[used] for j, stack in stacked_coordinates(run).items() if j in live}
         indices = [tuple([used.index(entry) for entry in name]) for name in part]
-        columns += mixed_partials(recording_of(run), directions, indices)
+        scheme, rows = mixed(indices, run.inputs[0].device)
+        live, zeros = {places[entry][0] for entry in used}, [None] * (scheme.order - 1)
+        stacks = stacked_coordinates(run).items()
+        seeds = {j: (stack[used], *zeros) for j, stack in stacks if j in live}
+        jets = propagate(recording, seeds, scheme, min(map(len, indices)))
+        for index in indices:
+            stacks = [jet[len(index) - 1] for jet in jets]
+            columns.append([None if s is None else s[rows[index]] for s in stacks])
     return columns
 
 
-class _Fields:
-    """Derivatives of each row's scalar, ``(B,)``, times factors; each order nested in the next."""
-
-    def __init__(self, run: Run, probe: Probe, places: Places, factors: Tensor | None) -> None:
-        self.run, self.places, self.factors = run, places, factors
-        self.gradients: dict[Index, Sequence[Tensor | None]] = {(): probe.grads}
-
-    def __call__(self, name: Index) -> Tensor | None:
-        j, n = self.places[name[-1]]
-        grad, dim = self._gradient(name[:-1])[j], self.run.dims[j]
-        if grad is None:
-            return None
-        if dim is None:
-            return grad.reshape(-1)[n].unsqueeze(0)
-        return grad.movedim(dim, 0).reshape(self.run.call.batch, -1)[:, n]
-
-    def _gradient(self, name: Index) -> Sequence[Tensor | None]:
-        if name not in self.gradients:
-            field = self(name)
-            cotangent = None if field is None else torch.ones_like(field)
-            if cotangent is not None and self.factors is not None:
-                cotangent = cotangent * self.factors
-            grads = vjp([field], self.run.inputs, [cotangent], create_graph=True)
-            self.gradients[name] = grads
-        return self.gradients[name]
+def _coordinate(run: Run, grads: Sequence[Tensor | None], j: int, n: int) -> Tensor | None:
+    """Coordinate ``n`` of the gradient by input ``j``, ``(B,)``, or ``(1,)`` of a shared one."""
+    grad, dim = grads[j], run.dims[j]
+    if grad is None:
+        return None
+    rows = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
+    return rows.reshape(len(rows), -1)[:, n]
 
 
 def _places(run: Run) -> Places:
@@ -181,12 +178,8 @@ def _places(run: Run) -> Places:
 
 @functools.lru_cache(1024)
 def _names(indices: tuple[Index, ...], total: int) -> tuple[Index, ...]:
-    return tuple([_sorted(index, total) for index in indices])
-
-
-def _sorted(index: Index, total: int) -> Index:
-    """An index with its coordinates counted from 0, in order."""
-    return tuple(sorted(entry % total for entry in index))
+    """Indices with their coordinates counted from 0, in order."""
+    return tuple([tuple(sorted(entry % total for entry in index)) for index in indices])
 
 
 @functools.lru_cache(1024)
@@ -221,8 +214,8 @@ def batch_partials(  # noqa: D417  documented once, for all
 
     For ``func: (B, d) -> (B, *out)`` and ``indices`` such as ``[(0,), (1, 1), (0, 0, 1)]`` the
     returned function gives a tuple with ``d func / d x_0``, ``d^2 func / d x_1^2`` and
-    ``d^3 func / d x_0^2 d x_1`` of each row, each of shape ``(B, *out)``. They are pushed through
-    the operations of one run of ``func``, and what they share of lower order is computed once.
+    ``d^3 func / d x_0^2 d x_1`` of each row, each of shape ``(B, *out)``. What they share of lower
+    order is computed once.
 
     Args:
         func: a batched function of rows ``(d,)``.
@@ -236,8 +229,8 @@ def batch_partials(  # noqa: D417  documented once, for all
         {keywords}
 
     Returns:
-        A function of the same arguments that returns a tuple ``partials``, each in the structure
-        of the output, or ``(partials, value)`` with ``return_value``.
+        A function that returns a tuple ``partials``, each in the structure of the output, or
+        ``(partials, value)`` with ``return_value``.
 
     Raises:
         {errors}
@@ -274,16 +267,3 @@ def _check_indices(name: str, indices: Any) -> None:
     if any(type(entry) is not int for index in indices for entry in index):
         remedy = "Write (0, 1) for the derivative by x_0 and x_1."
         raise refuse(name, TypeError, "indices to hold tuples of ints", repr(indices), remedy)
-
-
-def _check_rows(name: str, indices: tuple[Index, ...], rows: tuple[torch.Size, ...]) -> None:
-    for row in rows:
-        if len(row) > 1:
-            remedy = "Reshape it inside of func."
-            raise refuse(name, ValueError, "an input with rows (d,)", f"rows {tuple(row)}", remedy)
-    size = sum(row.numel() for row in rows)
-    if any(not -size <= entry < size for index in indices for entry in index):
-        raise refuse(name, ValueError, f"indices between {-size} and {size - 1}", list(indices))
-
-
-_check_rows_once = functools.lru_cache(1024)(_check_rows)

@@ -10,46 +10,25 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from funcjac._engines.rows import added
-from funcjac._taylor.recording import Node, Recording
 
 Jet = tuple["Tensor | None", ...]
-# Derivatives of the results of one operation, by order.
-Derivative = Callable[[int], Sequence["Tensor | None"]]
 Index = tuple[int, ...]
 Rows = slice | Tensor
-# Derivative of a variable, by its number, along a part of an index.
-Factor = tuple[int, Index]
-# How often each product occurs.
-Products = Counter[tuple[Factor, ...]]
+# How often each product occurs; a factor is a variable, by its number, derived by part of an index.
+Products = Counter[tuple[tuple[int, Index], ...]]
+# Derivatives of one order: multi-indices, of all together or of each by itself, and by part of an
+# index, rows among the derivatives of the part's order.
+Level = tuple[Sequence[Index], dict[Index, Rows]]
 
 
-class Level(NamedTuple):
-    """Derivatives of one order, and where to find the lower ones that make them.
-
-    Attributes:
-        indices: multi-indices; of all derivatives, or of each by itself.
-        rows: by part of an index, rows among the derivatives of the part's order.
-    """
-
-    indices: Sequence[Index]
-    rows: dict[Index, Rows]
-
-
-@dataclass(frozen=True, eq=False)
-class Scheme:
-    """Derivatives that a jet holds.
-
-    Attributes:
-        levels: by order.
-        weights: of second derivatives, which are then added up to one.
-    """
+class Scheme(NamedTuple):
+    """Derivatives that a jet holds: by order; ``weights`` add second ones up to one."""
 
     levels: Sequence[Level]
     weights: Tensor | None = None
@@ -72,33 +51,23 @@ class Scheme:
         """
         indices, rows = self.levels[order - 1]
         sums = [_products(index, len(jets)) for index in indices]
-        known: dict[tuple[Factor, ...], Tensor] = {}  # products share their beginnings
-
-        # Not by recursion: a function that refers to itself would keep all of this alive.
-        def product(factors: tuple[Factor, ...]) -> Tensor:
-            for n, (variable, part) in enumerate(factors, 1):
-                first, last = factors[:n], factors[n - 1 : n]
-                if last not in known:
-                    stack = jets[variable][len(part) - 1]
-                    assert stack is not None
-                    known[last] = _take(stack, rows[part])
-                if first not in known:
-                    known[first] = multiply(known[first[:-1]], known[last])
-            return known[factors]
 
         def total(products: Products) -> Tensor | None:
             result: Tensor | None = None
             for factors, times in products.items():
-                if all(jets[variable][len(part) - 1] is not None for variable, part in factors):
-                    stack = self.weighted(product(factors))
-                    result = added(result, stack if times == 1 else times * stack)
+                stacks = [(jets[i][len(part) - 1], rows[part]) for i, part in factors]
+                taken = [_take(stack, rows) for stack, rows in stacks if stack is not None]
+                if len(taken) == len(factors):
+                    product = self.weighted(functools.reduce(multiply, taken))
+                    result = added(result, product if times == 1 else times * product)
             return result
 
         for numbers in sums[0]:
             stacks = [] if vanishes(numbers) else [total(products[numbers]) for products in sums]
-            stack = _joined(stacks)
-            if stack is not None:
-                yield numbers, stack
+            like = next((stack for stack in stacks if stack is not None), None)
+            if like is not None:
+                stacks = [torch.zeros_like(like) if stack is None else stack for stack in stacks]
+                yield numbers, torch.cat(stacks) if len(stacks) > 1 else like
 
     def pairs(self, stack: Tensor) -> tuple[Tensor, Tensor]:
         """First derivatives along the two directions of each second derivative."""
@@ -117,7 +86,7 @@ class Scheme:
 def second_order(left: Rows, right: Rows, weights: Tensor | None = None) -> Scheme:
     """Second derivatives along directions ``left`` and ``right``, which may be the same object."""
     index = (0, 0) if left is right else (0, 1)
-    return Scheme([Level([(0,)], {}), Level([index], {(0,): left, (1,): right})], weights)
+    return Scheme([([(0,)], {}), ([index], {(0,): left, (1,): right})], weights)
 
 
 def mixed(indices: Sequence[Index], device: torch.device) -> tuple[Scheme, dict[Index, int]]:
@@ -138,31 +107,27 @@ def mixed(indices: Sequence[Index], device: torch.device) -> tuple[Scheme, dict[
     left, right = (_rows([pair[k] for pair in pairs], device) for k in (0, 1))
     pairwise = second_order(left, left if all(i == j for i, j in pairs) else right)
     # Of high order each by itself: a direction that repeats makes fewer different products.
-    rest = [Level(level, rows) for level in levels[2:]]
+    rest: list[Level] = [(level, rows) for level in levels[2:]]
     return Scheme([*pairwise.levels, *rest][: len(levels)]), numbers
 
 
 @functools.lru_cache(256)
 def _products(index: Index, variables: int) -> dict[Index, Products]:
     """Products of two and more derivatives in the derivative of ``f(*variables)`` by ``index``."""
+    terms: Products = Counter({(): 1})
+    for entry in index:  # which derives f by each variable, and each factor once more
+        derived: Products = Counter()
+        for factors, times in terms.items():
+            for i in range(variables):
+                derived[tuple(sorted((*factors, (i, (entry,)))))] += times
+            for k, (i, part) in enumerate(factors):
+                longer = i, (*part, entry)
+                derived[tuple(sorted((*factors[:k], longer, *factors[k + 1 :])))] += times
+        terms = derived
     result: dict[Index, Products] = {}
-    for parts in _partitions(index):
-        for way in itertools.product(range(variables), repeat=len(parts)):
-            if len(way) > 1:
-                products = result.setdefault(tuple(sorted(way)), Counter())
-                products[tuple(sorted(zip(way, parts)))] += 1
-    return result
-
-
-def _partitions(index: Index) -> list[list[Index]]:
-    """Ways to part an index, ``[(0, 1)]`` and ``[(0,), (1,)]`` for two entries."""
-    if not index:
-        return [[]]
-    result = []
-    for parts in _partitions(index[:-1]):
-        places = enumerate(parts)
-        result += [[*parts[:k], (*part, index[-1]), *parts[k + 1 :]] for k, part in places]
-        result.append([*parts, index[-1:]])
+    for factors, times in terms.items():
+        if len(factors) > 1:
+            result.setdefault(tuple([i for i, _ in factors]), Counter())[factors] = times
     return result
 
 
@@ -179,13 +144,6 @@ def _take(stack: Tensor, rows: Rows) -> Tensor:
     return on_one_row(lambda stack: stack.index_select(0, rows), stack)
 
 
-def _joined(stacks: Sequence[Tensor | None]) -> Tensor | None:
-    like = next((stack for stack in stacks if stack is not None), None)
-    if like is None or len(stacks) == 1:
-        return like
-    return torch.cat([torch.zeros_like(like) if stack is None else stack for stack in stacks])
-
-
 def on_one_row(function: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
     """``function`` of stacks ``(K, B, ...)``; of one row if all repeat one, as at the input."""
     if any(s.ndim < 2 or s.shape[1] < 2 or s.stride(1) != 0 for s in stacks):
@@ -194,52 +152,12 @@ def on_one_row(function: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
     return result.expand(-1, stacks[0].shape[1], *result.shape[2:])
 
 
-def spread(jet: Jet, shape: Sequence[int]) -> Jet:
+def spread(jet: Jet, shape: torch.Size) -> Jet:
     """A jet expanded to the shape of a result, as its value is."""
-    return tuple([None if stack is None else _expanded(stack, shape) for stack in jet])
-
-
-def _expanded(stack: Tensor, shape: Sequence[int]) -> Tensor:
-    count, *sizes = stack.shape
-    return stack.reshape(count, *[1] * (len(shape) - len(sizes)), *sizes).expand(count, *shape)
-
-
-class Site(NamedTuple):
-    """One operation, and the jets that reach it, by slot.
-
-    Attributes:
-        lowest: order of the lowest derivatives that are wanted of the results.
-    """
-
-    node: Node
-    recording: Recording
-    jets: dict[int, Jet]
-    scheme: Scheme
-    lowest: int
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the first result."""
-        return self.recording.values[self.node.outs[0] or 0].shape
-
-    def is_zero(self, order: int) -> bool:
-        """Whether all derivatives of one order are zero."""
-        return all(jet[order - 1] is None for jet in self.jets.values())
-
-    def filled(self, order: int) -> dict[int, Tensor]:
-        """Derivatives of one order, zeros written out."""
-        stacks = {slot: jet[order - 1] for slot, jet in self.jets.items()}
-        count = next(len(stack) for stack in stacks.values() if stack is not None)
-        values = self.recording.values
-        return {
-            slot: values[slot].new_zeros((count, *values[slot].shape)) if stack is None else stack
-            for slot, stack in stacks.items()
-        }
-
-    def variables(self) -> dict[int, Tensor]:
-        """Values, cut off from the operations that made them unless a graph is wanted."""
-        values = {slot: self.recording.value(slot) for slot in self.jets}
-        if not self.recording.create_graph:
-            return {slot: value.detach().requires_grad_() for slot, value in values.items()}
-        with torch.enable_grad():
-            return {slot: value.view_as(value) for slot, value in values.items()}
+    ones = [1] * len(shape)
+    return tuple(
+        None
+        if s is None
+        else s.reshape(len(s), *ones[s.ndim - 1 :], *s.shape[1:]).expand(-1, *shape)
+        for s in jet
+    )

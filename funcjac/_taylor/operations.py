@@ -6,7 +6,6 @@ No derivatives are listed: those come from PyTorch's own reverse-mode formulas.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,11 +50,15 @@ OBSTINATE = frozenset(
 )
 
 
+def as_list(out: Any) -> list[Any]:
+    """Results of an operation."""
+    return list(out) if isinstance(out, (tuple, list)) else [out]
+
+
 def written(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     """Tensors that an operation writes into."""
     targets = [args[i] if i < len(args) else kwargs.get(name) for i, name in _written(op)]
-    tensors = itertools.chain(*[t if isinstance(t, (list, tuple)) else [t] for t in targets])
-    return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    return [x for target in targets for x in as_list(target) if isinstance(x, Tensor)]
 
 
 @functools.cache
@@ -96,13 +99,11 @@ def decomposition(op: Any) -> Callable[..., Any] | None:
 
 
 def _softmax(x: Tensor, dim: int, *_: Any) -> Tensor:
-    powers = (x - x.detach().amax(dim, keepdim=True)).exp()
-    return powers / powers.sum(dim, keepdim=True)
+    return _log_softmax(x, dim).exp()
 
 
 def _log_softmax(x: Tensor, dim: int, *_: Any) -> Tensor:
-    shifted = x - x.detach().amax(dim, keepdim=True)
-    return shifted - shifted.exp().sum(dim, keepdim=True).log()
+    return x - _logsumexp(x, dim, True)
 
 
 def _logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:

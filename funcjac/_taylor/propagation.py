@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from funcjac._taylor.jets import Jet, Scheme, Site
+from funcjac._taylor.jets import Jet, Scheme
 from funcjac._taylor.operations import decomposition
-from funcjac._taylor.recorder import Recorder
-from funcjac._taylor.recording import Node, Recording
-from funcjac._taylor.rules import Derivative, is_linear, rule_of
+from funcjac._taylor.recorder import Node, Recorder, filled, make_node
+from funcjac._taylor.rules import Derivative, Recording, Site, is_linear, rule_of
 from funcjac.errors import UntraceableError
 
 
@@ -27,7 +26,7 @@ def make_recording(
     if recorder.failure is not None:
         raise recorder.failure
     values, slots = recorder.values, [recorder.slot(out) for out in outputs]
-    used, curved = {slot for slot in slots if slot is not None}, set[int]()
+    used, curved = set[int](slot for slot in slots if slot is not None), set[int]()
     steps: list[tuple[Node, set[int], bool]] = []
     for node in reversed(recorder.nodes):
         if used.isdisjoint(node.outs):
@@ -53,36 +52,32 @@ def propagate(
     with torch.set_grad_enabled(recording.create_graph):
         for node, done, is_curved in recording.steps:
             if not live.keys().isdisjoint(node.slots):
-                site = _site(recording, node, live, scheme, 1 if is_curved else lowest)
-                live.update(_results(site))
+                site = _site(recording, node, live, scheme)
+                live.update(_results(site, 1 if is_curved else lowest))
             for slot in done:
                 live.pop(slot, None)
     return [zero if slot is None else live.get(slot, zero) for slot in recording.slots]
 
 
-def _site(
-    recording: Recording, node: Node, live: dict[int, Jet], scheme: Scheme, lowest: int
-) -> Site:
+def _site(recording: Recording, node: Node, live: dict[int, Jet], scheme: Scheme) -> Site:
     """A node with jets for all of its slots; arguments without one become constants."""
     jets = {slot: live[slot] for slot in node.slots if slot in live}
     rest = {slot: recording.value(slot) for slot in node.slots if slot not in live}
     if rest:
-        pairs = [(p, slot) for p, slot in zip(node.places, node.slots) if slot in jets]
-        places, slots = zip(*pairs)
-        node = node._replace(args=node.args_with(rest), places=places, slots=slots)
-    return Site(node, recording, jets, scheme, lowest)
+        node = make_node(node.op, filled(node.args, rest), node.kwargs)._replace(outs=node.outs)
+    return Site(node, recording, jets, scheme)
 
 
-def _results(site: Site) -> dict[int, Jet]:
+def _results(site: Site, lowest: int) -> dict[int, Jet]:
     """Jets of the results, by slot, in the dtypes of their values."""
     derivative = (rule_of(site.node.op) or _taken_apart)(site)
-    levels = [derivative(order) for order in range(site.lowest, site.scheme.order + 1)]
+    levels = [derivative(order) for order in range(lowest, site.scheme.order + 1)]
     jets: dict[int, Jet] = {}
     for slot, *stacks in zip(site.node.outs, *levels):
         if slot is not None and any(stack is not None for stack in stacks):
             dtype = site.recording.values[slot].dtype
             cast = [None if stack is None else stack.to(dtype) for stack in stacks]
-            jets[slot] = (*[None] * (site.lowest - 1), *cast)
+            jets[slot] = (*[None] * (lowest - 1), *cast)
     return jets
 
 
@@ -96,5 +91,5 @@ def _taken_apart(site: Site) -> Derivative:
         raise UntraceableError(f"{site.node.op} does not return what its decomposition does")
     inner = make_recording(recorder, outs, create_graph=site.recording.create_graph)
     seeds = {number: site.jets[slot] for number, slot in enumerate(values)}
-    jets = propagate(inner, seeds, site.scheme, site.lowest)
+    jets = propagate(inner, seeds, site.scheme)
     return lambda order: [jet[order - 1] for jet in jets]

@@ -14,23 +14,61 @@ extension).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from funcjac._engines.run_func import graph_nodes
 from funcjac._environment.torch_private import EagerMode, with_memory
-from funcjac._taylor.operations import out_of_place, written
-from funcjac._taylor.recording import Node, Place, as_list
+from funcjac._taylor.operations import as_list, out_of_place, written
 from funcjac.errors import UntraceableError
 
 _DETACH = torch.ops.aten.detach.default
 
 
+class Slot(int):
+    """Number of a value that depends on the input, in the place of an argument."""
+
+
+class Node(NamedTuple):
+    """One operation that depends on the input.
+
+    Attributes:
+        args: with a :class:`Slot` for each that depends on the input; ``slots`` are all of them.
+        outs: slots of the results, ``None`` for a result without derivative.
+    """
+
+    op: Any
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    slots: tuple[int, ...]
+    outs: tuple[int | None, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.op.overloadpacket.__name__
+
+    def run(self, values: dict[int, Any]) -> list[Any]:
+        """Results, with ``values`` in the slots."""
+        return as_list(self.op(*filled(self.args, values), **self.kwargs))
+
+
+def make_node(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Node:
+    """A node before its results are known."""
+    items = [item for arg in args for item in as_list(arg)]
+    return Node(op, args, kwargs, tuple([item for item in items if type(item) is Slot]))
+
+
+def filled(arg: Any, values: dict[int, Any]) -> Any:
+    """Arguments, with ``values`` in the place of their slots."""
+    if type(arg) is list:
+        return [filled(item, values) for item in arg]
+    return values.get(arg, arg) if type(arg) is Slot else arg
+
+
 class Recorder(EagerMode):
     """Records the operations of one run of ``func``, as far as they depend on ``inputs``.
-
-    ``func`` is run under ``torch.enable_grad()`` and this mode, once.
 
     Args:
         inputs: leaves that require grad, or aliases that have a ``grad_fn``; strided, and
@@ -48,12 +86,11 @@ class Recorder(EagerMode):
         self.values: list[Tensor] = []
         # Tensors in slots, and constants without one, which stay alive: an id must not be given
         # out twice.
-        self._tensors: dict[int, tuple[Tensor, int | None]] = {}
+        self._tensors: dict[int, tuple[Tensor, Slot | None]] = {}
+        # Constants whose history leads to no input.
         self._constants: dict[int, Tensor] = {}
-        self._unused: set[int] = set()  # of results: what no recorded operation has read
-        self._leaves = {id(x): slot for slot, x in enumerate(inputs)}
+        self._leaves = {id(x): Slot(j) for j, x in enumerate(inputs)}
         self._roots = {x.grad_fn for x in inputs} - {None}
-        self._independent: set[Any] = set()
         for x in inputs:
             self._new(x)
 
@@ -87,7 +124,7 @@ class Recorder(EagerMode):
             return None if slot is None else lambda out: self._name(out[0], slot)
         if any(self.slot(value) is not None for value in kwargs.values()):
             raise UntraceableError(f"{op} depends on the input by keyword")
-        node = self._node(op, args, kwargs)
+        node = make_node(op, self._with_slots(args), kwargs)
         is_active = bool(node.slots) and torch.is_grad_enabled()
         if targets := written(op, args, kwargs):
             return self._in_place(node, targets, is_active=is_active)
@@ -99,56 +136,54 @@ class Recorder(EagerMode):
         """Keep what was made of constants alone, whatever history it gets (tangents of a jvp)."""
         self._constants.update({id(x): x for x in results if isinstance(x, Tensor)})
 
-    def _node(self, op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Node:
-        places: list[Place] = []
-        slots: list[int] = []
-        for i, arg in enumerate(args):
-            inside = type(arg) in (list, tuple)
-            for j, item in enumerate(arg) if inside else ((None, arg),):
-                slot = self.slot(item)
-                if slot is not None:
-                    places.append((i, j))
-                    slots.append(slot)
-        return Node(op, args, kwargs, tuple(places), tuple(slots))
+    def _with_slots(self, args: Sequence[Any]) -> list[Any]:
+        """Arguments, with slots in the place of tensors that depend on the input."""
+        result: list[Any] = []
+        for arg in args:
+            is_list = type(arg) in (list, tuple)
+            slot = None if is_list else self.slot(arg)
+            result.append(self._with_slots(arg) if is_list else arg if slot is None else slot)
+        return result
 
-    def slot(self, value: Any) -> int | None:
+    def slot(self, value: Any) -> Slot | None:
         """Slot of a tensor, ``None`` if it does not depend on the input.
 
         See NOTE [autograd decides what depends on the input].
         """
         if not isinstance(value, Tensor) or not value.requires_grad:
             return None
-        leaf = value.grad_fn is None  # a parameter, or one that func made, if no input
-        if leaf or id(value) in self._tensors:
-            return self._leaves.get(id(value)) if leaf else self._tensors[id(value)][1]
-        if id(value) not in self._constants and _depends(
-            value.grad_fn, self._roots, self._leaves, self._independent
-        ):
-            raise UntraceableError(
-                "func computes with something whose parts have no history (a custom "
-                "autograd.Function, TorchScript, an extension, a kernel that hides its gradients)"
-            )
+        if value.grad_fn is None:  # a parameter, or one that func made, if no input
+            return self._leaves.get(id(value))
+        if id(value) in self._tensors:
+            return self._tensors[id(value)][1]
+        if id(value) not in self._constants:
+            for node in graph_nodes([value], []):
+                if node in self._roots or id(getattr(node, "variable", None)) in self._leaves:
+                    raise UntraceableError(
+                        "func computes with something whose parts have no history (a custom "
+                        "autograd.Function, TorchScript, an extension, a kernel that hides its "
+                        "gradients)"
+                    )
+            self._constants[id(value)] = value
         return None
 
     def _record(self, node: Node, results: list[Any]) -> None:
         for item in (item for arg in node.args for item in as_list(arg)):
             if isinstance(item, Tensor):  # a constant, where it is new
                 self._tensors.setdefault(id(item), (item, None))
-                self._unused.discard(id(item))
-        outs: list[int | None] = []
+        outs: list[Slot | None] = []
         for tensor in results:
             if isinstance(tensor, Tensor) and tensor.is_complex():
                 raise UntraceableError(f"{node.op} returns complex numbers")
             is_real = isinstance(tensor, Tensor) and tensor.is_floating_point()
             outs.append(self._new(tensor) if is_real else None)
-            self._unused.add(id(tensor))
         self.nodes.append(node._replace(outs=tuple(outs)))
 
-    def _new(self, tensor: Tensor) -> int:
+    def _new(self, tensor: Tensor) -> Slot:
         self.values.append(tensor)
-        return self._name(tensor, len(self.values) - 1)
+        return self._name(tensor, Slot(len(self.values) - 1))
 
-    def _name(self, tensor: Tensor, slot: int) -> int:
+    def _name(self, tensor: Tensor, slot: Slot) -> Slot:
         self._tensors[id(tensor)] = tensor, slot
         return slot
 
@@ -156,37 +191,27 @@ class Recorder(EagerMode):
         self, node: Node, targets: list[Tensor], *, is_active: bool
     ) -> Callable[[Any], None] | None:
         """Record an operation on a tensor that nothing shares as its version out of place."""
-        is_value = is_active and node.places[0] == (0, None)
+        first, target = node.args[0], targets[0]
+        is_value = is_active and type(first) is Slot
         if any(self._is_used(target, itself=not is_value) for target in targets):
             raise UntraceableError(f"{node.op} overwrites what other operations have used")
         if not is_active:
             return None
-        target, functional = node.args[0], out_of_place(node.op)
-        if functional is None or target is not targets[0]:
+        functional = out_of_place(node.op)
+        if functional is None or not (is_value or first is target):
             raise UntraceableError(f"{node.op} writes into several tensors")
         old = target.detach().clone()
         if is_value:
-            self.values[node.slots[0]] = old
-        node = node._replace(op=functional, args=(old, *node.args[1:]))
+            self.values[first] = old
+        node = node._replace(op=functional, args=[first if is_value else old, *node.args[1:]])
         return lambda _: self._record(node, [target])
 
     def _is_used(self, target: Tensor, *, itself: bool) -> bool:
         """Whether a tensor that an operation uses or makes lies in the memory of ``target``."""
         storage = target.untyped_storage().data_ptr()
-        itself = itself and id(target) not in self._unused
+        _, slot = self._tensors.get(id(target), (None, None))
+        if slot is not None:
+            itself = itself and any(slot in node.slots for node in self.nodes)
         used = [t for t, _ in self._tensors.values() if itself or t is not target]
         used = [t.untyped_storage() for t in used if t.layout == torch.strided]
         return any(memory.data_ptr() == storage for memory in used)
-
-
-def _depends(node: Any, roots: set[Any], leaves: dict[int, int], independent: set[Any]) -> bool:
-    """Whether autograd leads from a node to roots or leaves; takes down nodes that do not."""
-    stack = [node]
-    while stack:
-        node = stack.pop()
-        if node in roots or id(getattr(node, "variable", None)) in leaves:
-            return True
-        if node is not None and node not in independent:
-            independent.add(node)
-            stack += [parent for parent, _ in node.next_functions]
-    return False

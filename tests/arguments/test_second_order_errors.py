@@ -193,6 +193,13 @@ def test_weight_dim_needs_a_weight():
         call(batch_laplacian, weight_dim=0)
 
 
+def test_a_weight_for_each_row_wants_batched_inputs():
+    """Of a shared input, the sum over rows would not tell one weight from another."""
+    laplacian = batch_laplacian(torch.mul, in_dims=(None, 0), weight=randn(B, 3), weight_dim=0)
+    with pytest.raises(ValueError, match=r"^batch_laplacian: expected a batched input .* in_dims"):
+        laplacian(randn(3), randn(B, 3))
+
+
 @pytest.mark.parametrize("argnums", [(0, 1), (0,)])
 def test_a_weight_wants_one_input(argnums):
     laplacian = batch_laplacian(lambda x, y: x * y, argnums, weight=torch.ones(3).double())

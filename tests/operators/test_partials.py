@@ -161,3 +161,12 @@ def test_a_half_beside_a_double_does_not_round_it():
     partials, x = batch_partials(func, [(0,), (1,)], mode="taylor", check=False), fixed_randn(4, 2)
     plain, graph = partials(x), partials(x.clone().requires_grad_())
     torch.testing.assert_close(plain[1], graph[1].detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("indices", [[()], [(), (0,), (0, 1)]])
+def test_the_value_beside_chunks_of_partials(indices):
+    """The value is no derivative to propagate, not even in a chunk of its own."""
+    func, x = lambda x: x[:, 0].sin() * x[:, 1].exp(), randn(4, 2)
+    found = batch_partials(func, indices, mode="taylor", chunk_size=1)(x)
+    assert torch.equal(found[0], func(x))
+    assert all(map(torch.equal, found, batch_partials(func, indices, mode="taylor")(x)))
