@@ -3,60 +3,21 @@
 Every engine works on calls: the whole batch is a call, and so is a single row, as a batch of one.
 """
 
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from funcjac._arguments import pytree
-from funcjac._arguments.batch_sizes import as_batch_first, output_dims
-from funcjac._arguments.check_tensors import is_plain
-from funcjac._arguments.pytree import Tree, TreeSpec
+from funcjac._arguments.batch_sizes import as_batch_first, check_batch_sizes, output_dims
+from funcjac._arguments.check_tensors import DTYPES, check_arguments, check_input
+from funcjac._arguments.layout import Layout, Options, is_constant, make_layout
+from funcjac._arguments.pytree import TreeSpec
 from funcjac._torch_faults import UseReplacements
 from funcjac.errors import refuse
-
-ENGINES = ("sum", "vmap", "loop")
-
-
-@dataclass(frozen=True)
-class Options:
-    """The keywords of one transform."""
-
-    name: str
-    argnums: int | tuple[int, ...] = 0
-    in_dims: Tree = 0
-    out_dims: Tree = 0
-    mode: str = "auto"
-    engine: str = "auto"
-    chunk_size: int | None = None
-    has_aux: bool = False
-    return_value: bool = False
-    randomness: str = "error"
-    check: bool | str = "auto"
-    operator: Any = None
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the structure of the arguments settles, whatever their values.
-
-    Attributes:
-        dims: batch dimension of each leaf, ``None`` for what all rows share.
-        batched: the leaves that have one.
-        diff: the leaves to differentiate, in the order of ``argnums``.
-        in_spec: how blocks, one for each of ``diff``, become the structure of the input.
-        plain: whether the leaves are the arguments.
-        diff_dims: batch dimensions of the leaves to differentiate.
-    """
-
-    spec: TreeSpec
-    dims: tuple[int | None, ...]
-    batched: tuple[int, ...]
-    diff: tuple[int, ...]
-    in_spec: TreeSpec
-    plain: bool
-    diff_dims: tuple[int | None, ...]
 
 
 class Output(NamedTuple):
@@ -124,6 +85,90 @@ class Call(NamedTuple):
         else:
             out = self.func(*args, **kwargs)
         return as_output(self.options, out, self.batch)
+
+
+# What the structure of arguments settles, for all transforms of the process.
+_LAYOUTS: dict[Any, Layout] = {}
+_MOST_LAYOUTS = 1024
+
+
+def bind(
+    func: Callable[..., Any],
+    options: Options,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    differentiate: bool = True,
+) -> Call:
+    """Take the arguments apart; refuse inputs that cannot be differentiated, if they will be.
+
+    Raises:
+        TypeError, ValueError: the arguments are not those of a batched function.
+    """
+    if torch.compiler.is_compiling():  # the compiler remembers by itself, and cannot hash a spec
+        leaves, spec = pytree.flatten_args(args)
+        layout, plain = make_layout(options, args, leaves, spec), False
+    else:
+        leaves, plain, dims = list(args), all(map(is_plain, args)), options.in_dims
+        kinds: Any = tuple(map(_ndim, args)) if plain else None
+        if not plain:
+            leaves, spec = pytree.flatten_args(args)
+            check_arguments(options.name, leaves)
+            kinds = (spec, *map(_kind, leaves))
+        key = (options.argnums, dims if type(dims) is int else repr(dims), kinds)
+        layout = _LAYOUTS.get(key) or _remember(key, options, args)
+        if kwargs:
+            check_arguments(options.name, pytree.tensors(kwargs))
+    batch = leaves[layout.batched[0]].shape[layout.dims[layout.batched[0]]]
+    if len(layout.batched) > 1:
+        check_batch_sizes(options.name, layout, leaves)
+    call = Call(func, options, layout, leaves, kwargs, batch)
+    if not differentiate:
+        return call
+    if not plain:
+        check_inputs(call)
+    prepare = getattr(options.operator, "prepare", None)
+    return call if prepare is None else prepare(call, args, kwargs)
+
+
+_ndim = operator.attrgetter("ndim")
+
+
+def _kind(leaf: Any) -> Any:
+    # True == 1, so what is no tensor must not look like a number of dimensions
+    return (leaf.ndim, is_constant(leaf)) if isinstance(leaf, Tensor) else str(leaf is None)
+
+
+def _remember(key: Any, options: Options, args: tuple[Any, ...]) -> Layout:
+    layout = make_layout(options, args, *pytree.flatten_args(args))
+    if len(_LAYOUTS) >= _MOST_LAYOUTS:
+        _LAYOUTS.clear()
+    _LAYOUTS[key] = layout
+    return layout
+
+
+def with_extras(call: Call, extras: list[Any], dims: tuple[int | None, ...]) -> Call:
+    """The call with leaves of the operator's own behind the arguments."""
+    layout = call.layout
+    batched = [i for i, dim in enumerate(dims, len(layout.dims)) if dim is not None]
+    layout = replace(layout, dims=layout.dims + dims, batched=(*layout.batched, *batched))
+    return call._replace(leaves=[*call.leaves, *extras], layout=layout, extra=len(extras))
+
+
+def check_inputs(call: Call) -> None:
+    """Refuse arguments that cannot be differentiated."""
+    for i in call.layout.diff:
+        check_input(call.options.name, call.leaves[i])
+
+
+def is_plain(x: Any) -> bool:
+    """Whether it is what most arguments and outputs are, and need not be looked at further."""
+    return (
+        type(x) is Tensor
+        and x.dtype in DTYPES
+        and x.layout is torch.strided
+        and not (x.is_nested or x.is_meta)
+    )
 
 
 def as_output(options: Options, out: Any, batch: int) -> Output:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from funcjac._arguments import pytree
-from funcjac._arguments.call import ENGINES, Options
+from funcjac._arguments.layout import ENGINES, Options
 from funcjac.errors import refuse
 
 

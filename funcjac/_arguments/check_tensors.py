@@ -11,17 +11,7 @@ from funcjac._environment.torch_private import is_transformed
 from funcjac.errors import refuse
 
 # What can be computed with: of narrower types PyTorch only knows how to store them.
-_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
-
-
-def is_plain(x: Any) -> bool:
-    """Whether it is what most arguments and outputs are, and need not be looked at further."""
-    return (
-        type(x) is Tensor
-        and x.dtype in _DTYPES
-        and x.layout is torch.strided
-        and not (x.is_nested or x.is_meta)
-    )
+DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
 
 def check_input(name: str, leaf: Any) -> None:
@@ -58,7 +48,7 @@ def _check_derivable(
 ) -> None:
     if not isinstance(leaf, Tensor):
         raise refuse(name, TypeError, tensor, type(leaf).__name__, aux)
-    if leaf.dtype not in _DTYPES:
+    if leaf.dtype not in DTYPES:
         remedy = remedies["of_complex" if leaf.is_complex() else "of_integers"]
         if leaf.is_floating_point():
             remedy = "Convert it to torch.float32 first, which can be computed with."

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._arguments.bind_arguments import bind
-from funcjac._arguments.call import Call, Options
+from funcjac._arguments.call import Call, bind
 from funcjac._arguments.check_keywords import check_options
+from funcjac._arguments.layout import Options
 from funcjac._dispatch.decisions import FunctionKey
 from funcjac._engines.run_func import plain_values, run_once
 from funcjac._environment.state import rng_state, set_rng_state

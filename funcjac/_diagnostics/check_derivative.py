@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from funcjac._arguments.bind_arguments import bind
-from funcjac._arguments.call import ENGINES, Call
+from funcjac._arguments.call import Call, bind
+from funcjac._arguments.layout import ENGINES
 from funcjac._dispatch.solve import solve
 from funcjac._engines.run_func import Derivatives, plain_values
 from funcjac._environment.state import rng_state, same_rng_state, set_rng_state

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from funcjac._arguments.call import ENGINES, Call
+from funcjac._arguments.call import Call
+from funcjac._arguments.layout import ENGINES
 from funcjac._dispatch.messages import failure
 from funcjac._engines.rows import elements_of_rows, row_sizes
 from funcjac._engines.run_func import Route, Run

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._arguments.call import Call, Layout, Options, Output
+from funcjac._arguments.call import Call, Output
+from funcjac._arguments.layout import Layout, Options
 from funcjac._dispatch.attempt import lean
 from funcjac._dispatch.choose_engine_mode_chunk import Sizes, chunk, routes_of, sizes_of
 from funcjac._engines.run_func import (

@@ -6,7 +6,7 @@ import sys
 import warnings
 from typing import Any
 
-from funcjac._arguments.call import Options
+from funcjac._arguments.layout import Options
 from funcjac._dispatch.decisions import FunctionKey
 from funcjac.errors import EngineFallbackWarning, RefusedError, VerificationError, brief
 

@@ -9,94 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._arguments.bind_arguments import with_extras
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
 from funcjac._engines.rows import identity, row_shape
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._engines.sum import divergence
-from funcjac._operators.operator import Operator, Tensors
+from funcjac._operators.operator import Hutchinson, Operator, Tensors
 from funcjac._operators.transform import documented, make_transform
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, row_factors, vjp
 from funcjac.errors import refuse
-
-
-@dataclass(frozen=True)
-class Hutchinson:
-    """Random probes that estimate the trace of each row, or none for the exact trace.
-
-    Source: M. F. Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1989.
-    """
-
-    samples: int | None = None
-    probes: str = "rademacher"
-    generator: torch.Generator | None = None
-    return_error: bool = False
-
-    def check(self, name: str) -> None:
-        """Refuse bad values."""
-        samples, probes, generator = self.samples, self.probes, self.generator
-        if samples is not None and (type(samples) is not int or samples < 1):
-            kind = ValueError if type(samples) is int else TypeError
-            raise refuse(name, kind, "samples to be None or a positive int", repr(samples))
-        if not isinstance(probes, str) or probes not in ("rademacher", "gaussian"):
-            expected = "probes to be 'rademacher' or 'gaussian'"
-            raise refuse(name, ValueError, expected, repr(probes))
-        if generator is not None and not isinstance(generator, torch.Generator):
-            kind = type(generator).__name__
-            remedy = "Make one by torch.Generator().manual_seed(0)."
-            raise refuse(name, TypeError, "generator to be a torch.Generator", kind, remedy)
-        if type(self.return_error) is not bool:
-            raise refuse(name, TypeError, "return_error to be a bool", repr(self.return_error))
-        if self.return_error and (samples is None or samples < 2):
-            remedy = "The error is estimated from how far samples differ."
-            expected = "at least two samples with return_error=True"
-            raise refuse(name, ValueError, expected, samples, remedy)
-
-    @property
-    def has_parts(self) -> bool:
-        return self.return_error
-
-    def as_numbers(self) -> tuple[Any, ...]:
-        return (self.samples or 0, self.return_error)
-
-    @classmethod
-    def from_numbers(cls, numbers: tuple[Any, ...]) -> Any:
-        samples, return_error = numbers
-        return cls(samples=samples or None, return_error=return_error)
-
-    def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
-        tensors, dims = self.extras(call, args, kwargs)
-        return with_extras(call, tensors, tuple(dims)) if tensors else call
-
-    def extras(self, call: Call, args: Any, kwargs: Any) -> tuple[list[Tensor], list[int | None]]:
-        """Probes of each input, ``(B, k, *row)`` or ``(k, *row)``, with their batch dimensions."""
-        if self.samples is None:
-            return [], []
-        dims = call.layout.diff_dims
-        probes = [self._drawn(call.batch, x, dim) for x, dim in zip(call.inputs, dims)]
-        return probes, [None if dim is None else 0 for dim in dims]
-
-    def _drawn(self, batch: int, x: Tensor, dim: int | None) -> Tensor:
-        rows = () if dim is None else (batch,)  # what rows share moves the same way in all
-        shape = (*rows, self.samples or 0, *row_shape(x, dim))
-        keywords: dict[str, Any] = {"device": x.device}
-        if self.generator is not None:  # a compiler takes none
-            keywords = {"device": self.generator.device, "generator": self.generator}
-        if self.probes == "gaussian":
-            return torch.randn(shape, dtype=x.dtype, **keywords).to(x.device)
-        return (2 * torch.randint(0, 2, shape, **keywords) - 1).to(x.device, x.dtype)
-
-    def own_inputs(self, call: Call) -> list[tuple[int, ...]]:
-        return [()] * (1 + self.return_error)
-
-    def estimates(self, values: Tensor, dim: int) -> list[Tensor]:
-        """The trace; of samples along ``dim`` their mean, and its standard error."""
-        if self.samples is None:
-            return [values]
-        mean = values.mean(dim)
-        return [mean, values.std(dim) / self.samples**0.5] if self.return_error else [mean]
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 
 from funcjac._arguments import pytree
 from funcjac._arguments.batch_sizes import check_batch_sizes
-from funcjac._arguments.bind_arguments import check_inputs, make_layout
-from funcjac._arguments.call import Call, Options, as_output
+from funcjac._arguments.call import Call, as_output, check_inputs
 from funcjac._arguments.check_keywords import check_options
 from funcjac._arguments.check_tensors import check_arguments
+from funcjac._arguments.layout import Options, make_layout
 from funcjac._dispatch.attempt import problem_of
 from funcjac._dispatch.choose_engine_mode_chunk import routes_of, sizes_of
 from funcjac._dispatch.decisions import decision_of

@@ -22,9 +22,8 @@ from funcjac._engines.nesting import Directions
 from funcjac._engines.rows import added, identity, row_shape
 from funcjac._engines.run_func import Derivatives, Run
 from funcjac._environment.torch_private import is_traced, is_transformed
-from funcjac._operators.divergence import Hutchinson
 from funcjac._operators.hessian_diagonal import HessianDiagonal, Maybe
-from funcjac._operators.operator import Tensors, by_output
+from funcjac._operators.operator import Hutchinson, Tensors, by_output
 from funcjac._operators.transform import documented, make_transform
 from funcjac._verification.central_differences import Pair
 from funcjac._verification.reference_vjp import Entry, Probe, row_factors

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from funcjac._arguments import pytree
-from funcjac._arguments.bind_arguments import bind
-from funcjac._arguments.call import Options
+from funcjac._arguments.call import bind
 from funcjac._arguments.check_keywords import check_options
 from funcjac._arguments.check_tensors import is_uninitialized
+from funcjac._arguments.layout import Options
 from funcjac._dispatch.attempt import Outcome
 from funcjac._dispatch.inside_transforms import solve_inside
 from funcjac._dispatch.solve import solve

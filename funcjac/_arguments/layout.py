@@ -1,0 +1,127 @@
+"""The keywords of a transform, and the layout of arguments: batched leaves, differentiated ones."""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from funcjac._arguments import pytree
+from funcjac._arguments.batch_sizes import argument_dims
+from funcjac._arguments.pytree import Tree, TreeSpec
+from funcjac.errors import refuse
+
+ENGINES = ("sum", "vmap", "loop")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keywords of one transform."""
+
+    name: str
+    argnums: int | tuple[int, ...] = 0
+    in_dims: Tree = 0
+    out_dims: Tree = 0
+    mode: str = "auto"
+    engine: str = "auto"
+    chunk_size: int | None = None
+    has_aux: bool = False
+    return_value: bool = False
+    randomness: str = "error"
+    check: bool | str = "auto"
+    operator: Any = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the structure of the arguments settles, whatever their values.
+
+    Attributes:
+        dims: batch dimension of each leaf, ``None`` for what all rows share.
+        batched: the leaves that have one.
+        diff: the leaves to differentiate, in the order of ``argnums``.
+        in_spec: how blocks, one for each of ``diff``, become the structure of the input.
+        plain: whether the leaves are the arguments.
+        diff_dims: batch dimensions of the leaves to differentiate.
+    """
+
+    spec: TreeSpec
+    dims: tuple[int | None, ...]
+    batched: tuple[int, ...]
+    diff: tuple[int, ...]
+    in_spec: TreeSpec
+    plain: bool
+    diff_dims: tuple[int | None, ...]
+
+
+def make_layout(
+    options: Options, args: tuple[Any, ...], leaves: list[Any], spec: TreeSpec
+) -> Layout:
+    dims = argument_dims(options.name, options.in_dims, args, leaves)
+    argnums = _as_argnums(options, len(args))
+    sizes = [len(pytree.flatten_args(arg)[0]) for arg in args]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    # Constants inside of a tree are left out; an argument of its own is refused later.
+    diff = tuple(
+        i
+        for a in argnums
+        for i in range(starts[a], starts[a] + sizes[a])
+        if leaves[i] is not None and (args[a] is leaves[i] or not is_constant(leaves[i]))
+    )
+    batched = tuple(i for i, dim in enumerate(dims) if dim is not None)
+    if not batched:
+        raise _nothing_batched(options, leaves)
+    if not diff:
+        raise _nothing_differentiated(options, leaves)
+    trees = tuple([_without_constants(args[a]) for a in argnums])
+    in_spec = pytree.flatten(trees[0] if isinstance(options.argnums, int) else trees)[1]
+    plain = len(leaves) == len(args) and all(map(operator.is_, args, leaves))
+    return Layout(spec, tuple(dims), batched, diff, in_spec, plain, tuple([dims[i] for i in diff]))
+
+
+def _without_constants(arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        return arg
+    return pytree.map_tensors(lambda leaf: None if is_constant(leaf) else leaf, arg)
+
+
+def _nothing_batched(options: Options, leaves: list[Any]) -> Exception:
+    others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+    got = f"in_dims={options.in_dims!r} and {len(leaves)} argument leaves"
+    if others:
+        got += f" of type {', '.join(sorted({type(leaf).__name__ for leaf in others}))}"
+    remedy = "Give every batched argument its dimension in in_dims."
+    if any(hasattr(leaf, "__array__") for leaf in others):
+        remedy = f"Pass an array x as torch.from_numpy(x). {remedy}"
+    elif any(isinstance(leaf, (int, float, complex)) for leaf in others):
+        remedy = f"Make a tensor of numbers and lists by torch.as_tensor. {remedy}"
+    return refuse(options.name, ValueError, "at least one batched tensor argument", got, remedy)
+
+
+def _nothing_differentiated(options: Options, leaves: list[Any]) -> Exception:
+    if any(map(is_constant, leaves)):
+        expected = "a differentiated argument of real floating-point dtype"
+        remedy = "Pass integers as another argument and leave them out of argnums."
+        return refuse(options.name, TypeError, expected, "integers and booleans only", remedy)
+    got = f"none in argnums={options.argnums!r}"
+    remedy = "Name in argnums a positional argument that holds tensors."
+    return refuse(options.name, ValueError, "a tensor to differentiate", got, remedy)
+
+
+def _as_argnums(options: Options, count: int) -> tuple[int, ...]:
+    name, argnums = options.name, options.argnums
+    numbers = (argnums,) if isinstance(argnums, int) else argnums
+    if any(not -count <= number < count for number in numbers):
+        expected = f"argnums to index {count} positional arguments"
+        remedy = "Arguments to differentiate must be passed by position."
+        raise refuse(name, ValueError, expected, argnums, remedy)
+    numbers = tuple([number % count for number in numbers])
+    if len(set(numbers)) != len(numbers):
+        remedy = "Negative numbers count from the last argument."
+        raise refuse(name, ValueError, "argnums to be unique", argnums, remedy)
+    return numbers
+
+
+def is_constant(leaf: Any) -> bool:
+    """Whether it is a tensor of integers or booleans, which has no derivative."""
+    return isinstance(leaf, Tensor) and not (leaf.is_floating_point() or leaf.is_complex())
