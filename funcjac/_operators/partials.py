@@ -51,7 +51,8 @@ class Partials(SecondOrder):
                 expected, remedy = "an input with rows (d,)", "Reshape it inside of func."
                 raise refuse(name, ValueError, expected, f"rows {tuple(row)}", remedy)
             size += row.numel()
-        if any(not -size <= entry < size for index in self.indices for entry in index):
+        entries = list(itertools.chain.from_iterable(self.indices))
+        if min(entries, default=0) < -size or max(entries, default=-1) >= size:
             expected = f"indices between {-size} and {size - 1}"
             raise refuse(name, ValueError, expected, list(self.indices))
         return call
