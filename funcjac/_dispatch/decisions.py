@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from funcjac._arguments import pytree
 from funcjac._arguments.call import Call
 
-_MOST = 1024
+_MOST, _MOST_ROUTES = 1024, 256
 _TABLE: OrderedDict[Any, Decision] = OrderedDict()
 _LOCK = threading.Lock()
 
@@ -52,6 +52,12 @@ class Decision:
     signatures: set[int] = field(default_factory=set)
     rows: bool = False
     failed: bool = False
+
+    def remember(self, kind: Any, routes: Any) -> None:
+        """Remember routes of a kind of runs, which names the batch size."""
+        if len(self.routes) >= _MOST_ROUTES:
+            self.routes.clear()
+        self.routes[kind] = routes
 
     def is_due(self, check: bool | str, batch: int) -> bool:
         """Whether this call is verified: calls 1, 2, 4, 8, …, and the first with two rows."""

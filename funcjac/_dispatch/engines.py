@@ -38,8 +38,6 @@ from funcjac._verification.forward_formulas import check_forward_formulas
 from funcjac._verification.row_independence import check_rows
 from funcjac.errors import RefusedError, UntraceableError, brief
 
-_MOST_ROUTES = 256
-
 
 def by_sum(attempt: Attempt) -> Derivatives:
     """One run of ``func``, the rule, and as many passes through its graph."""
@@ -89,9 +87,7 @@ def _first_that_works(
                 raise error from None
             _leave(attempt, route, error)
             continue
-        if len(decision.routes) >= _MOST_ROUTES:
-            decision.routes.clear()
-        decision.routes[kind_of(run, facts)] = route, nested
+        decision.remember(kind_of(run, facts), (route, nested))
         decision.records = route.mode == "taylor"
         attempt.outcome.route, attempt.outcome.verified = route, check
         return result if run.create_graph else detached(result)

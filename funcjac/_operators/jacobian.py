@@ -8,18 +8,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from funcjac._arguments import pytree
-from funcjac._arguments.batch_sizes import check_batch_sizes
-from funcjac._arguments.call import Call, as_output, check_inputs
+from funcjac._arguments.call import Call, as_output, bind
 from funcjac._arguments.check_keywords import check_options
-from funcjac._arguments.check_tensors import check_arguments
-from funcjac._arguments.layout import Options, make_layout
+from funcjac._arguments.layout import Options
 from funcjac._dispatch.attempt import problem_of
 from funcjac._dispatch.choose_engine_mode_chunk import routes_of, sizes_of
 from funcjac._dispatch.decisions import decision_of
 from funcjac._engines import vmap
 from funcjac._engines.rows import row_shape
-from funcjac._engines.run_func import Derivatives, Run, detached, read_graph
+from funcjac._engines.run_func import Derivatives, Run, detached, kind_of, read_graph
 from funcjac._engines.sum import jacobian
 from funcjac._environment.torch_private import is_traced, sees_values
 from funcjac._operators.operator import Operator, Tensors
@@ -175,18 +172,15 @@ def batch_jacobian_of(
         >>> torch.allclose(u_xx, torch.diag_embed(-x.sin()))
         True
     """
-    name = "batch_jacobian_of"
-    options = Options(
-        name=name,
-        in_dims=in_dims if type(in_dims) is int else (in_dims,),
-        out_dims=out_dims,
-        mode=mode,
-        engine="sum",
-        chunk_size=chunk_size,
-        check=check,
-        operator=Jacobian(),
-    )
-    check_options(batch_jacobian_of, options)
+    name, in_dims = "batch_jacobian_of", in_dims if type(in_dims) is int else (in_dims,)
+    keywords = name, 0, in_dims, out_dims, mode, "sum", chunk_size, False, False, "error", check
+    traced = is_traced()
+    options = None if traced else _OPTIONS.get(repr(keywords))
+    if options is None:
+        options = Options(*keywords, Jacobian())
+        check_options(batch_jacobian_of, options)
+        if not traced and len(_OPTIONS) < _MOST_OPTIONS:
+            _OPTIONS[repr(keywords)] = options
     if create_graph is not None and type(create_graph) is not bool:
         raise refuse(name, TypeError, "create_graph to be None or a bool", repr(create_graph))
     if type(retain_graph) is not bool:
@@ -195,6 +189,11 @@ def batch_jacobian_of(
     run = _as_run(options, outputs, inputs)._replace(create_graph=graph)
     result = _in_traced_code(run) if is_traced() else _in_plain_code(run, retain_graph)
     return options.operator.assemble(run.call, result)
+
+
+# Keywords that were checked, by how they print: of other types they print otherwise.
+_OPTIONS: dict[str, Options] = {}
+_MOST_OPTIONS = 1024
 
 
 def _in_traced_code(run: Run) -> Derivatives:
@@ -219,17 +218,11 @@ def _in_plain_code(run: Run, retain_graph: bool) -> Derivatives:
 
 def _as_run(options: Options, outputs: Any, inputs: Any) -> Run:
     """The run that made tensors, from their graph."""
-    name, (leaves, spec) = options.name, pytree.flatten_args((inputs,))
-    check_arguments(name, leaves)
-    layout = make_layout(options, (inputs,), leaves, spec)
-    check_batch_sizes(name, layout, leaves)
-    batch = leaves[0].shape[layout.dims[0]]
-    call = Call(batch_jacobian_of, options, layout, leaves, {}, batch)
-    check_inputs(call)
+    name, call = options.name, bind(batch_jacobian_of, options, (inputs,), {})
     if not all(x.requires_grad for x in call.inputs):
         remedy = "Call requires_grad_() on them before outputs are computed."
         raise refuse(name, ValueError, "inputs that require grad", "one that does not", remedy)
-    output = as_output(options, outputs, batch)
+    output = as_output(options, outputs, call.batch)
     if not any(out.requires_grad for out in output.leaves):
         expected, got = "outputs that were computed from inputs", "tensors without a graph"
         remedy = "Compute them from inputs with grad mode on, and without detach()."
@@ -241,7 +234,6 @@ def _solved(run: Run) -> Derivatives:
     """The derivatives by the first route of the rule that works and is not refused."""
     call, options, outs, graph = run.call, run.call.options, run.output.leaves, run.create_graph
     facts = read_graph(run)[1]
-    sizes = sizes_of(run, facts.widest)
     rows = tuple([(row_shape(x, dim), x.dtype) for x, dim in zip(run.inputs, run.dims)])
     shapes = tuple([out.shape[1:] for out in outs])
     keywords = (options.name, options.mode, options.chunk_size)
@@ -250,8 +242,11 @@ def _solved(run: Run) -> Derivatives:
     hooked = any(x._backward_hooks or (x.retains_grad and not x.is_leaf) for x in run.inputs)
     unseen = hooked or not call.batch or not any(x.numel() for x in run.inputs)
     check = decision.is_due(options.check, call.batch) and not unseen and sees_values()
-    failed: RuntimeError | None = None
-    for route in dict.fromkeys(routes_of(run, sizes, None)):
+    kind, failed = kind_of(run, facts), None
+    routes = decision.routes.get(kind)
+    if routes is None:
+        routes = tuple(dict.fromkeys(routes_of(run, sizes_of(run, facts.widest), None)))
+    for n, route in enumerate(routes):
         if route in decision.left:
             continue
         try:
@@ -265,7 +260,9 @@ def _solved(run: Run) -> Derivatives:
             decision.left[route], failed = brief(error), failed or error
             continue
         decision.rows |= check and call.batch > 1
+        decision.remember(kind, routes[n:])
         return result
     decision.left.clear()
+    decision.routes.clear()
     assert failed is not None
     raise failed
