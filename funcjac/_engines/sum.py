@@ -85,14 +85,14 @@ def _columns(
 def _cotangents(run: Run, out: Tensor, chunk: int | None) -> tuple[Any, Iterable[Tensor]]:
     """Where in the graph a pass begins, and cotangents there for all outputs of a row."""
     row, batch = out.shape[1:], run.call.batch
-    peeled = _peel(out, run.inputs) if row.numel() > _FEWEST_PEELED else None
+    peeled = peel(out, run.inputs) if row.numel() > _FEWEST_PEELED else None
     if peeled is None:
         return out, basis_chunks(out, row, batch, 0, chunk)
     root, rows = peeled  # (M, K)
     return root, rows.unsqueeze(1).expand(-1, batch, -1).split(chunk or len(rows))
 
 
-def _peel(out: Tensor, inputs: Sequence[Tensor]) -> tuple[Any, Tensor] | None:
+def peel(out: Tensor, inputs: Sequence[Tensor]) -> tuple[Any, Tensor] | None:
     """The input of a last linear layer ``c + a W``, and the rows of ``W^T`` as its cotangents.
 
     A cotangent that is the same in all rows would go through that layer once for every row.
@@ -109,11 +109,16 @@ def _peel(out: Tensor, inputs: Sequence[Tensor]) -> tuple[Any, Tensor] | None:
 
 
 def _is_constant(node: Any, inputs: Sequence[Tensor]) -> bool:
-    """Whether a node leads to no input, as far as one transposition hides it."""
+    """Whether a node leads to no input, as far as one transposition hides it.
+
+    A compiler puts error nodes in the place of whatever enters its graph; inputs are copies.
+    """
     if node is not None and node.name() == "TBackward0":
         node = node.next_functions[0][0]
+    if node is None or node.name() == "torch::autograd::Error":
+        return True
     variable = getattr(node, "variable", None)
-    return node is None or (variable is not None and not any(variable is x for x in inputs))
+    return variable is not None and not any(variable is x for x in inputs)
 
 
 def column_root(out: Tensor, m: int) -> tuple[Any, Tensor]:

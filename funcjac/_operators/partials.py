@@ -21,7 +21,7 @@ from funcjac._environment.torch_private import is_traced
 from funcjac._operators.hessian import recording_of, stacked_coordinates
 from funcjac._operators.operator import SecondOrder, Tensors, by_output
 from funcjac._operators.transform import documented, make_transform
-from funcjac._taylor import mixed_partials
+from funcjac._taylor import mixed_partials, rows_of, take
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, row_factors, vjp
 from funcjac.errors import refuse
@@ -36,6 +36,10 @@ class Partials(SecondOrder):
 
     indices: tuple[Index, ...]
     modes: ClassVar[tuple[str, ...]] = ("taylor", "rev")
+
+    @property
+    def highest(self) -> int:
+        return max(map(len, self.indices))
 
     def keywords(self) -> list[str]:
         return [repr(list(self.indices))]
@@ -138,7 +142,9 @@ def _by_taylor(run: Run, names: Sequence[Index], places: Places, chunk: int | No
         part = names[start : start + step]
         used = sorted({entry for name in part for entry in name})
         live = {places[entry][0] for entry in used}
-        directions = {j: stack[used] for j, stack in stacked_coordinates(run).items() if j in live}
+        rows = rows_of(used, run.inputs[0].device)
+        stacks = stacked_coordinates(run).items()
+        directions = {j: take(stack, rows) for j, stack in stacks if j in live}
         indices = [tuple([used.index(entry) for entry in name]) for name in part]
         columns += mixed_partials(recording_of(run), directions, indices)
     return columns

@@ -11,13 +11,15 @@ network-based variational Monte Carlo with forward Laplacian", 2024.)
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from funcjac._taylor.jets import Jet, mixed, on_one_row, second_order
-from funcjac._taylor.propagation import make_recording, propagate
+from funcjac._taylor.jets import Jet, mixed, on_one_row, rows_of, second_order, take
+from funcjac._taylor.propagation import by_adjoints, keeps_rows, make_recording, propagate
 from funcjac._taylor.recorder import Recorder
 from funcjac._taylor.recording import Recording
 
@@ -26,9 +28,12 @@ __all__ = [
     "Recording",
     "all_pairs",
     "directional",
+    "keeps_rows",
     "largest",
     "make_recording",
     "mixed_partials",
+    "rows_of",
+    "take",
 ]
 
 Tensors = list["Tensor | None"]
@@ -64,12 +69,14 @@ def directional(
     """
     count = len(left)
     if right is None:
-        every = slice(count)
+        every = slice(0, count)
         scheme, seeds = second_order(every, every, weights), left
     else:
         scheme = second_order(slice(count), slice(count, None), weights)
         seeds = on_one_row(lambda *stacks: torch.cat(stacks), left, right)
-    jets = propagate(recording, {j: (seeds, None)}, scheme, 1 if firsts else 2)
+    pairs = [(k, k if right is None else count + k) for k in range(count if weights is None else 0)]
+    jets = by_adjoints(recording, {j: seeds}, pairs)
+    jets = jets or propagate(recording, {j: (seeds, None)}, scheme, 1 if firsts else 2)
     slopes = [first[:count] if firsts and first is not None else None for first, _ in jets]
     return slopes, [second for _, second in jets]
 
@@ -92,7 +99,12 @@ def mixed_partials(
     device = next(iter(j_seeds.values())).device
     scheme, rows = mixed([index for index in named if index], device)
     seeds: dict[int, Jet] = {j: (seed, *[None] * (scheme.order - 1)) for j, seed in j_seeds.items()}
-    jets = propagate(recording, seeds, scheme, min(len(index) for index in named if index))
+    lowest = min(len(index) for index in named if index)
+    jets = None
+    if scheme.order == 2:
+        pairs: Any = sorted({index for index in named if len(index) == 2})
+        jets = by_adjoints(recording, j_seeds, pairs)
+    jets = jets or propagate(recording, seeds, scheme, lowest)
 
     def partial(jet: Jet, index: tuple[int, ...]) -> Tensor | None:
         stack = jet[len(index) - 1] if index else None
@@ -116,5 +128,7 @@ def all_pairs(
     device = next(iter(j_seeds.values())).device
     left, right = torch.triu_indices(total, total, device=device)
     seeds: dict[int, Jet] = {j: (seed, None) for j, seed in j_seeds.items()}
-    jets = propagate(recording, seeds, second_order(left, right))
+    pairs = list(itertools.combinations_with_replacement(range(total), 2))
+    jets = by_adjoints(recording, j_seeds, pairs)
+    jets = jets or propagate(recording, seeds, second_order(left, right))
     return [(first, second) for first, second in jets]

@@ -81,7 +81,7 @@ class Scheme:
                 if last not in known:
                     stack = jets[variable][len(part) - 1]
                     assert stack is not None
-                    known[last] = _take(stack, rows[part])
+                    known[last] = take(stack, rows[part])
                 if first not in known:
                     known[first] = multiply(known[first[:-1]], known[last])
             return known[factors]
@@ -103,7 +103,7 @@ class Scheme:
     def pairs(self, stack: Tensor) -> tuple[Tensor, Tensor]:
         """First derivatives along the two directions of each second derivative."""
         (index,), rows = self.levels[1]
-        left, right = (_take(stack, rows[(k,)]) for k in index)
+        left, right = (take(stack, rows[(k,)]) for k in index)
         return left, right
 
     def weighted(self, stack: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def mixed(indices: Sequence[Index], device: torch.device) -> tuple[Scheme, dict[
     numbers = {index: row for level in levels for row, index in enumerate(level)}
     rows: dict[Index, Rows] = {index: slice(row, row + 1) for index, row in numbers.items()}
     pairs = levels[1] if len(levels) > 1 else []
-    left, right = (_rows([pair[k] for pair in pairs], device) for k in (0, 1))
+    left, right = (rows_of([pair[k] for pair in pairs], device) for k in (0, 1))
     pairwise = second_order(left, left if all(i == j for i, j in pairs) else right)
     # Of high order each by itself: a direction that repeats makes fewer different products.
     rest = [Level(level, rows) for level in levels[2:]]
@@ -166,16 +166,17 @@ def _partitions(index: Index) -> list[list[Index]]:
     return result
 
 
-def _rows(numbers: Sequence[int], device: torch.device) -> Rows:
+def rows_of(numbers: Sequence[int], device: torch.device) -> Rows:
     """Rows as a slice, which copies nothing, where they follow one another."""
     start = numbers[0] if numbers else 0
     follow = list(numbers) == list(range(start, start + len(numbers)))
     return slice(start, start + len(numbers)) if follow else torch.tensor(numbers, device=device)
 
 
-def _take(stack: Tensor, rows: Rows) -> Tensor:
+def take(stack: Tensor, rows: Rows) -> Tensor:
+    """Some of ``(K, ...)``, without a copy where that can be."""
     if isinstance(rows, slice):
-        return stack[rows]
+        return stack if rows == slice(0, stack.shape[0]) else stack[rows]
     return on_one_row(lambda stack: stack.index_select(0, rows), stack)
 
 

@@ -181,12 +181,13 @@ class Recorder(EagerMode):
 
 def _depends(node: Any, roots: set[Any], leaves: dict[int, int], independent: set[Any]) -> bool:
     """Whether autograd leads from a node to roots or leaves; takes down nodes that do not."""
-    stack = [node]
+    stack, seen = [node], set[Any]()
     while stack:
         node = stack.pop()
         if node in roots or id(getattr(node, "variable", None)) in leaves:
             return True
-        if node is not None and node not in independent:
-            independent.add(node)
+        if node is not None and node not in independent and node not in seen:
+            seen.add(node)
             stack += [parent for parent, _ in node.next_functions]
+    independent |= seen
     return False

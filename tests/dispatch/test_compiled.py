@@ -20,8 +20,6 @@ from funcjac import (
     batch_laplacian,
     batch_partials,
 )
-from tests.cases.first_order import CASES
-from tests.operators.test_jacobian_cases import SEED, assert_same, draws, expected
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 B = 4
@@ -163,11 +161,15 @@ def test_weights_and_samples():
 # --- trees, aux, arguments ---------------------------------------------------------------
 
 
-def test_trees_and_several_inputs():
+@pytest.mark.parametrize("mode", ["taylor", "rev_over_rev"])
+def test_trees_and_several_inputs(mode):
     scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     func = lambda d, z: {"out": (d["b"] * d["a"] * scale).sin() * z}
-    step = lambda x: batch_hessian(func, (0, 1))({"a": x, "b": 2 * x}, x.exp())
+    hessian = lambda mode: batch_hessian(func, (0, 1), mode=mode)
+    step = lambda x, mode=mode: hessian(mode)({"a": x, "b": 2 * x}, x.exp())
     assert_as_eager(step, randn(B, 2), [scale])
+    found, right = compiled(lambda x: step(x, "auto"))(randn(B, 2)), step(randn(B, 2))
+    torch.testing.assert_close(tree_leaves(found), tree_leaves(right))
 
 
 def test_columns():
@@ -583,54 +585,3 @@ def test_eager_is_as_before():
     compiled(transform)(x)
     assert torch.equal(transform(x), before)
     assert funcjac.explain(transform, x).engine == "sum"
-
-
-# --- the table of functions --------------------------------------------------------------
-
-# What Dynamo does not take of a function, whatever differentiates it.
-NOT_TRACED = {
-    "lstm",
-    "lstm_float32",
-    "lstm_time_first",
-    "lstm_bidirectional",
-    "lstm_train",
-    "gru",
-    "gru_float32",
-    "rnn",
-    "generated_vmap_rule_and_jvp",
-    "item_branch",
-    "boolean_mask",
-    "iterate_to_convergence",
-    "scripted_mlp",
-    "traced_mlp",
-    "scripted_inside",
-    "save_on_cpu",
-    "full_backward_hook",
-    "autograd_inside",
-    "autograd_inside_marks_input",
-    "sparse_coo",
-    "sparse_csr",
-    "sparse_inside",
-}
-TABLE = [case for case in CASES if case.expected is None and case.name not in NOT_TRACED]
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", TABLE[::4], ids=lambda case: case.name)
-def test_functions_of_the_table(case):
-    """Every fourth, which takes long enough; all of them were right when this was written."""
-    setup = case.build()
-    jacobian = batch_jacobian(setup.func, **case.keywords)
-    run = compiled(lambda *args, **kwargs: jacobian(*args, **kwargs))
-    torch.manual_seed(SEED)
-    found = run(*setup.args, **setup.kwargs)
-    (draw,) = draws(case, "auto")
-    assert_same(found, expected(case.name, draw)[0])
-
-
-@pytest.mark.parametrize("name", ["autograd_inside", "item_branch"])
-def test_what_dynamo_does_not_take(name):
-    case = next(case for case in CASES if case.name == name)
-    setup = case.build()
-    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
-        compiled(batch_jacobian(setup.func))(*setup.args)
