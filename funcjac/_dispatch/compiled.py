@@ -44,6 +44,8 @@ _MARK = "_funcjac_mark"
 _ALL = 2**30
 # Pairs of directions for each direction, up to which all of them are held at once.
 _PAIRED = 7
+# What Dynamo makes of a custom autograd.Function: it forgets how the backward pass depends on x.
+_CUSTOM = "ApplyTemplateBackward"
 _RECORDED = bypassing_wrapper()
 
 
@@ -205,7 +207,13 @@ def _leave(
         create_graph=True,  # no more passes than memory asks for: each is written into the graph
         on_cpu=False,
     )
-    result = _first_that_works(run, sizes)
+    again = create_graph or call.options.operator.is_second_order
+    if again and any(node.name() == _CUSTOM for node in graph_nodes(outs, inputs)):
+        result: Any = RuntimeError(
+            "Dynamo takes second derivatives of an autograd.Function wrongly"
+        )
+    else:
+        result = _first_that_works(run, sizes)
     if isinstance(result, Exception):
         if not hasattr(outs[0], "fake_mode"):  # Dynamo is done
             raise result
