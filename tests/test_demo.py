@@ -30,6 +30,8 @@ def test_blocks_run_in_order(page, capsys, monkeypatch):
     scope = {}
     checked = 0
     for block in blocks:
+        if "aoti_compile_and_package" in block:  # takes a minute: tests/dispatch/test_compiled.py
+            continue
         exec(compile(block, page.name, "exec"), scope)
         checked += _check_shapes(block, scope)
     printed = capsys.readouterr().out

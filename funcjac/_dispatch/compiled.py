@@ -8,6 +8,7 @@ plain operations of it. Imported where a compiler is at work: it loads Dynamo.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -33,14 +34,18 @@ from funcjac._engines.run_func import (
     split_tensors,
 )
 from funcjac._environment.torch_private import assert_async, bypassing_wrapper, nonstrict_trace
-from funcjac._taylor import Recorder
+from funcjac._taylor import Recorder, keeps_rows, make_recording
 from funcjac._torch_faults import UseReplacements
 from funcjac._verification.reference_vjp import vjp
-from funcjac.errors import brief
+from funcjac.errors import UntraceableError, brief
 
 _MARK = "_funcjac_mark"
 # More directions than there are.
 _ALL = 2**30
+# Pairs of directions for each direction, up to which all of them are held at once.
+_PAIRED = 7
+# What Dynamo makes of a custom autograd.Function: it forgets how the backward pass depends on x.
+_CUSTOM = "ApplyTemplateBackward"
 _RECORDED = bypassing_wrapper()
 
 
@@ -88,7 +93,10 @@ def _is_recorded(call: Call) -> bool:
 
 
 class _Failure:
-    """Why the last derivatives could not be traced: Dynamo hides what ``_leave`` raises."""
+    """Why the last derivatives could not be traced: Dynamo hides what ``_leave`` raises.
+
+    Dynamo traces one function at a time in all threads, so that no other one comes between.
+    """
 
     text = ""
 
@@ -193,7 +201,12 @@ def _leave(
     run = Run(call, inputs, output, create_graph, recorder)
     # No more passes than memory asks for: each is written into the graph.
     sizes = sizes_of(run, _widest(outs, inputs))._replace(create_graph=True, on_cpu=False)
-    result = _first_that_works(run, sizes)
+    again = create_graph or call.options.operator.is_second_order
+    if again and any(node.name() == _CUSTOM for node in graph_nodes(outs, inputs)):
+        words = "Dynamo takes second derivatives of an autograd.Function wrongly"
+        result: Any = RuntimeError(words)
+    else:
+        result = _first_that_works(run, sizes)
     if isinstance(result, Exception):
         if not hasattr(outs[0], "fake_mode"):  # Dynamo is done
             raise result
@@ -256,13 +269,31 @@ def _first_that_works(run: Run, sizes: Sizes) -> Derivatives | Exception:
     error: Exception | None = None
     options, operator = run.call.options, run.call.options.operator
     firsts = operator.count(run.call, sizes.outputs, sizes.inputs)[0]
-    for route in routes_of(run, sizes, options.chunk_size or chunk(firsts, sizes) or _ALL):
+    chunk_size = options.chunk_size or chunk(firsts, sizes) or _ALL
+    routes = routes_of(run, sizes, chunk_size)
+    if _goes_by_adjoints(run, sizes.outputs, sizes.inputs):
+        routes = itertools.chain([Route("taylor", chunk_size)], routes)
+    for route in routes:
         result = _tried(run, route)
         if isinstance(result, Derivatives):
             return result
         error = error or result
     assert error is not None
     return error
+
+
+def _goes_by_adjoints(run: Run, outputs: int, inputs: int) -> bool:
+    """Whether Taylor propagation takes fewer operations than nested passes by its adjoints."""
+    options, operator, outs = run.call.options, run.call.options.operator, run.output.leaves
+    if run.recorder is None or options.mode != "auto" or options.chunk_size is not None:
+        return False
+    firsts, seconds, _ = operator.count(run.call, outputs, inputs)
+    if operator.highest != 2 or seconds > _PAIRED * firsts:
+        return False
+    try:
+        return keeps_rows(make_recording(run.recorder, outs, create_graph=run.create_graph))
+    except UntraceableError:
+        return False
 
 
 def _tried(run: Run, route: Route) -> Derivatives | Exception:

@@ -66,7 +66,7 @@ def _reverse(run: Run, out: Tensor, chunk: int | None) -> Iterator[tuple[int, li
     """Gradients ``(B, k, *in)`` by all inputs, from one chunk of cotangents after the other."""
     call, inputs, _, graph, _ = run
     row, root = out.shape[1:], out
-    peeled = _peel(out, inputs) if row.numel() > _FEWEST_PEELED else None
+    peeled = peel(out, inputs) if row.numel() > _FEWEST_PEELED else None
     if peeled is None:
         cotangents = basis_chunks(out, row, call.batch, 0, chunk)
     else:
@@ -159,7 +159,7 @@ def _transposes(
 # --- where a pass begins ---------------------------------------------------------------------
 
 
-def _peel(out: Tensor, inputs: Sequence[Tensor]) -> tuple[Any, Tensor] | None:
+def peel(out: Tensor, inputs: Sequence[Tensor]) -> tuple[Any, Tensor] | None:
     """The input of a last linear layer ``c + a W``, and the rows of ``W^T`` as its cotangents.
 
     A cotangent that is the same in all rows would go through that layer once for every row.
@@ -176,11 +176,16 @@ def _peel(out: Tensor, inputs: Sequence[Tensor]) -> tuple[Any, Tensor] | None:
 
 
 def _is_constant(node: Any, inputs: Sequence[Tensor]) -> bool:
-    """Whether a node leads to no input, as far as one transposition hides it."""
+    """Whether a node leads to no input, as far as one transposition hides it.
+
+    A compiler puts error nodes in the place of whatever enters its graph; inputs are copies.
+    """
     if node is not None and node.name() == "TBackward0":
         node = node.next_functions[0][0]
+    if node is None or node.name() == "torch::autograd::Error":
+        return True
     variable = getattr(node, "variable", None)
-    return node is None or (variable is not None and not any(variable is x for x in inputs))
+    return variable is not None and not any(variable is x for x in inputs)
 
 
 def column_root(out: Tensor, m: int) -> tuple[Any, Tensor]:

@@ -18,7 +18,7 @@ from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._engines.sum import Blocks
 from funcjac._operators.operator import NESTED, SecondOrder, Tensors
 from funcjac._operators.transform import documented, make_transform
-from funcjac._taylor import make_recording, propagate, second_order
+from funcjac._taylor import along_directions, make_recording, second_order
 from funcjac._verification.central_differences import Pair, difference, random_moves, times
 from funcjac._verification.reference_vjp import Entry, Probe, outer_product, random_like, vjp
 
@@ -83,8 +83,9 @@ def _by_taylor(run: Run) -> tuple[list[Blocks], Blocks]:
     place = torch.empty(total, total, dtype=torch.long, device=device)
     place[left, right] = place[right, left] = torch.arange(len(left), device=device)
     recording = make_recording(run.recorder, run.output.leaves, create_graph=run.create_graph)
-    seeds = {j: (stack, None) for j, stack in stacked_coordinates(run).items()}
-    jets = propagate(recording, seeds, second_order(left, right))
+    pairs = list(itertools.combinations_with_replacement(range(total), 2))
+    scheme = second_order(left, right)
+    jets = along_directions(recording, stacked_coordinates(run), scheme, pairs)
     hess, jac = [], []
     for out, (firsts, seconds) in zip(run.output.leaves, jets):
         firsts = out.new_zeros(total, *out.shape) if firsts is None else firsts

@@ -16,7 +16,7 @@ from funcjac._engines.rows import added, coordinates, join, row_shape
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._operators.operator import SecondOrder, Tensors
 from funcjac._operators.transform import documented, make_transform
-from funcjac._taylor import Recording, make_recording, on_one_row, propagate, second_order
+from funcjac._taylor import Recording, along_directions, make_recording, on_one_row, second_order
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, curvature, row_factors
 
@@ -151,7 +151,9 @@ def _by_taylor(
                 seeds = on_one_row(lambda *stacks: torch.cat(stacks), part.left, part.right)
                 other = slice(size, None)
             scheme = second_order(every, other, part.weights if total else None)
-            jets = propagate(recording, {j: (seeds, None)}, scheme, 1 if firsts else 2)
+            shift = 0 if part.right is None else size
+            each = [(k, k + shift) for k in range(0 if total else size)]
+            jets = along_directions(recording, {j: seeds}, scheme, each, 1 if firsts else 2)
             slopes = [f[:size] if firsts and f is not None else None for f, _ in jets]
             seconds = [second for _, second in jets]
             if total:

@@ -215,6 +215,11 @@ class SecondOrder(Operator):
     modes: ClassVar[tuple[str, ...]] = ("taylor", *NESTED)
     is_second_order: ClassVar[bool] = True
 
+    @property
+    def highest(self) -> int:
+        """The order of the highest derivatives."""
+        return 2
+
     def uses_taylor(self, call: Call, outputs: int, inputs: int) -> bool:
         options = call.options
         if options.mode != "auto" or options.engine not in ("auto", "sum"):

@@ -19,7 +19,7 @@ from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._operators.hessian import stacked_coordinates
 from funcjac._operators.operator import SecondOrder, Tensors, by_output
 from funcjac._operators.transform import documented, make_transform
-from funcjac._taylor import make_recording, mixed, propagate
+from funcjac._taylor import along_directions, make_recording, mixed, rows_of, take
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, row_factors, vjp
 from funcjac.errors import refuse
@@ -34,6 +34,10 @@ class Partials(SecondOrder):
 
     indices: tuple[Index, ...]
     modes: ClassVar[tuple[str, ...]] = ("taylor", "rev")
+
+    @property
+    def highest(self) -> int:
+        return max(map(len, self.indices))
 
     def keywords(self) -> list[str]:
         return [repr(list(self.indices))]
@@ -153,10 +157,11 @@ def _by_taylor(run: Run, names: Sequence[Index], places: Places, chunk: int | No
         used = sorted({entry for name in part for entry in name})
         indices = [tuple([used.index(entry) for entry in name]) for name in part]
         scheme, rows = mixed(indices, run.inputs[0].device)
-        live, zeros = {places[entry][0] for entry in used}, [None] * (scheme.order - 1)
+        live, taken = {places[entry][0] for entry in used}, rows_of(used, run.inputs[0].device)
         stacks = stacked_coordinates(run).items()
-        seeds = {j: (stack[used], *zeros) for j, stack in stacks if j in live}
-        jets = propagate(recording, seeds, scheme, min(map(len, indices)))
+        seeds = {j: take(stack, taken) for j, stack in stacks if j in live}
+        pairs = sorted({index for index in indices if len(index) == scheme.order == 2})
+        jets = along_directions(recording, seeds, scheme, pairs, min(map(len, indices)))
         for index in indices:
             stacks = [jet[len(index) - 1] for jet in jets]
             columns.append([None if s is None else s[rows[index]] for s in stacks])

@@ -56,7 +56,7 @@ class Scheme(NamedTuple):
             result: Tensor | None = None
             for factors, times in products.items():
                 stacks = [(jets[i][len(part) - 1], rows[part]) for i, part in factors]
-                taken = [_take(stack, rows) for stack, rows in stacks if stack is not None]
+                taken = [take(stack, rows) for stack, rows in stacks if stack is not None]
                 if len(taken) == len(factors):
                     product = self.weighted(functools.reduce(multiply, taken))
                     result = added(result, product if times == 1 else times * product)
@@ -72,7 +72,7 @@ class Scheme(NamedTuple):
     def pairs(self, stack: Tensor) -> tuple[Tensor, Tensor]:
         """First derivatives along the two directions of each second derivative."""
         (index,), rows = self.levels[1]
-        left, right = (_take(stack, rows[(k,)]) for k in index)
+        left, right = (take(stack, rows[(k,)]) for k in index)
         return left, right
 
     def weighted(self, stack: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def mixed(indices: Sequence[Index], device: torch.device) -> tuple[Scheme, dict[
     numbers = {index: row for level in levels for row, index in enumerate(level)}
     rows: dict[Index, Rows] = {index: slice(row, row + 1) for index, row in numbers.items()}
     pairs = levels[1] if len(levels) > 1 else []
-    left, right = (_rows([pair[k] for pair in pairs], device) for k in (0, 1))
+    left, right = (rows_of([pair[k] for pair in pairs], device) for k in (0, 1))
     pairwise = second_order(left, left if all(i == j for i, j in pairs) else right)
     # Of high order each by itself: a direction that repeats makes fewer different products.
     rest: list[Level] = [(level, rows) for level in levels[2:]]
@@ -131,16 +131,17 @@ def _products(index: Index, variables: int) -> dict[Index, Products]:
     return result
 
 
-def _rows(numbers: Sequence[int], device: torch.device) -> Rows:
+def rows_of(numbers: Sequence[int], device: torch.device) -> Rows:
     """Rows as a slice, which copies nothing, where they follow one another."""
     start = numbers[0] if numbers else 0
     follow = list(numbers) == list(range(start, start + len(numbers)))
     return slice(start, start + len(numbers)) if follow else torch.tensor(numbers, device=device)
 
 
-def _take(stack: Tensor, rows: Rows) -> Tensor:
+def take(stack: Tensor, rows: Rows) -> Tensor:
+    """Some of ``(K, ...)``, without a copy where that can be."""
     if isinstance(rows, slice):
-        return stack[rows]
+        return stack if rows == slice(0, stack.shape[0]) else stack[rows]
     return on_one_row(lambda stack: stack.index_select(0, rows), stack)
 
 

@@ -25,6 +25,8 @@ LINEAR = frozenset(
     upsample_linear1d upsample_bilinear2d upsample_bicubic2d reflection_pad1d reflection_pad2d
     replication_pad1d replication_pad2d im2col col2im""".split()
 )
+# Linear ones whose second argument is one dimension or several.
+ALONG_DIMENSIONS = frozenset("select unsqueeze squeeze unbind sum mean cat stack".split())
 # Overloads of these that write numbers, which a derivative does not have, or reduce.
 NUMBERED = frozenset({"value", "reduce", "value_reduce", "int_Scalar"})
 # Bilinear in their first two arguments.

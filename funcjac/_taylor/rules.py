@@ -18,6 +18,7 @@ from funcjac._environment.torch_private import backward, over_basis, vector_jaco
 from funcjac._taylor.jets import Index, Jet, Scheme, on_one_row, spread
 from funcjac._taylor.operations import (
     AFFINE,
+    ALONG_DIMENSIONS,
     ELEMENTWISE,
     LINEAR,
     NUMBERED,
@@ -119,6 +120,25 @@ def is_linear(node: Node) -> bool:
     if rule is _product:
         return sum(type(arg) is Slot for arg in node.args[node.name in AFFINE :]) < 2
     return rule in (_linear, _sum)
+
+
+def node_keeps_rows(node: Node, values: Sequence[Tensor]) -> bool:
+    """Whether rows stay in dimension 0, each by itself; ``False`` where nobody has looked."""
+    xs, outs = ([values[s] for s in slots if s is not None] for slots in (node.slots, node.outs))
+    if not outs or not all(t.ndim and t.shape[0] == outs[0].shape[0] for t in (*outs, *xs)):
+        return False
+    rule, name = rule_of(node.op), node.name
+    if rule is _product and name != "mul":
+        moving = [i for i, arg in enumerate(node.args) if type(arg) is Slot]
+        return name in ("bmm", "baddbmm") or moving == [int(name in AFFINE)]
+    if rule in (_sum, _product, _elementwise) or name in ("expand", "clone", "neg"):
+        return all(t.ndim == outs[0].ndim for t in xs)
+    if name not in ALONG_DIMENSIONS:
+        return name in ("view", "_unsafe_view", "slice")  # which keep the first of as many rows
+    ndim = max(t.ndim for t in (*xs, *outs))
+    dims = node.args[1] if len(node.args) > 1 else 0
+    dims = dims if isinstance(dims, (list, tuple)) else [dims]
+    return bool(dims) and all(isinstance(dim, int) and dim % ndim for dim in dims)
 
 
 def _impassable(site: Site) -> Derivative:

@@ -3,10 +3,17 @@
 import copy
 import functools
 import gc
+import re
+import shutil
+import subprocess
+import sys
+import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -20,8 +27,6 @@ from funcjac import (
     batch_laplacian,
     batch_partials,
 )
-from tests.cases.first_order import CASES
-from tests.operators.test_jacobian_cases import SEED, assert_same, draws, expected
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 B = 4
@@ -163,11 +168,15 @@ def test_weights_and_samples():
 # --- trees, aux, arguments ---------------------------------------------------------------
 
 
-def test_trees_and_several_inputs():
+@pytest.mark.parametrize("mode", ["taylor", "rev_over_rev"])
+def test_trees_and_several_inputs(mode):
     scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     func = lambda d, z: {"out": (d["b"] * d["a"] * scale).sin() * z}
-    step = lambda x: batch_hessian(func, (0, 1))({"a": x, "b": 2 * x}, x.exp())
+    hessian = lambda mode: batch_hessian(func, (0, 1), mode=mode)
+    step = lambda x, mode=mode: hessian(mode)({"a": x, "b": 2 * x}, x.exp())
     assert_as_eager(step, randn(B, 2), [scale])
+    found, right = compiled(lambda x: step(x, "auto"))(randn(B, 2)), step(randn(B, 2))
+    torch.testing.assert_close(tree_leaves(found), tree_leaves(right))
 
 
 def test_columns():
@@ -444,6 +453,72 @@ def test_everything_dynamic():
         torch.testing.assert_close(run(randn(batch, 3)), step(randn(batch, 3)))
 
 
+def test_twenty_batches_compile_twice():
+    """With ``dynamic=True``; a step with a backward pass counts as one."""
+    net = network()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    run = compiled(lambda x: batch_laplacian(net)(x).square().mean(), counter, dynamic=True)
+    for batch in range(2, 22):
+        run(randn(batch, 3)).backward()
+    assert counter.frame_count <= 2
+
+
+@every_transform
+def test_a_loop_over_steps_compiles_once(name):
+    """Made anew in each step, and parameters change."""
+    net = network()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    run = compiled(lambda x: tree_leaves(TRANSFORMS[name](net)(x))[-1].square().mean(), counter)
+    optimizer = torch.optim.SGD(net.parameters(), 1e-4)
+    for _ in range(100):
+        run(randn(B, 3)).backward()
+        optimizer.step()
+    assert counter.frame_count == 1
+
+
+# --- around and inside of other transforms -----------------------------------------------
+
+
+@pytest.mark.parametrize("transform", [batch_jacobian, batch_laplacian])
+def test_around_and_inside_of_vmap(transform):
+    """A batch of batches; and ``func`` that is a ``torch.vmap``, or holds a ``torch.func.grad``."""
+    net, x = network().requires_grad_(False), torch.stack([randn(B, 3), randn(B, 3) + 1])
+    around = torch.vmap(transform(net))
+    torch.testing.assert_close(compiled(around)(x), around(x))
+    for func in (torch.vmap(net), torch.vmap(torch.func.grad(lambda row: net(row).sum()))):
+        inside = transform(func)
+        torch.testing.assert_close(compiled(inside)(x[0]), inside(x[0]))
+
+
+def test_around_a_compiled_function():
+    net, x = network().requires_grad_(False), randn(B, 3)
+    run = torch.compile(batch_laplacian(net), backend="aot_eager")
+    found = torch.func.grad(lambda x: run(x).sum())(x)
+    torch.testing.assert_close(found, torch.func.grad(lambda x: batch_laplacian(net)(x).sum())(x))
+
+
+@pytest.mark.parametrize("transform", [batch_jacobian, batch_laplacian])
+def test_a_compiled_network_inside(transform):
+    """Compiled as a whole, the inner compilation counts for nothing."""
+    net = network()
+    inner = torch.compile(net, backend="aot_eager")
+    run = compiled(transform(lambda x: inner(x)))
+    assert_as_eager(transform(net), randn(B, 3), list(net.parameters()), run)
+
+
+@pytest.mark.parametrize("transform", [batch_jacobian, batch_laplacian])
+def test_autocast(transform):
+    net, x = network().float(), randn(B, 3).float()
+
+    def step(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return transform(net)(x)
+
+    found, right = compiled(step)(x), step(x)
+    assert found.dtype == right.dtype
+    torch.testing.assert_close(found, right, rtol=0.1, atol=0.05)
+
+
 # --- what is refused, and what falls back ------------------------------------------------
 
 
@@ -503,19 +578,24 @@ def test_what_has_no_second_derivative():
         compiled(batch_hessian(func))(randn(B, 4))
 
 
-def test_what_cannot_be_recorded_is_nested():
-    class Double(torch.autograd.Function):
+def test_custom_functions():
+    """Once; what needs a derivative of their backward pass is refused, as Dynamo loses it."""
+
+    class Cube(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
-            return 2 * x
+            ctx.save_for_backward(x)
+            return x**3
 
         @staticmethod
         def backward(ctx, grad):
-            return 2 * grad
+            return 3 * ctx.saved_tensors[0] ** 2 * grad
 
-    func = lambda x: Double.apply(x.sin())
-    x = randn(B, 3)
-    torch.testing.assert_close(compiled(batch_laplacian(func))(x), batch_laplacian(func)(x))
+    func, x = lambda x: Cube.apply(x.sin()), randn(B, 3)
+    torch.testing.assert_close(compiled(batch_jacobian(func))(x), batch_jacobian(func)(x))
+    for transform, x in ((batch_laplacian, x), (batch_jacobian, x.clone().requires_grad_())):
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="derivatives of an autograd"):
+            compiled(transform(func))(x)
 
 
 def test_a_run_is_freed(monkeypatch):
@@ -573,6 +653,32 @@ def test_export_of_a_flat_graph(tmp_path):
     torch.testing.assert_close(loaded(randn(B, 3)), transform(randn(B, 3)))
 
 
+def test_a_package_of_compiled_code(tmp_path, monkeypatch):
+    """The recipe of the page: its package runs where nobody imports funcjac, for any batch."""
+    if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+        pytest.skip("AOTInductor needs a C++ compiler")
+    page = Path(__file__).parents[2] / "docs" / "compile.md"
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.S | re.M)
+    (recipe,) = [block for block in blocks if "aoti_compile_and_package" in block]
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(recipe, scope)
+    x = torch.rand(5, 2)
+    right = scope["batch_jacobian"](scope["net"])(x)
+    torch.save((x, right), "expected.pt")
+    program = """
+import sys, torch
+load = torch._inductor.aoti_load_package("jacobian.pt2")
+x, right = torch.load("expected.pt")
+torch.testing.assert_close(load(x), right)
+assert not [name for name in sys.modules if "funcjac" in name]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert right.shape == (5, 1, 2)
+
+
 def test_eager_is_as_before():
     """Tracing leaves nothing behind that eager calls would meet."""
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -583,54 +689,3 @@ def test_eager_is_as_before():
     compiled(transform)(x)
     assert torch.equal(transform(x), before)
     assert funcjac.explain(transform, x).engine == "sum"
-
-
-# --- the table of functions --------------------------------------------------------------
-
-# What Dynamo does not take of a function, whatever differentiates it.
-NOT_TRACED = {
-    "lstm",
-    "lstm_float32",
-    "lstm_time_first",
-    "lstm_bidirectional",
-    "lstm_train",
-    "gru",
-    "gru_float32",
-    "rnn",
-    "generated_vmap_rule_and_jvp",
-    "item_branch",
-    "boolean_mask",
-    "iterate_to_convergence",
-    "scripted_mlp",
-    "traced_mlp",
-    "scripted_inside",
-    "save_on_cpu",
-    "full_backward_hook",
-    "autograd_inside",
-    "autograd_inside_marks_input",
-    "sparse_coo",
-    "sparse_csr",
-    "sparse_inside",
-}
-TABLE = [case for case in CASES if case.expected is None and case.name not in NOT_TRACED]
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", TABLE[::4], ids=lambda case: case.name)
-def test_functions_of_the_table(case):
-    """Every fourth, which takes long enough; all of them were right when this was written."""
-    setup = case.build()
-    jacobian = batch_jacobian(setup.func, **case.keywords)
-    run = compiled(lambda *args, **kwargs: jacobian(*args, **kwargs))
-    torch.manual_seed(SEED)
-    found = run(*setup.args, **setup.kwargs)
-    (draw,) = draws(case, "auto")
-    assert_same(found, expected(case.name, draw)[0])
-
-
-@pytest.mark.parametrize("name", ["autograd_inside", "item_branch"])
-def test_what_dynamo_does_not_take(name):
-    case = next(case for case in CASES if case.name == name)
-    setup = case.build()
-    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
-        compiled(batch_jacobian(setup.func))(*setup.args)

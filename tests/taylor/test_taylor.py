@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from funcjac import _taylor as taylor
 from funcjac import (
     batch_hessian,
     batch_hessian_diagonal,
@@ -20,6 +21,7 @@ from funcjac import (
     batch_laplacian,
     batch_partials,
 )
+from funcjac._taylor import propagation
 from tests.oracles import diagonal
 
 aten = torch.ops.aten
@@ -253,6 +255,88 @@ def test_each_operation_is_right_unverified(name):
                 given = x.clone().requires_grad_(grad)
                 found = batch_hessian_diagonal(func, mode="taylor", check=False)(given)
             torch.testing.assert_close(found.detach(), right, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted({*CASES} - ONE_ROW))
+def test_sums_over_rows_are_right_unverified(name):
+    """One output: where rows keep their place, by adjoints. As many rows as elements."""
+    torch.manual_seed(0)
+    x = randn(3, 3)
+    after = lambda y: (2 * y).sin().reshape(len(y), -1).sum(1)
+    func = lambda x: after(CASES[name](x))
+    right = diagonal(lambda x: after(RIGHT.get(name, CASES[name])(x)), (x,))
+    found = batch_hessian_diagonal(func, mode="taylor", check=False)(x)
+    torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-6)
+
+
+def propagated(monkeypatch, transform, x):
+    """The result, and whether second derivatives went through linear operations."""
+    runs, propagate = [], propagation.propagate
+    monkeypatch.setattr(propagation, "propagate", lambda *args: runs.append(1) or propagate(*args))
+    result = transform(x)
+    monkeypatch.undo()
+    return result, bool(runs)
+
+
+NETWORK = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+KEPT = {
+    "network": (NETWORK, True),
+    "features": (lambda x: NETWORK(torch.cat([x[:, :1].sin(), x[:, 1:]], 1)).squeeze(1), True),
+    "product": (lambda x: NETWORK(x) * x.square().sum(1, keepdim=True), True),
+    "transposed": (lambda x: (x.T.sin() * x.T).T.sum(1), False),
+    "weights from the left": (lambda x: (weights(3, 3) @ x.T).T.sin().sum(1), False),
+    "many outputs": (lambda x: x.sin() @ weights(3, 6), False),
+    "overwritten": (lambda x: (2 * x).sin_().exp().sum(1), True),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_adjoints_serve_where_rows_keep_their_place(name, monkeypatch):
+    func, is_kept = KEPT[name]
+    x = torch.linspace(-1, 1, 9, dtype=f64).view(3, 3)
+    for make, indices in ((batch_hessian_diagonal, None), (batch_hessian, None), (None, 1)):
+        make = make or (lambda f, **words: batch_partials(f, [(0, 0), (1,), (2, 0)], **words))
+        nested = "rev" if indices else "rev_over_rev"
+        found, went = propagated(monkeypatch, make(func, mode="taylor", check=False), x)
+        assert went != is_kept
+        torch.testing.assert_close(found, make(func, mode=nested)(x), rtol=1e-9, atol=1e-9)
+    _, went = propagated(monkeypatch, batch_laplacian(func, mode="taylor", check=False), x)
+    assert went  # as its one sum takes as much as one pass back
+
+
+def test_what_cannot_be_followed_is_refused_each_time():
+    """A recording that is made twice of one run says the same twice."""
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    x = randn(4, 3).requires_grad_()
+    recorder = taylor.Recorder([x])
+    with recorder:
+        out = Double.apply(x.sin())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no history"):
+            taylor.make_recording(recorder, [out], create_graph=False)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_adjoints_can_be_differentiated(frozen):
+    net = copy.deepcopy(NETWORK)
+    net[0].weight.requires_grad_(not frozen)
+    x = torch.linspace(-1, 1, 9, dtype=f64).view(3, 3).requires_grad_()
+    leaves = [x, *[p for p in net.parameters() if p.requires_grad]]
+    losses = [
+        batch_hessian_diagonal(net, mode=mode)(x).square().sum()
+        for mode in ("taylor", "rev_over_rev")
+    ]
+    pairs = [torch.autograd.grad(loss, leaves, allow_unused=True) for loss in losses]
+    torch.testing.assert_close(*[[g for g in grads if g is not None] for grads in pairs])
 
 
 def test_a_hook_that_changes_gradients_is_refused():
