@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from funcjac._engines.join_chunks import added
+from funcjac._environment.torch_private import is_traced
 from funcjac._taylor.recording import Node, Recording
 
 Jet = tuple["Tensor | None", ...]
@@ -111,6 +112,9 @@ class Scheme:
         if self.weights is None:
             return stack
         weights = self.weights.to(stack.dtype)
+        if is_traced():  # a compiler fuses a sum, not a product
+            weights = weights.view(-1, *[1] * (stack.ndim - 1))
+            return on_one_row(lambda stack: (weights * stack).sum(0, keepdim=True), stack)
         return on_one_row(lambda stack: torch.tensordot(weights, stack, 1).unsqueeze(0), stack)
 
 
