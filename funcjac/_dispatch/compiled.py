@@ -201,12 +201,7 @@ def _leave(
     run = Run(call, inputs, output, create_graph, recorder)
     # No more passes than memory asks for: each is written into the graph.
     sizes = sizes_of(run, _widest(outs, inputs))._replace(create_graph=True, on_cpu=False)
-    again = create_graph or call.options.operator.is_second_order
-    if again and any(node.name() == _CUSTOM for node in graph_nodes(outs, inputs)):
-        words = "Dynamo takes second derivatives of an autograd.Function wrongly"
-        result: Any = RuntimeError(words)
-    else:
-        result = _first_that_works(run, sizes)
+    result = _first_that_works(run, sizes)
     if isinstance(result, Exception):
         if not hasattr(outs[0], "fake_mode"):  # Dynamo is done
             raise result
@@ -268,6 +263,8 @@ def _hint(size: Any) -> int:
 def _first_that_works(run: Run, sizes: Sizes) -> Derivatives | Exception:
     error: Exception | None = None
     options, operator = run.call.options, run.call.options.operator
+    if (run.create_graph or operator.is_second_order) and _has_custom_functions(run):
+        return RuntimeError("Dynamo takes second derivatives of an autograd.Function wrongly")
     firsts = operator.count(run.call, sizes.outputs, sizes.inputs)[0]
     chunk_size = options.chunk_size or chunk(firsts, sizes) or _ALL
     routes = routes_of(run, sizes, chunk_size)
@@ -280,6 +277,10 @@ def _first_that_works(run: Run, sizes: Sizes) -> Derivatives | Exception:
         error = error or result
     assert error is not None
     return error
+
+
+def _has_custom_functions(run: Run) -> bool:
+    return any(node.name() == _CUSTOM for node in graph_nodes(run.output.leaves, run.inputs))
 
 
 def _goes_by_adjoints(run: Run, outputs: int, inputs: int) -> bool:

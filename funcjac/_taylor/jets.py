@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from funcjac._engines.rows import added
+from funcjac._environment.torch_private import is_traced
 
 Jet = tuple["Tensor | None", ...]
 Index = tuple[int, ...]
@@ -80,6 +81,9 @@ class Scheme(NamedTuple):
         if self.weights is None:
             return stack
         weights = self.weights.to(stack.dtype)
+        if is_traced():  # a compiler fuses a sum, not a product
+            weights = weights.view(-1, *[1] * (stack.ndim - 1))
+            return on_one_row(lambda stack: (weights * stack).sum(0, keepdim=True), stack)
         return on_one_row(lambda stack: torch.tensordot(weights, stack, 1).unsqueeze(0), stack)
 
 
