@@ -18,8 +18,10 @@ def argument_dims(
         got = f"{len(in_dims)} entries in {in_dims!r}"
         remedy = "Give None for an argument that all rows share."
         raise refuse(name, ValueError, expected, got, remedy)
+    if isinstance(in_dims, int):
+        return [_argument_dim(name, leaf, in_dims) for leaf in leaves]
     try:
-        dims = pytree.broadcast(in_dims if isinstance(in_dims, int) else tuple(in_dims), args)
+        dims = pytree.broadcast(tuple(in_dims), args)
     except ValueError:
         expected = "in_dims to be an int or a prefix tree of the arguments"
         remedy = f"The arguments are {pytree.sketch(args)}."

@@ -106,8 +106,10 @@ def bind(
         TypeError, ValueError: the arguments are not those of a batched function.
     """
     if torch.compiler.is_compiling():  # the compiler remembers by itself, and cannot hash a spec
-        leaves, spec = pytree.flatten_args(args)
-        layout, plain = make_layout(options, args, leaves, spec), False
+        leaves, spec, plain = list(args), None, False
+        if not all(isinstance(arg, Tensor) for arg in args):
+            leaves, spec = pytree.flatten_args(args)
+        layout = make_layout(options, args, leaves, spec)
     else:
         leaves, plain, dims = list(args), all(map(is_plain, args)), options.in_dims
         kinds: Any = tuple(map(_ndim, args)) if plain else None

@@ -40,26 +40,28 @@ class Layout:
         dims: batch dimension of each leaf, ``None`` for what all rows share.
         batched: the leaves that have one.
         diff: the leaves to differentiate, in the order of ``argnums``.
-        in_spec: how blocks, one for each of ``diff``, become the structure of the input.
+        in_spec: how blocks, one for each of ``diff``, become the structure of the input;
+            ``None`` for the one block itself.
         plain: whether the leaves are the arguments.
         diff_dims: batch dimensions of the leaves to differentiate.
     """
 
-    spec: TreeSpec
+    spec: TreeSpec | None
     dims: tuple[int | None, ...]
     batched: tuple[int, ...]
     diff: tuple[int, ...]
-    in_spec: TreeSpec
+    in_spec: TreeSpec | None
     plain: bool
     diff_dims: tuple[int | None, ...]
 
 
 def make_layout(
-    options: Options, args: tuple[Any, ...], leaves: list[Any], spec: TreeSpec
+    options: Options, args: tuple[Any, ...], leaves: list[Any], spec: TreeSpec | None
 ) -> Layout:
     dims = argument_dims(options.name, options.in_dims, args, leaves)
     argnums = _as_argnums(options, len(args))
-    sizes = [len(pytree.flatten_args(arg)[0]) for arg in args]
+    plain = len(leaves) == len(args) and all(map(operator.is_, args, leaves))
+    sizes = [1 if plain else len(pytree.flatten_args(arg)[0]) for arg in args]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     # Constants inside of a tree are left out; an argument of its own is refused later.
     diff = tuple(
@@ -74,8 +76,9 @@ def make_layout(
     if not diff:
         raise _nothing_differentiated(options, leaves)
     trees = tuple([_without_constants(args[a]) for a in argnums])
-    in_spec = pytree.flatten(trees[0] if isinstance(options.argnums, int) else trees)[1]
-    plain = len(leaves) == len(args) and all(map(operator.is_, args, leaves))
+    is_bare = isinstance(options.argnums, int) and isinstance(trees[0], Tensor)
+    tree = trees[0] if isinstance(options.argnums, int) else trees
+    in_spec = None if is_bare else pytree.flatten(tree)[1]
     return Layout(spec, tuple(dims), batched, diff, in_spec, plain, tuple([dims[i] for i in diff]))
 
 

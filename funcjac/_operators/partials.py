@@ -80,9 +80,9 @@ class Partials(SecondOrder):
         return [()] * len(self.indices)
 
     def compute(self, run: Run, route: Route) -> Derivatives:
-        places = _places(run)
-        names = _names(self.indices, len(places))
-        distinct = [name for name in dict.fromkeys(names) if name]
+        places, names, distinct = _named(
+            self.indices, tuple(map(int, row_sizes(run.inputs, run.dims)))
+        )
         columns: list[Any] = []
         if distinct and route.mode == "taylor":
             columns = _by_taylor(run, distinct, places, route.chunk)
@@ -110,11 +110,12 @@ class Partials(SecondOrder):
 
     def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
         """Plain nested backward of each row's scalar, other rows by another factor."""
-        places, x, shared = _places(run), run.inputs[0], None in run.dims
+        x, shared = run.inputs[0], None in run.dims
+        places, names, _ = _named(self.indices, tuple(row_sizes(run.inputs, run.dims)))
         factors = x.new_ones(1) if shared else row_factors(run, probe)[0]
         gradients: dict[Index, list[Tensor | None]] = {(): probe.grads}
         entries = []
-        for name in _names(self.indices, len(places)):
+        for name in names:
             if not name:
                 pairs = zip(probe.seeds, run.output.leaves)
                 rows = [(s.to(o.dtype) * o).reshape(run.call.batch, -1).sum(1) for s, o in pairs]
@@ -177,9 +178,14 @@ def _coordinate(run: Run, grads: Sequence[Tensor | None], j: int, n: int) -> Ten
     return rows.reshape(len(rows), -1)[:, n]
 
 
-def _places(run: Run) -> Places:
-    sizes = row_sizes(run.inputs, run.dims)
-    return [(j, n) for j, size in enumerate(sizes) for n in range(size)]
+@functools.lru_cache(1024)
+def _named(
+    indices: tuple[Index, ...], sizes: tuple[int, ...]
+) -> tuple[Places, tuple[Index, ...], list[Index]]:
+    """The place of each coordinate; names of indices; those that differ, without the value's."""
+    names = _names(indices, sum(sizes))
+    places = [(j, n) for j, size in enumerate(sizes) for n in range(size)]
+    return places, names, [name for name in dict.fromkeys(names) if name]
 
 
 @functools.lru_cache(1024)
