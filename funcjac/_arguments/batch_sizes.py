@@ -61,7 +61,8 @@ def output_dims(name: str, out_dims: Any, out: Any, count: int) -> list[int]:
     if type(out_dims) is int:
         return [out_dims] * count
     try:
-        return pytree.broadcast(out_dims, out)
+        pairs = zip(pytree.broadcast(out_dims, out), pytree.flatten_args(out)[0])
+        return [dim for dim, leaf in pairs if leaf is not None]
     except ValueError:
         expected = "out_dims to be an int or a prefix tree of func's output"
         remedy = f"The output is {pytree.sketch(out)}."

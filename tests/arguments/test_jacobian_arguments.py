@@ -273,6 +273,16 @@ def test_out_dims_may_be_a_prefix_tree(engine, mode):
     equal(jac["a"], torch.diag_embed(2 * x))
 
 
+@every_route
+def test_out_dims_of_a_tree_with_none_in_it(engine, mode):
+    x = randn(B, 3)
+    none, jac = batch_jacobian(
+        lambda x: (None, x.sin().T), out_dims=(0, 1), engine=engine, mode=mode
+    )(x)
+    assert none is None
+    equal(jac, torch.diag_embed(x.cos()))
+
+
 @pytest.mark.quick
 @every_route
 def test_func_sees_a_batch(engine, mode):
