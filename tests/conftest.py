@@ -10,6 +10,7 @@ import torch
 HERE = pathlib.Path(__file__).parent
 # They take longest. ``make test`` hands out whole files, in this order: two workers end together.
 LONGEST = [
+    "dispatch/test_compiled.py",
     "torch_faults/test_torch_faults.py",
     "operators/test_second_order_cases.py",
     "dispatch/test_contexts.py",
@@ -21,6 +22,7 @@ LONGEST = [
     "dispatch/test_rule.py",
     "operators/test_jacobian_cases.py",
     "sweeps/test_programs.py",
+    "sweeps/test_compiled_functions.py",
     "test_examples.py",
     "test_demo.py",
 ]
