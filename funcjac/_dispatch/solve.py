@@ -9,13 +9,14 @@ import torch
 
 from funcjac._arguments.call import Call
 from funcjac._dispatch.attempt import NOT_CAUGHT, Attempt, Outcome, lean
-from funcjac._dispatch.choose_engine_mode_chunk import engines_of
+from funcjac._dispatch.choose_engine_mode_chunk import engines_of, routes_of, sizes_of
 from funcjac._dispatch.decisions import Decision, FunctionKey, decision_of, make_key
 from funcjac._dispatch.engines import BY_ENGINE, reference
 from funcjac._dispatch.messages import failure, is_out_of_memory, warn_of_fallback
 from funcjac._engines.run_func import (
     ChangedInputError,
     Derivatives,
+    Route,
     Run,
     computed,
     detached,
@@ -54,9 +55,14 @@ def _settled(call: Call, decision: Decision) -> tuple[Run | None, Derivatives | 
         decision.clone = True
         return None, None
     run, facts = read_graph(run)
-    routes = decision.routes.get(kind_of(run, facts))
-    is_verified = call.options.check is False or facts.signature in decision.signatures
-    if routes is None or not is_verified:
+    kind, looked_at = kind_of(run, facts), facts.signature in decision.signatures
+    if call.options.check is False:
+        looked_at = call.replaced or facts.signature in decision.graphs
+    routes = decision.routes.get(kind) if looked_at else None
+    if looked_at and routes is None and not decision.left and engines_of(call)[0][0] == "sum":
+        routes = _by_rule(run, facts.widest)
+        decision.remember(kind, routes)
+    if routes is None:
         return run, None
     try:
         result = computed(run, *routes)
@@ -69,6 +75,14 @@ def _settled(call: Call, decision: Decision) -> tuple[Run | None, Derivatives | 
         return run, detached(result)
     retire(run)
     return run, result
+
+
+def _by_rule(run: Run, widest: int) -> tuple[Route, Route]:
+    """The first route of the rule, for a batch of another size, and what runs beside Taylor."""
+    operator, sizes = run.call.options.operator, sizes_of(run, widest)
+    operator.check_output(run.call, run.output.leaves)
+    route = next(routes_of(run, sizes, run.call.options.chunk_size))
+    return route, route if route.mode != "taylor" else operator.route(run.call, sizes)
 
 
 def _by_engines(attempt: Attempt) -> Derivatives:
