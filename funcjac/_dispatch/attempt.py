@@ -134,10 +134,10 @@ class Attempt:
         run, facts = read_graph(run)
         self.facts = facts
         decision = self.decision
-        if run.call.replaced or facts.signature in decision.graphs:
-            return run
-        decision.graphs.add(facts.signature)
         again = run.create_graph or self.operator.is_second_order or self._goes_forward(run)
+        if run.call.replaced or (facts.signature, again) in decision.graphs:
+            return run
+        decision.graphs.add((facts.signature, again))
         names = graph_names(outs)
         if needs_replacement(names, again=again):
             if self.is_due and not needs_replacement(names, again=False):
@@ -196,7 +196,7 @@ def lean(error: Exception) -> Exception:
 # --- verification -----------------------------------------------------------------------------
 
 
-def verify(attempt: Attempt, run: Run, result: Derivatives, engine: str) -> None:
+def verify(attempt: Attempt, run: Run, result: Derivatives, engine: str, mode: str = "") -> None:
     """Hold a result against plain autograd through the graph of a run.
 
     Raises:
@@ -226,7 +226,7 @@ def verify(attempt: Attempt, run: Run, result: Derivatives, engine: str) -> None
     decision.failed = False
     decision.rows |= run.call.batch > 1
     if attempt.facts is not None:
-        decision.signatures.add(attempt.facts.signature)
+        decision.signatures.add((attempt.facts.signature, mode))
 
 
 def problem_of(

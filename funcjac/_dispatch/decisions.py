@@ -35,8 +35,9 @@ class Decision:
         records: whether operations are recorded for Taylor propagation, once that is known.
         routes: by kinds of runs, the route that works, and what runs where it gives no numbers.
         left: engines and routes that failed, and why.
-        graphs: signatures that were looked through for what torch differentiates wrongly.
-        signatures: of graphs that were verified.
+        graphs: signatures that were looked through for what torch differentiates wrongly, and
+            whether for what is wrong once differentiated again.
+        signatures: of graphs that were verified, and in which mode.
         rows: whether a batch of two rows or more was verified.
         failed: whether the last verification failed: the next call is verified again.
     """
@@ -48,8 +49,8 @@ class Decision:
     records: bool | None = None
     routes: dict[Any, Any] = field(default_factory=dict)
     left: dict[Any, str] = field(default_factory=dict)
-    graphs: set[int] = field(default_factory=set)
-    signatures: set[int] = field(default_factory=set)
+    graphs: set[tuple[int, bool]] = field(default_factory=set)
+    signatures: set[tuple[int, str]] = field(default_factory=set)
     rows: bool = False
     failed: bool = False
 

@@ -51,9 +51,7 @@ def by_sum(attempt: Attempt) -> Derivatives:
     facts, outcome = attempt.facts, attempt.outcome
     assert facts is not None
     outcome.sizes, outcome.operations = sizes, facts.operations
-    known = facts.signature in decision.signatures
-    check = attempt.options.check is not False and (attempt.is_due or not known)
-    return _first_that_works(attempt, run, facts, sizes, check)
+    return _first_that_works(attempt, run, facts, sizes)
 
 
 def _may_record(attempt: Attempt) -> bool:
@@ -67,18 +65,18 @@ def _may_record(attempt: Attempt) -> bool:
     return "taylor" in operator.modes and mode in ("auto", "taylor")
 
 
-def _first_that_works(
-    attempt: Attempt, run: Run, facts: Facts, sizes: Sizes, check: bool
-) -> Derivatives:
+def _first_that_works(attempt: Attempt, run: Run, facts: Facts, sizes: Sizes) -> Derivatives:
     decision, error = attempt.decision, None
     for route in routes_of(run, sizes, attempt.options.chunk_size):
-        if route in decision.left:
+        if route.way in decision.left:
             continue
         nested = route if route.mode != "taylor" else attempt.operator.route(run.call, sizes)
+        is_new = (facts.signature, route.mode) not in decision.signatures
+        check = attempt.options.check is not False and (attempt.is_due or is_new)
         try:
             result = computed(run, route, nested)
             if check:
-                verify(attempt, run, result, "sum")
+                verify(attempt, run, result, "sum", route.mode)
         except NOT_CAUGHT:
             raise
         except Exception as raised:
@@ -98,7 +96,7 @@ def _leave(attempt: Attempt, route: Route, error: Exception) -> None:
     """Remember a route that failed, but for reasons of values."""
     decision: Any = attempt.decision
     if not isinstance(error, torch.linalg.LinAlgError):
-        decision.left[route] = brief(error)
+        decision.left[route.way] = brief(error)
     attempt.outcome.reasons.append(f"sum/{route.mode}: {brief(error)}")
 
 

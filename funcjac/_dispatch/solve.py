@@ -55,15 +55,22 @@ def _settled(call: Call, decision: Decision) -> tuple[Run | None, Derivatives | 
         decision.clone = True
         return None, None
     run, facts = read_graph(run)
-    kind, looked_at = kind_of(run, facts), facts.signature in decision.signatures
-    if call.options.check is False:
-        looked_at = call.replaced or facts.signature in decision.graphs
-    routes = decision.routes.get(kind) if looked_at else None
-    if looked_at and routes is None and not decision.left and engines_of(call)[0][0] == "sum":
+    kind, signature = kind_of(run, facts), facts.signature
+    known = routes = decision.routes.get(kind)
+    if routes is None and not decision.left and engines_of(call)[0][0] == "sum":
         routes = _by_rule(run, facts.widest)
-        decision.remember(kind, routes)
     if routes is None:
         return run, None
+    mode = routes[0].mode
+    if call.options.check is False:
+        again = run.create_graph or call.options.operator.is_second_order or mode == "fwd"
+        is_safe = call.replaced or (signature, again) in decision.graphs
+    else:
+        is_safe = (signature, mode) in decision.signatures
+    if not is_safe:
+        return run, None
+    if known is None:
+        decision.remember(kind, routes)
     try:
         result = computed(run, *routes)
     except NOT_CAUGHT:

@@ -33,6 +33,11 @@ class Route(NamedTuple):
     mode: str
     chunk: int | None = None
 
+    @property
+    def way(self) -> tuple[str, bool]:
+        """What is refused at once: a mode, and whether vectors go one by one."""
+        return self.mode, self.chunk == 1
+
 
 class Facts(NamedTuple):
     """What a graph tells of the run that made it.

@@ -100,7 +100,7 @@ def stacked_coordinates(run: Run) -> dict[int, Tensor]:
     """The basis of all inputs together: ``(N, *x.shape)`` for each, zero for other inputs."""
     sizes, stacks = row_sizes(run.inputs, run.dims), {}
     for j, (x, dim) in enumerate(zip(run.inputs, run.dims)):
-        part = identity(sum(sizes), x).split(sizes, 1)[j]
+        part = identity(sum(sizes), x).split(sizes, 1)[j].clone()  # results may lie in its memory
         stacks[j] = spread(part, row_shape(x, dim), run.call.batch, dim)
     return stacks
 

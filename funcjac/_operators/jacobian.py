@@ -241,25 +241,29 @@ def _solved(run: Run) -> Derivatives:
     decision.calls += 1
     hooked = any(x._backward_hooks or (x.retains_grad and not x.is_leaf) for x in run.inputs)
     unseen = hooked or not call.batch or not any(x.numel() for x in run.inputs)
-    check = decision.is_due(options.check, call.batch) and not unseen and sees_values()
+    is_due, can_verify = decision.is_due(options.check, call.batch), not unseen and sees_values()
     kind, failed = kind_of(run, facts), None
     routes = decision.routes.get(kind)
     if routes is None:
         routes = tuple(dict.fromkeys(routes_of(run, sizes_of(run, facts.widest), None)))
     for n, route in enumerate(routes):
-        if route in decision.left:
+        if route.way in decision.left:
             continue
         try:
             with torch.set_grad_enabled(graph):
                 result = options.operator.compute(run, route)
-            problem = problem_of(run, result, decision.calls, [])[0] if check else None
+            is_new = (facts.signature, route.mode) not in decision.signatures
+            verifies = can_verify and (is_due or (is_new and options.check is not False))
+            problem = problem_of(run, result, decision.calls, [])[0] if verifies else None
             if problem is not None:
                 words = f"{options.name}: the result was verified and refused: {problem}."
                 raise VerificationError(words)
         except RuntimeError as error:  # fwd differentiates the graph twice: not every node can be
-            decision.left[route], failed = brief(error), failed or error
+            decision.left[route.way], failed = brief(error), failed or error
             continue
-        decision.rows |= check and call.batch > 1
+        if verifies:
+            decision.rows |= call.batch > 1
+            decision.signatures.add((facts.signature, route.mode))
         decision.remember(kind, routes[n:])
         return result
     decision.left.clear()

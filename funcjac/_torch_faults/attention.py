@@ -6,8 +6,10 @@ with dropout ends the process in forward mode under vmap.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,6 +27,9 @@ def scaled_dot_product_attention(
     **kwargs: Any,
 ) -> Tensor:
     """Torch's composition without dropout, and dropout of the weights that it returns."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # which it would add as numbers
+        hidden = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = hidden.masked_fill(~attn_mask, -math.inf)
     out, weights = composed_attention(query, key, value, attn_mask, 0.0, is_causal, **kwargs)
     if not dropout_p:
         return out

@@ -93,7 +93,9 @@ def slogdet(x: Tensor) -> Any:
         return torch.linalg.slogdet(x)
     pivots, sign = _pivots(x)
     sizes = pivots.abs()
-    signs = pivots / sizes if x.is_complex() else pivots.detach().sign()
+    signs = pivots.detach().sgn()
+    if x.is_complex():
+        signs = torch.where(sizes == 0, 0, pivots / torch.where(sizes == 0, 1, sizes))
     outs = (signs.prod(-1) * sign, sizes.log().sum(-1))
     return torch.return_types.linalg_slogdet(outs)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -121,6 +123,11 @@ def lu_solve(LU, pivots, B, *, left=True, adjoint=False) -> Tensor:  # noqa: N80
     inverse = torch.linalg.solve_triangular(upper, inverse, upper=True)
     inverse = inverse.mH if adjoint else inverse
     return inverse @ B if left else B @ inverse
+
+
+def torch_lu_solve(input: Tensor, LU_data: Tensor, LU_pivots: Tensor) -> Tensor:  # noqa: N803
+    """``lu_solve`` with the arguments of ``torch.lu_solve``."""
+    return lu_solve(LU_data, LU_pivots, input)
 
 
 def cholesky_inverse(x: Tensor, upper: bool = False) -> Tensor:

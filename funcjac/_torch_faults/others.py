@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,14 +26,21 @@ def select_scatter(x: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     return torch.cat([*parts, x.narrow(dim, index + 1, size - index - 1)], dim)
 
 
-def as_strided_scatter(x: Tensor, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def as_strided_scatter(
+    x: Tensor,
+    src: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
+) -> Tensor:
     """Torch's backward takes overwritten entries for the others."""
-
-    def scatter(src: Tensor) -> Tensor:
-        return torch.as_strided_scatter(x.detach(), src, *args, **kwargs)
-
-    is_written = (scatter(torch.zeros_like(src)) == 0) & (scatter(torch.ones_like(src)) == 1)
-    return torch.where(is_written, scatter(src), x)
+    # The offset is that of the memory, in which ``x`` may begin later.
+    start = 0 if storage_offset is None else storage_offset - x.storage_offset()
+    if not x.is_contiguous() or start < 0:
+        return torch.as_strided_scatter(x, src, size, stride, storage_offset)
+    places = torch.arange(x.numel(), device=x.device).as_strided(size, stride, start)
+    out = x.reshape(-1).index_put((places.reshape(-1),), src.reshape(-1).to(x.dtype))
+    return out.reshape(x.shape)
 
 
 def max_unpool(dims: int, unpool: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -106,7 +113,11 @@ def logcumsumexp(x: Tensor, dim: int) -> Tensor:
 
 def logaddexp(x: Tensor, other: Tensor) -> Tensor:
     """Torch's second derivative is NaN where the arguments are far apart."""
-    return torch.stack(torch.broadcast_tensors(x, other)).logsumexp(0)
+    dtype = torch.result_type(x, other)
+    if not dtype.is_floating_point and not dtype.is_complex:
+        return torch.logaddexp(x, other)  # refuses it
+    pair = torch.broadcast_tensors(x.to(dtype), other.to(dtype))
+    return torch.stack(pair).logsumexp(0)
 
 
 def hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:

@@ -128,7 +128,7 @@ _LINALG = (
           issue=192540,
           note="tensorsolve and solve_ex run it as well, and are not intercepted"),
     Fault("linalg_lu_solve", "forward_vmap forward_again vmap", "",
-          _calls(lambda x, factors, pivots: linalg.lu_solve(factors, pivots, x), "lu_solve")
+          _calls(linalg.torch_lu_solve, "lu_solve")
           | {torch.linalg.lu_solve: linalg.lu_solve}),
     Fault("cholesky_inverse", "forward forward_again reverse_1", "CholeskyInverseBackward0",
           _calls(linalg.cholesky_inverse, "cholesky_inverse"),

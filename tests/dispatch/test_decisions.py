@@ -174,3 +174,19 @@ def test_in_place_inside_of_torch_func():
     func = lambda x: x.mul_(2).sin()
     found = torch.func.grad(lambda x: batch_jacobian(func)(x).sum())(x)
     torch.testing.assert_close(found, -4 * (2 * x).sin())
+
+
+def tower(x):
+    """With more rows forward mode is chosen, where torch has ``logcumsumexp`` wrong."""
+    y = torch.logcumsumexp(x, 1)
+    return torch.cat([y, 2 * y, y * y], 1)
+
+
+def test_another_mode_is_looked_through_and_verified_by_itself():
+    jacobian = batch_jacobian(tower)
+    modes = set()
+    for batch in (2, 2, 20000):
+        x = randn(batch, 4)
+        modes.add(explain(batch_jacobian(tower, check=False), x).mode)
+        torch.testing.assert_close(jacobian(x), batch_jacobian(tower, mode="rev")(x))
+    assert modes == {"fwd", "rev"}

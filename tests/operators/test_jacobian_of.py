@@ -287,3 +287,14 @@ def test_wrong_calls_are_refused(name):
     outputs, inputs = make(leaf(B, 3))
     with pytest.raises(kind, match=rf"^batch_jacobian_of: expected .*({expected})"):
         jacobian_of(outputs, inputs, **words)
+
+
+def test_what_was_refused_stays_refused_with_other_chunks():
+    def tower(x):
+        y = torch.logcumsumexp(x, 1)
+        return torch.cat([y, 2 * y, y * y, y * 3, -y], 1)
+
+    for batch in (2, 2, 3000):
+        x = leaf(batch, 8)
+        found = jacobian_of(tower(x), x, create_graph=False)
+        torch.testing.assert_close(found, jacobian_of(tower(x), x, create_graph=False, mode="rev"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from funcjac import batch_partials
+from funcjac import batch_jacobian, batch_partials
 from tests.tensors import equal, f64, fixed_randn, randn
 
 B = 4
@@ -170,3 +170,12 @@ def test_the_value_beside_chunks_of_partials(indices):
     found = batch_partials(func, indices, mode="taylor", chunk_size=1)(x)
     assert torch.equal(found[0], func(x))
     assert all(map(torch.equal, found, batch_partials(func, indices, mode="taylor")(x)))
+
+
+@pytest.mark.parametrize("mode", ["auto", "taylor", "rev"])
+def test_results_lie_in_no_memory_that_the_library_keeps(mode):
+    results = batch_partials(lambda x: x + 1, [(0,), (1,), (0, 0)], mode=mode)(randn(1, 2))
+    for result in results:
+        result.mul_(10).add_(1)
+    eye = torch.eye(2, dtype=f64).expand(3, 2, 2).contiguous()
+    equal(batch_jacobian(torch.sin, check=False)(torch.zeros(3, 2, dtype=f64)), eye)

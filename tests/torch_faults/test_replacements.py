@@ -360,3 +360,43 @@ def test_no_forward_formula_is_chosen_inside_of_transforms(name, transform):
     moved = x.clone().requires_grad_()
     found(moved).sin().sum().backward()
     torch.testing.assert_close(torch.func.grad(lambda x: found(x).sin().sum())(x), moved.grad)
+
+
+def test_boolean_masks_hide_keys():
+    hidden = ~torch.ones(5, 5, dtype=torch.bool).tril()
+    mixing = fixed_randn(4, 4)
+
+    def attention(q):
+        heads = (t[:, None] for t in (q, q @ mixing, q.sin()))
+        return F.scaled_dot_product_attention(*heads, attn_mask=~hidden).flatten(1).sum(1)
+
+    def by_hand(q):
+        scores = (q @ (q @ mixing).mT / 2).masked_fill(hidden, -torch.inf)
+        return (scores.softmax(-1) @ q.sin()).flatten(1).sum(1)
+
+    x = randn(3, 5, 4)
+    for check in (False, True):
+        equal(batch_hessian(attention, check=check)(x), batch_hessian(by_hand)(x))
+    result = batch_jacobian(attention, engine="vmap", return_value=True, check=False)(x)
+    equal(result[1], by_hand(x))
+    equal(result[0], batch_jacobian(by_hand)(x))
+
+
+def test_replacements_take_what_torch_takes():
+    """Keywords, numbers of another type, singular matrices, levels of vmap."""
+    factors, pivots = torch.linalg.lu_factor(fixed_randn(3, 3))
+    solved = lambda b: torch.lu_solve(b.unsqueeze(-1), LU_data=factors, LU_pivots=pivots).squeeze(
+        -1
+    )
+    by_inverse = torch.lu_solve(torch.eye(3, dtype=f64), factors, pivots)
+    x = randn(2, 4, 3)
+    one = torch.vmap(batch_jacobian(torch.vmap(solved)))(x)
+    equal(one, by_inverse.expand(2, 4, 3, 3).contiguous())
+    added = lambda x: torch.logaddexp(x, torch.tensor(2.0, dtype=f64))
+    assert torch.vmap(batch_jacobian(added))(x.float()).dtype == torch.float32
+    scattered = lambda x: torch.as_strided_scatter(x, x[:, 1].sin(), (len(x),), (3,), 0)
+    equal(torch.vmap(batch_jacobian(scattered))(x)[0], batch_jacobian(scattered)(x[0]))
+    singular = torch.tensor([[1 + 1j, 2 + 2j], [1 + 1j, 2 + 2j]])
+    sign = lambda x: torch.linalg.slogdet(singular * x[:, :1, None])[0].real + x[:, 0]
+    value = batch_jacobian(sign, engine="vmap", return_value=True, check=False)(x[0])[1]
+    equal(value, x[0, :, 0])
