@@ -388,7 +388,7 @@ def test_replacements_take_what_torch_takes():
     solved = lambda b: torch.lu_solve(b.unsqueeze(-1), LU_data=factors, LU_pivots=pivots).squeeze(
         -1
     )
-    by_inverse = torch.lu_solve(torch.eye(3, dtype=f64), factors, pivots)
+    by_inverse = torch.linalg.lu_solve(factors, pivots, torch.eye(3, dtype=f64))
     x = randn(2, 4, 3)
     one = torch.vmap(batch_jacobian(torch.vmap(solved)))(x)
     equal(one, by_inverse.expand(2, 4, 3, 3).contiguous())
