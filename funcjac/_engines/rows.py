@@ -35,7 +35,8 @@ def elements_of_rows(outs: Sequence[Tensor]) -> int:
 
 def identity(count: int, like: Tensor) -> Tensor:
     """The identity matrix ``(count, count)``; small ones are made once."""
-    if count * count > _MOST_CACHED or is_functional():  # there, what is made belongs to a level
+    # Results may lie in the memory of a single number; in transforms, tensors belong to a level.
+    if count == 1 or count * count > _MOST_CACHED or is_functional():
         return torch.eye(count, dtype=like.dtype, device=like.device)
     key = (count, like.dtype, like.device)
     eye = _CACHE.get(key)

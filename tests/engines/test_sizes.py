@@ -156,3 +156,25 @@ def test_a_shared_number_needs_no_other_engine():
     jac = batch_jacobian(lambda w, x: w * x, in_dims=(None, 0))
     x = randn(4)
     equal(jac(randn(()), x), x)
+
+
+NESTED = ["fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd"]
+KEPT = [
+    *[(batch_jacobian, mode) for mode in ("rev", "fwd")],
+    *[
+        (make, mode)
+        for make in (batch_hessian, batch_hessian_diagonal, batch_laplacian)
+        for mode in ("taylor", *NESTED)
+    ],
+]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("make", "mode"), KEPT)
+def test_results_of_one_row_lie_in_no_kept_memory(make, mode, size):
+    """What users write into results is not what later calls begin with."""
+    results = make(lambda x: x + 1, mode=mode, return_value=True)(torch.zeros(1, size))
+    for tensor in optree.tree_leaves(results):
+        tensor.detach().mul_(7)
+    found = batch_jacobian(torch.sin, check=False)(torch.zeros(3, size))
+    assert torch.equal(found, torch.eye(size).expand(3, size, size))
