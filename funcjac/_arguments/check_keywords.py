@@ -41,10 +41,8 @@ def check_options(func: Any, options: Options) -> None:
 
 
 def _check_argnums(check: Any, argnums: Any) -> None:
-    numbers, remedy = (
-        argnums if isinstance(argnums, tuple) else (argnums,),
-        "The first argument is 0.",
-    )
+    numbers = argnums if isinstance(argnums, tuple) else (argnums,)
+    remedy = "The first argument is 0."
     check(numbers, ValueError, "argnums to name at least one argument", "()", remedy)
     is_right = all(type(argnum) is int for argnum in numbers)
     check(is_right, TypeError, "argnums to be an int or a tuple of ints", repr(argnums), remedy)

@@ -100,6 +100,11 @@ def routes_of(run: Run, sizes: Sizes, taylor_chunk: int | None) -> Iterator[Rout
             yield Route(plainest, 1)
 
 
+def nested_route(run: Run, sizes: Sizes, route: Route) -> Route:
+    """What runs where a route gives no finite numbers: itself, but for Taylor propagation."""
+    return run.call.options.operator.route(run.call, sizes) if route.mode == "taylor" else route
+
+
 def first_order_route(mode: str, chunk_size: int | None, sizes: Sizes) -> Route:
     """Mode and chunk of a Jacobian or a divergence."""
     if mode == "auto":

@@ -263,7 +263,8 @@ def _hint(size: Any) -> int:
 def _first_that_works(run: Run, sizes: Sizes) -> Derivatives | Exception:
     error: Exception | None = None
     options, operator = run.call.options, run.call.options.operator
-    if (run.create_graph or operator.is_second_order) and _has_custom_functions(run):
+    again = run.create_graph or operator.is_second_order
+    if again and any(n.name() == _CUSTOM for n in graph_nodes(run.output.leaves, run.inputs)):
         return RuntimeError("Dynamo takes second derivatives of an autograd.Function wrongly")
     firsts = operator.count(run.call, sizes.outputs, sizes.inputs)[0]
     chunk_size = options.chunk_size or chunk(firsts, sizes) or _ALL
@@ -277,10 +278,6 @@ def _first_that_works(run: Run, sizes: Sizes) -> Derivatives | Exception:
         error = error or result
     assert error is not None
     return error
-
-
-def _has_custom_functions(run: Run) -> bool:
-    return any(node.name() == _CUSTOM for node in graph_nodes(run.output.leaves, run.inputs))
 
 
 def _goes_by_adjoints(run: Run, outputs: int, inputs: int) -> bool:

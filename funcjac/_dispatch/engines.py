@@ -10,7 +10,7 @@ import torch
 
 from funcjac._arguments.call import Call
 from funcjac._dispatch.attempt import NOT_CAUGHT, Attempt, lean, verify
-from funcjac._dispatch.choose_engine_mode_chunk import Sizes, routes_of, sizes_of
+from funcjac._dispatch.choose_engine_mode_chunk import Sizes, nested_route, routes_of, sizes_of
 from funcjac._dispatch.messages import drew, is_out_of_memory
 from funcjac._engines import loop, vmap
 from funcjac._engines.run_func import (
@@ -70,7 +70,7 @@ def _first_that_works(attempt: Attempt, run: Run, facts: Facts, sizes: Sizes) ->
     for route in routes_of(run, sizes, attempt.options.chunk_size):
         if route.way in decision.left:
             continue
-        nested = route if route.mode != "taylor" else attempt.operator.route(run.call, sizes)
+        nested = nested_route(run, sizes, route)
         is_new = (facts.signature, route.mode) not in decision.signatures
         check = attempt.options.check is not False and (attempt.is_due or is_new)
         try:

@@ -9,7 +9,7 @@ import torch
 
 from funcjac._arguments.call import Call
 from funcjac._dispatch.attempt import NOT_CAUGHT, Attempt, Outcome, lean
-from funcjac._dispatch.choose_engine_mode_chunk import engines_of, routes_of, sizes_of
+from funcjac._dispatch.choose_engine_mode_chunk import engines_of, nested_route, routes_of, sizes_of
 from funcjac._dispatch.decisions import Decision, FunctionKey, decision_of, make_key
 from funcjac._dispatch.engines import BY_ENGINE, reference
 from funcjac._dispatch.messages import failure, is_out_of_memory, warn_of_fallback
@@ -86,10 +86,10 @@ def _settled(call: Call, decision: Decision) -> tuple[Run | None, Derivatives | 
 
 def _by_rule(run: Run, widest: int) -> tuple[Route, Route]:
     """The first route of the rule, for a batch of another size, and what runs beside Taylor."""
-    operator, sizes = run.call.options.operator, sizes_of(run, widest)
-    operator.check_output(run.call, run.output.leaves)
-    route = next(routes_of(run, sizes, run.call.options.chunk_size))
-    return route, route if route.mode != "taylor" else operator.route(run.call, sizes)
+    options, sizes = run.call.options, sizes_of(run, widest)
+    options.operator.check_output(run.call, run.output.leaves)
+    route = next(routes_of(run, sizes, options.chunk_size))
+    return route, nested_route(run, sizes, route)
 
 
 def _by_engines(attempt: Attempt) -> Derivatives:

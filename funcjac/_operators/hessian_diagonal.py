@@ -202,8 +202,8 @@ def batch_hessian_diagonal(  # noqa: D417  documented once, for all
         {errors}
 
     Cost: ``func`` once, and ``2 N`` times its linear operations, for ``N`` inputs in a row, at all
-    outputs at once; memory of ``2 N`` of its tensors at a time. A verified call takes ``N + 1``
-    more passes backward.
+    outputs at once; memory of ``2 N`` of its tensors at a time, or, with few outputs, of ``N`` for
+    each operation that is not linear. A verified call takes ``N + 1`` more passes backward.
 
     Sources: see :mod:`funcjac._taylor`; pytorch/pytorch issues 41530 and 87559, which asked.
 
