@@ -98,6 +98,7 @@ def bind(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
+    compiling: bool = False,
     differentiate: bool = True,
 ) -> Call:
     """Take the arguments apart; refuse inputs that cannot be differentiated, if they will be.
@@ -105,7 +106,7 @@ def bind(
     Raises:
         TypeError, ValueError: the arguments are not those of a batched function.
     """
-    if torch.compiler.is_compiling():  # the compiler remembers by itself, and cannot hash a spec
+    if compiling:  # the compiler remembers by itself, and cannot hash a spec
         leaves, spec, plain = list(args), None, False
         if not all(isinstance(arg, Tensor) for arg in args):
             leaves, spec = pytree.flatten_args(args)

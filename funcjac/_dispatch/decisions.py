@@ -94,8 +94,8 @@ _is_training = operator.attrgetter("training")
 _NAMED = (nn.Module, types.FunctionType, torch.jit.ScriptFunction, *_SWITCHES)
 
 _NAMES: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
-_CHILDREN: weakref.WeakKeyDictionary[nn.Module, list[nn.Module]] = weakref.WeakKeyDictionary()
-_SCRIPTED: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+# Of modules: their children, and whether TorchScript is among them.
+_CHILDREN: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 class FunctionKey:
@@ -124,9 +124,9 @@ class FunctionKey:
         elif isinstance(item, nn.Module):
             self.modules.append(item)
             self.parts.append(weakref.ref(item))  # an id may be given out again
-            children = _CHILDREN.get(item) or _children(item)
+            children, scripted = _CHILDREN.get(item) or _children(item)
             self.parts.append(bytes((item.training, *map(_is_training, children))))
-            self.scripted = self.scripted or _SCRIPTED.get(item, False)
+            self.scripted = self.scripted or scripted
         elif kind is types.MethodType:
             self._describe(item.__func__, depth)
             self._describe(item.__self__, depth + 1)
@@ -204,12 +204,11 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
     return names
 
 
-def _children(module: nn.Module) -> list[nn.Module]:
+def _children(module: nn.Module) -> tuple[list[nn.Module], bool]:
     children = [child for child in module.modules() if child is not module]
-    _CHILDREN[module] = children  # without the module itself, which would never go
-    kinds = (module, *children)
-    _SCRIPTED[module] = any(isinstance(m, torch.jit.ScriptModule) for m in kinds)
-    return children
+    scripted = any(isinstance(m, torch.jit.ScriptModule) for m in (module, *children))
+    _CHILDREN[module] = children, scripted  # without the module itself, which would never go
+    return children, scripted
 
 
 def forget_children(modules: list[nn.Module]) -> None:

@@ -35,6 +35,7 @@ from funcjac.errors import BatchMixingError, VerificationError
 
 def solve_inside(call: Call, token: Any) -> Derivatives:
     """The derivatives of ``call``, which outer transforms may differentiate again."""
+    call.options.operator.check_inputs(call)
     call = call._replace(replaced=True)
     if is_traced():
         if has_levels() or engines_of(call)[0][0] == "vmap":

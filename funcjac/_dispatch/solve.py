@@ -36,6 +36,8 @@ def solve(call: Call, token: Any, outcome: Outcome | None = None) -> Derivatives
     function = FunctionKey(call.func)
     decision = decision_of(make_key(token, function, call))
     check = call.options.check
+    if not decision.has_run:
+        call.options.operator.check_inputs(call)
     decision.calls += check is not False
     run = None
     if outcome is None and decision.routes and not decision.is_due(check, call.batch):

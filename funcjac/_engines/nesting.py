@@ -8,7 +8,6 @@ a graph, through which each further pass would pull all of them.
 from __future__ import annotations
 
 import functools
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from funcjac._engines.rows import (
     batch_at,
     coordinates,
     flat_rows,
+    plain_identity,
     row_shape,
 )
 from funcjac._engines.run_func import Route, Run
@@ -32,7 +32,7 @@ from funcjac._engines.sum import (
     jacobian,
     pushforwards,
 )
-from funcjac._environment.torch_private import backward, has_levels
+from funcjac._environment.torch_private import backward, is_functional
 
 Index = tuple[int, ...]
 Maybe = Tensor | None
@@ -206,16 +206,13 @@ def nested_partials(
         count = out.shape[1:].numel()
         partials = [_partials_of_one(run, out, m, steps, place) for m in range(count)]
         for blocks, index in zip(result, indices):
-            columns = map(operator.itemgetter(index), partials) if index else ()
-            blocks.append(_joined(list(columns), out) if index else out)
+            columns = [part[index] for part in partials]
+            blocks.append(columns[0] if count == 1 else _joined(columns, out))
     return result
 
 
 def _joined(columns: list[Maybe], out: Tensor) -> Maybe:
     """``(B, *out)`` of a column ``(B,)`` or ``(B, 1)`` for each output; ``None`` for zero."""
-    if len(columns) == 1:
-        (column,) = columns
-        return column if column is None or column.shape == out.shape else column.view(out.shape)
     if all(column is None for column in columns):  # or no outputs in a row
         return None
     zero = out.new_zeros(out.shape[0])
@@ -229,25 +226,35 @@ def _partials_of_one(
 ) -> dict[Index, Maybe]:
     """Partial derivatives of output ``m`` of each row, by their indices."""
     partials: dict[Index, Maybe] = {}
-    dims, batch = run.dims, run.call.batch
+    roots: dict[Index, tuple[Maybe, int | None]] = {}
+    inputs, dims = run.inputs, run.call.layout.diff_dims
+    copies = not is_functional()
     for order, step in enumerate(steps):
         graph = run.create_graph or order + 1 < len(steps)
         for index, entries in step.items():
-            if index:
-                root: Any = partials[index]
-                cotangent = None if root is None else root.new_ones(()).expand(root.shape)
-            else:
-                root, cotangent = column_root(out, m)
-            grads: Sequence[Maybe] = [None] * len(run.inputs)
-            if cotangent is not None:
-                grads = backward(root, run.inputs, cotangent, retain=True, graph=graph)
+            grads: Sequence[Maybe] = [None] * len(inputs)
+            root, cotangent = _unit(*roots[index]) if index else column_root(out, m)
+            if root is not None:
+                grads = backward(root, inputs, cotangent, retain=True, graph=graph)
             for entry in entries:
                 j, n = place(entry)
-                grad, name = grads[j], tuple(sorted((*index, entry)))
-                if grad is not None:
-                    grad = _column(grad, dims[j], n, batch)
-                partials[name] = grad
+                grad, dim, name = grads[j], dims[j], tuple(sorted((*index, entry)))
+                if copies and dim == 0 and grad is not None and grad.ndim == 2:
+                    # One node, where a contiguous view has two; what follows begins before it.
+                    partials[name] = torch.slice_copy(grad, 1, n, n + 1)
+                    roots[name] = grad, n
+                else:
+                    column = None if grad is None else _column(grad, dim, n, run.call.batch)
+                    partials[name], roots[name] = column, (column, None)
     return partials
+
+
+def _unit(root: Maybe, n: int | None) -> tuple[Any, Any]:
+    """Where a column, or column ``n`` of rows, enters the graph, and its cotangent."""
+    if root is None:
+        return None, None
+    unit = root.new_ones(()) if n is None else plain_identity(root.shape[1], root)[n]
+    return root, unit.expand(root.shape)
 
 
 def _column(grad: Tensor, dim: int | None, n: int, batch: int) -> Tensor:
@@ -258,8 +265,7 @@ def _column(grad: Tensor, dim: int | None, n: int, batch: int) -> Tensor:
         return grad
     if dim != 0:
         return grad.select(0, n)
-    # A copy has one node, a contiguous view two; torch.vmap knows the view only.
-    return grad.narrow(1, n, 1) if has_levels() else torch.slice_copy(grad, 1, n, n + 1)
+    return grad.narrow(1, n, 1)
 
 
 @functools.lru_cache(1024)

@@ -129,8 +129,11 @@ def run_once(call: Call, recorder_of: Any = None, *, copy: bool = False) -> Run:
         recorder = recorder_of(inputs)
     versions = list(map(_version, inputs))
     try:
-        with grad_mode(True), _NOTHING if recorder is None else recorder:
+        if recorder is None and torch.is_grad_enabled():
             output = call(inputs)
+        else:
+            with torch.enable_grad(), recorder or contextlib.nullcontext():
+                output = call(inputs)
     except RuntimeError as error:
         if call.clone or "leaf Variable" not in str(error):
             raise
@@ -140,12 +143,6 @@ def run_once(call: Call, recorder_of: Any = None, *, copy: bool = False) -> Run:
     return Run(call, inputs, output, recorder=recorder)
 
 
-def grad_mode(enabled: bool) -> Any:
-    """``torch.set_grad_enabled``, where it is not so already."""
-    return _NOTHING if torch.is_grad_enabled() == enabled else torch.set_grad_enabled(enabled)
-
-
-_NOTHING = contextlib.nullcontext()
 _version = operator.attrgetter("_version")
 
 
@@ -162,15 +159,15 @@ def read_graph(run: Run) -> tuple[Run, Facts]:
     Returns:
         The run, which creates a graph if its result can be differentiated, and what was seen.
     """
-    call, inputs, output, create_graph, _ = run
+    call, inputs, output, create_graph, recorder = run
     graph = torch.is_grad_enabled()
     names: list[str] = []
     nodes: list[Any] = []
     seen: set[Any] = {None, *map(_grad_fn, inputs)}
     outs = output.leaves if output.aux is None else attached(output)
-    stack: list[Any] = list(map(_grad_fn, outs))
+    stack: list[Any] = [(out.grad_fn, 0) for out in outs]
     while stack:  # of every call: a generator would take twice as long
-        node = stack.pop()
+        node, _ = stack.pop()
         if node in seen:
             continue
         seen.add(node)
@@ -182,13 +179,12 @@ def read_graph(run: Run) -> tuple[Run, Facts]:
                 create_graph = _DONE not in x.__dict__ and id(x) not in map(id, inputs)
             continue
         nodes.append(node)
-        for parent, _ in node.next_functions:
-            stack.append(parent)
+        stack += node.next_functions
     if graph and not create_graph:
         for i in (*call.layout.diff, *range(len(call.leaves) - call.extra, len(call.leaves))):
             create_graph = create_graph or call.leaves[i].requires_grad
     facts = Facts(hash(tuple(names)), nodes, len(names))
-    return run._replace(create_graph=True) if create_graph else run, facts
+    return Run(call, inputs, output, create_graph, recorder), facts
 
 
 _grad_fn = operator.attrgetter("grad_fn")
@@ -208,10 +204,13 @@ def computed(run: Run, route: Route, nested: Route) -> Derivatives:
     One infinite factor makes all directions of Taylor propagation NaN: ``nested`` runs then.
     """
     operator = run.call.options.operator
-    with grad_mode(run.create_graph or operator.is_second_order):
-        result = operator.compute(run, route)
-        if route.mode == "taylor" and not _is_finite(result):
-            return operator.compute(run, nested)
+    needs_graph = run.create_graph or operator.is_second_order
+    if torch.is_grad_enabled() != needs_graph:
+        with torch.set_grad_enabled(needs_graph):
+            return computed(run, route, nested)
+    result = operator.compute(run, route)
+    if route.mode == "taylor" and not _is_finite(result):
+        return operator.compute(run, nested)
     return result
 
 

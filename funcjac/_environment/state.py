@@ -32,6 +32,10 @@ def _with_children(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return [child for module in modules for child in module.modules()]
 
 
+# Where modules keep hooks, parameters and children, and no tensors that a call computes.
+_BOOKS = vars(nn.Module()).keys() - {"_buffers", "training"}
+
+
 class WrappedAttributes:
     """Takes tensors of a torch.func transform out of modules that stored them while it ran.
 
@@ -41,7 +45,8 @@ class WrappedAttributes:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         holders = [vars(module) for module in _with_children(modules)]
-        inner = [v for holder in holders for v in holder.values() if type(v) in (dict, list)]
+        values = [holder[name] for holder in holders for name in holder.keys() - _BOOKS]
+        inner = [value for value in values if type(value) in (dict, list)]
         self.before = [(holder, holder.copy()) for holder in (*holders, *inner)]
 
     def __enter__(self) -> None:
@@ -50,7 +55,8 @@ class WrappedAttributes:
     def __exit__(self, *_: object) -> None:
         for holder, before in self.before:
             if isinstance(holder, dict):
-                for name in [name for name, value in holder.items() if is_wrapped(value)]:
+                names = holder.keys() - _BOOKS
+                for name in [name for name in names if is_wrapped(holder[name])]:
                     if name in before:
                         holder[name] = before[name]
                     else:

@@ -66,7 +66,7 @@ def is_functional() -> bool:
 
 def is_transformed() -> bool:
     """The same, or a dual level, which belongs to the process."""
-    return is_functional() or forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0 or is_functional()
 
 
 def sees_values() -> bool:

@@ -218,7 +218,8 @@ def _in_plain_code(run: Run, retain_graph: bool) -> Derivatives:
 
 def _as_run(options: Options, outputs: Any, inputs: Any) -> Run:
     """The run that made tensors, from their graph."""
-    name, call = options.name, bind(batch_jacobian_of, options, (inputs,), {})
+    compiling = torch.compiler.is_compiling()
+    name, call = options.name, bind(batch_jacobian_of, options, (inputs,), {}, compiling=compiling)
     if not all(x.requires_grad for x in call.inputs):
         remedy = "Call requires_grad_() on them before outputs are computed."
         raise refuse(name, ValueError, "inputs that require grad", "one that does not", remedy)

@@ -32,8 +32,8 @@ NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd")
 class Operator:
     """Computes the derivatives of one transform, of a run or of a row, and their references.
 
-    One with inputs or tensors of its own has ``prepare(call, args, kwargs)``, which refuses bad
-    inputs and returns the call with those tensors.
+    One with tensors of its own has ``prepare(call, args, kwargs)``, which returns the call with
+    them.
 
     Attributes:
         modes: what ``mode`` may be, beside ``"auto"``.
@@ -81,6 +81,9 @@ class Operator:
     def uses_taylor(self, call: Call, outputs: int, inputs: int) -> bool:
         """Whether operations are recorded as ``func`` runs."""
         return False
+
+    def check_inputs(self, call: Call) -> None:
+        """Refuse rows that the operator is not defined for, before ``func`` runs."""
 
     def check_output(self, call: Call, outs: Sequence[Tensor]) -> None:
         """Refuse what ``func`` returned, before any differentiation."""

@@ -46,7 +46,7 @@ class Partials(SecondOrder):
     def has_parts(self) -> bool:
         return True
 
-    def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
+    def check_inputs(self, call: Call) -> None:
         """Refuse inputs whose rows are no vectors or numbers, or too short for the indices."""
         name, size = call.options.name, 0
         for x, dim in zip(call.inputs, call.layout.diff_dims):
@@ -59,7 +59,6 @@ class Partials(SecondOrder):
         if min(entries, default=0) < -size or max(entries, default=-1) >= size:
             expected = f"indices between {-size} and {size - 1}"
             raise refuse(name, ValueError, expected, list(self.indices))
-        return call
 
     def as_numbers(self) -> tuple[Any, ...]:
         return (self.indices,)
@@ -80,9 +79,9 @@ class Partials(SecondOrder):
         return [()] * len(self.indices)
 
     def compute(self, run: Run, route: Route) -> Derivatives:
-        places, names, distinct = _named(
-            self.indices, tuple(map(int, row_sizes(run.inputs, run.dims)))
-        )
+        pairs = zip(run.inputs, run.call.layout.diff_dims)
+        sizes = tuple([int(row_shape(x, dim).numel()) for x, dim in pairs])
+        places, names, distinct = _named(self.indices, sizes)
         columns: list[Any] = []
         if distinct and route.mode == "taylor":
             columns = _by_taylor(run, distinct, places, route.chunk)

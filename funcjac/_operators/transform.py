@@ -122,7 +122,8 @@ class Transform:
         """The result; ``outcome`` takes down what happened on the way."""
         key, options = self.__funcjac_key__, self.options
         if is_transformed():
-            call = bind(self.func, options, args, kwargs)
+            compiling = torch.compiler.is_compiling()
+            call = bind(self.func, options, args, kwargs, compiling=compiling)
             return options.operator.assemble(call, solve_inside(call, key))
         is_inference = torch.is_inference_mode_enabled()
         call = None if is_inference else bind(self.func, options, args, kwargs)
