@@ -61,9 +61,6 @@ class Partials(SecondOrder):
             raise refuse(name, ValueError, expected, list(self.indices))
         return call
 
-    def as_numbers(self) -> tuple[Any, ...]:
-        return (self.indices,)
-
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
         """Terms that Taylor propagates, and gradients, those of higher orders counted double."""
         return _count(self.indices, inputs)
