@@ -4,7 +4,6 @@ First on the smallest network that shows it, then on handwritten digits, where t
 people write by hand differ in time, in memory, and in whether they work at all.
 """
 
-import argparse
 import statistics
 import textwrap
 import warnings
@@ -33,28 +32,24 @@ Way = Callable[[], Tensor]
 Timing = tuple[float | None, str]
 
 
-def main() -> None:
-    """Ask the question, then answer it for a convolutional network and for an LSTM."""
-    parser = argparse.ArgumentParser(prog="python -m funcjac", description="What funcjac is for.")
-    parser.add_argument("--picture", metavar="FILE", help="draw the tables (needs matplotlib)")
-    picture = parser.parse_args().picture
+def main() -> dict[str, dict[str, Timing]]:
+    """Ask the question, then answer it for two networks; returns the times."""
     torch.manual_seed(0)
     torch.set_num_threads(1)  # times of one thread vary least
     print(f"funcjac {__version__}, torch {torch.__version__}, one CPU thread, float32")
     show_question()
     images, labels = digits()
-    tables = {}
+    timings = {}
     for number, (title, net) in enumerate(make_networks().items(), 2):
         heading(f"{number}. {title}: ten logits by 64 pixels, for each of {COUNT} digits")
         train(net, images, labels)
         ways = make_ways(net, images[:COUNT])
         first = timeit(ways[OURS], number=1)
-        tables[title] = compare(ways)
+        timings[title] = compare(ways)
         print(f"\nThe first call of funcjac, verified, took {as_time(first)}.\n")
         for line in str(explain(batch_jacobian(net), images[:COUNT])).splitlines():
             print(textwrap.fill(line, WIDTH, subsequent_indent=" " * 7))
-    if picture:
-        draw(tables, picture)
+    return timings
 
 
 def show_question() -> None:
@@ -66,16 +61,12 @@ def show_question() -> None:
     between = torch.stack([full[i, :, j] for i in range(3) for j in range(3) if i != j])
     zeros = f"{between.numel()} entries between rows, the largest {between.abs().max():.1g}"
     print(f"{'autograd.functional.jacobian(net, x)':<40}{tuple(full.shape)!s:<15}{zeros}")
-    for call, derivative, loop in (
-        ("batch_jacobian(net)(x)", batch_jacobian(net)(x), of_row),
-        (
-            "batch_jacobian(batch_jacobian(net))(x)",
-            batch_jacobian(batch_jacobian(net))(x),
-            lambda row: jacobian(of_row, row),
-        ),
-    ):
-        difference = distance(derivative, stacked(loop, x))
-        print(f"{call:<40}{tuple(derivative.shape)!s:<15}{difference} from the loop over rows")
+    func, call = net, "net"
+    for derivative_of_row in (of_row, lambda row: jacobian(of_row, row)):
+        func, call = batch_jacobian(func), f"batch_jacobian({call})"
+        jac = func(x)
+        remark = f"{distance(jac, stacked(derivative_of_row, x))} from the loop over rows"
+        print(f"{call + '(x)':<40}{tuple(jac.shape)!s:<15}{remark}")
 
 
 def stacked(derivative: Callable[[Tensor], Any], rows: Tensor) -> Tensor:
@@ -176,25 +167,3 @@ def heading(text: str) -> None:
 
 def as_time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
-
-
-def draw(tables: dict[str, dict[str, Timing]], path: str) -> None:
-    """Draw the times of all tables as bars on one logarithmic axis."""
-    from matplotlib import pyplot  # noqa: PLC0415  an extra
-
-    figure, axes = pyplot.subplots(1, len(tables), sharey=True, figsize=(10, 3), layout="tight")
-    for ax, (title, table) in zip(axes, tables.items()):
-        for name, (seconds, remark) in table.items():
-            text = remark.split(":")[0]
-            if seconds is not None:
-                text = as_time(seconds) + (" (slow fallback)" if remark else "")
-            bar = ax.barh(
-                name, 1e3 * (seconds or 1e-3), color="tab:blue" if name == OURS else "0.75"
-            )
-            ax.bar_label(bar, [text], padding=3, fontsize=8, color="tab:red" if remark else "black")
-        ax.set(title=title, xscale="log", xlim=(1, 1e4), xlabel="milliseconds")
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0].invert_yaxis()
-    title = f"Jacobians of ten logits by 64 pixels for {COUNT} digits"
-    figure.suptitle(f"{title} (torch {torch.__version__}, one CPU thread, float32)", fontsize=10)
-    figure.savefig(path, dpi=150)
