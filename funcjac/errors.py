@@ -1,34 +1,29 @@
 """What funcjac raises and warns about."""
 
-__all__ = ["BatchMixingError", "EngineFallbackWarning", "VerificationError"]
-
 
 class BatchMixingError(ValueError):
     """The rows of ``func``'s output depend on other rows of its input.
 
-    A batched Jacobian is then not defined: row ``b`` of the output has
-    derivatives with respect to every row of the input. The usual causes are
-    BatchNorm in training mode, statistics such as ``x.mean(0)``, a softmax over
-    the batch, and recurrent or attention layers that take the batch second
-    (``batch_first=False``). The message names the modules that may be to blame.
+    A batched Jacobian is then not defined. The usual causes are BatchNorm in training mode,
+    statistics such as ``x.mean(0)``, a softmax over the batch, and recurrent or attention layers
+    that take the batch second (``batch_first=False``). The message names suspects.
     """
 
 
 class VerificationError(RuntimeError):
     """A computed Jacobian does not agree with a plain vector-Jacobian product.
 
-    Either PyTorch differentiates one of ``func``'s operations wrongly in the
-    requested engine and mode, or autograd cannot see all of ``func`` (a
-    ``detach``, a trip through NumPy, a ``no_grad`` block). The message says
-    which; ``check_derivative`` compares all engines and modes.
+    Either PyTorch differentiates one of ``func``'s operations wrongly in the requested engine and
+    mode, or autograd cannot see all of ``func`` (a ``detach``, a trip through NumPy, a ``no_grad``
+    block). The message says which; ``check_derivative`` compares all engines and modes.
     """
 
 
 class EngineFallbackWarning(UserWarning):
     """``engine="auto"`` left an engine because it failed on ``func``.
 
-    The result is right, by another engine. The warning names the engine that
-    was left and why. Pass ``engine="sum"`` to choose yourself, or silence it with
+    The result is right, by another engine. The warning names the engine that was left and why.
+    Pass ``engine="sum"`` to choose yourself, or silence it with
     ``warnings.filterwarnings("ignore", category=funcjac.EngineFallbackWarning)``.
     """
 

@@ -13,13 +13,13 @@ def argument_dims(
     name: str, in_dims: Any, args: tuple[Any, ...], leaves: list[Any]
 ) -> list[int | None]:
     """One batch dimension for each leaf, from 0; ``None`` for what all rows share."""
-    if isinstance(in_dims, (tuple, list)) and len(in_dims) != len(args):
+    if isinstance(in_dims, int):
+        return [_argument_dim(name, leaf, in_dims) for leaf in leaves]
+    if len(in_dims) != len(args):
         expected = f"in_dims to have one entry for each of the {len(args)} positional arguments"
         got = f"{len(in_dims)} entries in {in_dims!r}"
         remedy = "Give None for an argument that all rows share."
         raise refuse(name, ValueError, expected, got, remedy)
-    if isinstance(in_dims, int):
-        return [_argument_dim(name, leaf, in_dims) for leaf in leaves]
     try:
         dims = pytree.broadcast(tuple(in_dims), args)
     except ValueError:

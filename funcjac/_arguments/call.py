@@ -155,7 +155,8 @@ def with_extras(call: Call, extras: list[Any], dims: tuple[int | None, ...]) -> 
     layout = call.layout
     batched = [i for i, dim in enumerate(dims, len(layout.dims)) if dim is not None]
     layout = replace(layout, dims=layout.dims + dims, batched=(*layout.batched, *batched))
-    return call._replace(leaves=[*call.leaves, *extras], layout=layout, extra=len(extras))
+    extra, leaves = call.extra + len(extras), [*call.leaves, *extras]
+    return call._replace(leaves=leaves, layout=layout, extra=extra)
 
 
 def check_inputs(call: Call) -> None:

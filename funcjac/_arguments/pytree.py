@@ -68,12 +68,7 @@ def broadcast(prefix: Tree, tree: Tree) -> list[Any]:
     Raises:
         ValueError: ``prefix`` is not a prefix tree of ``tree``.
     """
-    parts = optree.tree_map(_repeated, prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
-    return flatten_args(parts)[0]
-
-
-def _repeated(entry: Any, part: Tree) -> list[Any]:
-    return [entry] * len(flatten_args(part)[0])
+    return optree.broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Tree) -> Tree:

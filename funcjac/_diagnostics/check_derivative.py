@@ -26,7 +26,6 @@ class Comparison:
     """One engine and mode beside the loop over rows.
 
     Attributes:
-        engine, mode: what ran.
         difference: the largest, relative to the loop's largest entry; ``None`` if it failed.
         error: what it raised, if it did.
     """
@@ -34,7 +33,7 @@ class Comparison:
     engine: str
     mode: str
     difference: float | None
-    error: str
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,19 +55,24 @@ class DerivativeReport:
     @property
     def ok(self) -> bool:
         """Whether all that ran agrees, and central differences confirm it."""
-        differences = [c.difference for c in self.comparisons if c.difference is not None]
-        close = all(difference <= self.tolerance for difference in differences)
-        return close and self.central_difference <= self.central_tolerance
+        close = [
+            c.difference <= self.tolerance for c in self.comparisons if c.difference is not None
+        ]
+        return all(close) and self.central_difference <= self.central_tolerance
 
     def __str__(self) -> str:
         width = max(6, *[len(c.mode) + 1 for c in self.comparisons])
         lines = [f"{'engine':<7}{'mode':<{width}}{'difference':>11}  from the loop over rows"]
-        central = ("central", "", self.central_difference, "", self.central_tolerance)
-        rows = [(c.engine, c.mode, c.difference, c.error, self.tolerance) for c in self.comparisons]
-        for engine, mode, difference, error, limit in [*rows, central]:
-            number = "" if difference is None else f"{difference:.1e}"
-            verdict = error or ("agrees" if difference is None or difference <= limit else "WRONG")
-            lines.append(f"{engine:<7}{mode:<{width}}{number:>11}  {verdict}")
+        central = Comparison("central", "", self.central_difference)
+        for c in (*self.comparisons, central):
+            limit = self.central_tolerance if c is central else self.tolerance
+            number, verdict = "", c.error
+            if c.difference is not None:
+                number, verdict = (
+                    f"{c.difference:.1e}",
+                    "agrees" if c.difference <= limit else "WRONG",
+                )
+            lines.append(f"{c.engine:<7}{c.mode:<{width}}{number:>11}  {verdict}")
         return "\n".join(lines)
 
 
@@ -134,9 +138,8 @@ def _run(call: Call, engine: str, mode: str) -> Derivatives | Exception:
     if engine == "sum" and None in call.layout.diff_dims:
         return ValueError("the sum trick has no per-sample derivative of what rows share")
     keywords = replace(call.options, engine=engine, mode=mode, check=False, randomness="different")
-    is_forward = engine == "vmap" and "fwd" in mode
     try:
-        with DUAL_LEVELS if is_forward else nullcontext():
+        with DUAL_LEVELS if engine == "vmap" and "fwd" in mode else nullcontext():
             return solve(call._replace(options=keywords), ("check_derivative", engine, mode))
     except Exception as error:  # whatever it is belongs into the report
         return error
@@ -155,4 +158,4 @@ def _compare(
             same = (block == expected) | (block.isnan() & expected.isnan())
             difference = torch.where(same, 0, (block - expected).abs()).nan_to_num(torch.inf)
             worst = max(worst, difference.max().item() / (largest([expected]) or 1.0))
-    return Comparison(engine, mode, worst, "")
+    return Comparison(engine, mode, worst)

@@ -17,20 +17,10 @@ from funcjac._dispatch.attempt import Outcome
 from funcjac._operators.transform import Transform, looks, transform_of
 from funcjac.errors import brief, refuse
 
-_REPEATS = 5
-_CHUNKS = (1, 4, 16, 64, None)
-_PREFIXES = ("", "k", "M", "G", "T", "P")
-
 
 @dataclass(frozen=True)
 class Timing:
-    """One way that ``measure=True`` timed, by the keywords that ask for it.
-
-    Attributes:
-        engine, mode, chunk_size: the keywords.
-        seconds: of a usual call, ``None`` where it failed.
-        reason: why it failed.
-    """
+    """One way that ``measure=True`` timed: keywords, seconds of a usual call, or why it failed."""
 
     engine: str
     mode: str
@@ -39,13 +29,9 @@ class Timing:
     reason: str = ""
 
     def __str__(self) -> str:
-        time = self.reason
-        if self.seconds is not None:
-            us = 1e6 * self.seconds
-            time = f"{us:.0f} us" if us < 1000 else f"{us / 1000:.2f} ms"
-        return (
-            f"{time:>9}  engine={self.engine!r}, mode={self.mode!r}, chunk_size={self.chunk_size}"
-        )
+        time = self.reason if self.seconds is None else f"{1e3 * self.seconds:.3f} ms"
+        keywords = f"engine={self.engine!r}, mode={self.mode!r}, chunk_size={self.chunk_size}"
+        return f"{time:>10}  {keywords}"
 
 
 @dataclass(frozen=True)
@@ -104,9 +90,7 @@ class Explanation:
         return "\n".join(lines)
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw what ``measure=True`` timed; returns the matplotlib axes.
-
-        Needs matplotlib (``pip install 'funcjac[examples]'``).
+        """Draw what ``measure=True`` timed, by matplotlib; returns the axes.
 
         Raises:
             ValueError: nothing was measured.
@@ -135,13 +119,11 @@ def explain(
     Args:
         transformed: what a funcjac transform returned.
         *args: arguments as for ``transformed``.
-        measure: also time the alternatives, by the keywords that ask for them. ``func`` runs a
-            few dozen times then.
+        measure: also time the alternatives, in a few dozen runs of ``func``.
         **kwargs: keyword arguments as for ``transformed``.
 
     Returns:
-        An :class:`Explanation`. ``print`` gives a table, ``.plot()`` a picture of what was
-        measured.
+        An :class:`Explanation`: ``print`` it for a table, ``.plot()`` what was measured.
 
     Raises:
         TypeError: ``transformed`` does not come from funcjac.
@@ -187,20 +169,19 @@ def explain(
 def _measured(transform: Transform, args: Any, kwargs: Any) -> list[Timing]:
     """Times of every engine and mode in a few chunks, the fastest first."""
     modes, timings = transform.options.operator.modes, []
-    ways = [("sum", mode, chunk) for mode in modes for chunk in _CHUNKS]
+    ways = [("sum", mode, chunk) for mode in modes for chunk in (1, 4, 16, 64, None)]
     ways += [("vmap", mode, None) for mode in modes if mode != "taylor"]
     for engine, mode, chunk in ways:
         keywords = replace(transform.options, engine=engine, mode=mode, chunk_size=chunk)
-        variant, times, reason = Transform(transform.func, keywords), [], ""
+        variant, times = Transform(transform.func, keywords), []
         try:
-            for _ in range(_REPEATS):
+            for _ in range(5):
                 start = _now()
                 variant.evaluate(args, kwargs)
                 times.append(_now() - start)
+            timings.append(Timing(engine, mode, chunk, statistics.median(times)))
         except Exception as error:  # it is not to be had in this way
-            times, reason = [], brief(error)
-        seconds = statistics.median(times) if times else None
-        timings.append(Timing(engine, mode, chunk, seconds, reason))
+            timings.append(Timing(engine, mode, chunk, None, brief(error)))
     return sorted(timings, key=lambda t: math.inf if t.seconds is None else t.seconds)
 
 
@@ -213,6 +194,7 @@ def _now() -> float:
 
 def _amount(value: float, unit: str, base: int) -> str:
     step = 0
-    while value >= base and step < len(_PREFIXES) - 1:
+    while value >= base and step < 5:
         value, step = value / base, step + 1
-    return f"{value:.3g} {_PREFIXES[step]}{'i' if base == 1024 and step else ''}{unit}"
+    prefix = ("", "k", "M", "G", "T", "P")[step]
+    return f"{value:.3g} {prefix}{'i' if base == 1024 and step else ''}{unit}"

@@ -58,23 +58,20 @@ class Divergence(Hutchinson, Operator):
 
     def entries(self, run: Run, probe: Probe) -> list[Entry]:
         """One plain backward for each coordinate or sample, other rows by another factor."""
-        batch, outs = run.call.batch, run.output.leaves
-        factors, _ = row_factors(run, probe)
-        factors = factors.to(outs[0].dtype)  # they are its seeds
+        batch, outs, terms = run.call.batch, run.output.leaves, []
+        factors = row_factors(run, probe)[0].to(outs[0].dtype)  # they are its seeds
         shared = None in run.dims  # then only the sum over rows is known
-        total = outs[0].new_zeros(() if shared else batch)
-        size = total.detach()
         for i, (out, x, dim) in enumerate(zip(outs, run.inputs, run.dims)):
             for vector in self._vectors(run.call, i):
                 scalar = (out.reshape(batch, -1) * vector.to(out.dtype)).sum(1)
                 (grad,) = vjp([scalar], [x], [factors], create_graph=run.create_graph)
-                if grad is None:
-                    continue
-                rows = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
-                terms = rows.reshape(len(rows), -1) * vector
-                terms = terms.where(vector != 0, 0)  # NaN beside the diagonal stays out
-                term = terms.sum() if shared else terms.sum(1)
-                total, size = total + term, size + term.detach().abs()
+                if grad is not None:
+                    rows = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
+                    products = rows.reshape(len(rows), -1) * vector
+                    products = products.where(vector != 0, 0)  # NaN beside the diagonal stays out
+                    terms.append(products.sum() if shared else products.sum(1))
+        zero = outs[0].new_zeros(() if shared else batch)
+        total, size = sum(terms, zero), sum([term.detach().abs() for term in terms], zero)
         return [Entry([factors], total, total.detach(), None if shared else 0, size)]
 
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,12 +14,11 @@ from funcjac._arguments.call import Call
 from funcjac._engines import vmap
 from funcjac._engines.nesting import hessian_blocks
 from funcjac._engines.rows import identity, row_shape, row_sizes, spread
-from funcjac._engines.run_func import Derivatives, Route, Run
+from funcjac._engines.run_func import Route, Run
 from funcjac._engines.sum import Blocks
 from funcjac._operators.operator import NESTED, SecondOrder, Tensors
 from funcjac._operators.transform import documented, make_transform
 from funcjac._taylor import along_directions, make_recording, second_order
-from funcjac._verification.central_differences import Pair, difference, random_moves, times
 from funcjac._verification.reference_vjp import Entry, Probe, outer_product, random_like, vjp
 
 # Inputs up to which all pairs of them are propagated together.
@@ -57,17 +56,6 @@ class Hessian(SecondOrder):
             seeds = [outer_product(seed, tangent, dim) for seed in probe.seeds]
             entries += [Entry(seeds, *columns) for columns in zip(rows, run.inputs, run.dims)]
         return entries
-
-    def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
-        """Twice along one random direction."""
-        moves, dims, computed = random_moves(call), call.layout.diff_dims, []
-        for blocks in result.blocks:
-            terms = [
-                times(times(block, moves[k], dims[k]), moves[j], dims[j])
-                for block, (j, k) in zip(blocks, self.own_inputs(call))
-            ]
-            computed.append(sum(terms[1:], terms[0]))
-        yield difference(call, [moves, moves]), computed
 
 
 def _joined(hess: Sequence[Blocks], jac: Blocks) -> list[list[Any]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
 from funcjac._engines.nesting import Along, Directions, along
-from funcjac._engines.rows import added, coordinates, join, row_shape
+from funcjac._engines.rows import added, coordinates, join
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._operators.operator import SecondOrder, Tensors
 from funcjac._operators.transform import documented, make_transform
@@ -58,14 +58,12 @@ class HessianDiagonal(SecondOrder):
         if route.mode != "taylor":
             pairs = zip(along(run, directions, route), directions)
             return self._by_output([(f, self._summed(s, d.weights)) for (f, s), d in pairs])
-        outs, graph = run.output.leaves, run.create_graph
+        outs, graph, derivatives = run.output.leaves, run.create_graph, []
         recording = make_recording(run.recorder, outs, create_graph=graph)
-        return self._by_output(
-            [
-                _by_taylor(recording, j, pairs, route.chunk, firsts=firsts, total=total)
-                for j, pairs in enumerate(directions)
-            ]
-        )
+        for j, pairs in enumerate(directions):
+            keywords = {"chunk": route.chunk, "firsts": firsts, "total": total}
+            derivatives.append(_by_taylor(recording, j, pairs, **keywords))
+        return self._by_output(derivatives)
 
     def row_derivatives(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
         derivatives, come_along, chunk = [], None, call.options.chunk_size
@@ -88,25 +86,23 @@ class HessianDiagonal(SecondOrder):
             for s in seconds
         ]
 
-    def curvatures(
-        self, run: Run, probe: Probe, factors: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Double backward along each direction of an input, ``(K, B)`` or ``(K,)``, and weights."""
+    def curvatures(self, run: Run, probe: Probe, factors: Tensor | None) -> Iterator[Tensor]:
+        """Weighted double backward along each direction of an input, ``(B, K)`` or ``(K,)``."""
         directions = self.directions(run.call, run.inputs, run.dims, run.call.extras)
         for j, pairs in enumerate(directions):
-            yield curvature(run, probe.grads[j], j, *_both(pairs), factors), pairs.weights
+            columns = curvature(run, probe.grads[j], j, *_both(pairs), factors)
+            yield columns.movedim(0, -1) * pairs.weights
 
     def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
         """Plain double backward along each coordinate, other rows by another factor."""
         entries = []
         factors, seeds = row_factors(run, probe)
-        columns = self.curvatures(run, probe, factors)
-        for x, dim, (column, _) in zip(run.inputs, run.dims, columns):
+        for x, dim, rows in zip(run.inputs, run.dims, self.curvatures(run, probe, factors)):
             if dim is None:
-                entries.append(Entry(probe.seeds, column.view(x.shape), x, None))
+                entries.append(Entry(probe.seeds, rows.view(x.shape), x, None))
             else:
-                grad = column.movedim(0, -1).reshape(run.call.batch, *row_shape(x, dim))
-                entries.append(Entry(seeds, grad, x.movedim(dim, 0), 0))
+                like = x.movedim(dim, 0)
+                entries.append(Entry(seeds, rows.reshape(like.shape), like, 0))
         return entries
 
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
@@ -117,11 +113,10 @@ class HessianDiagonal(SecondOrder):
             rows = [difference(call, [{j: u}, {j: v}]) for u, v in zip(*_both(pairs))]
             stacks = list(map(torch.stack, zip(*rows))) or [None] * len(result.blocks)
             seconds.append(self._summed(stacks, pairs.weights))
-        expected = list(map(self.combine, zip(*seconds)))
-        for e in range(len(self.own_inputs(call))):
-            columns = [(values[e], blocks[e]) for values, blocks in zip(expected, result.blocks)]
-            columns = [(value.reshape(b.shape), b) for value, b in columns if value is not None]
-            yield [value for value, _ in columns], [block for _, block in columns]
+        for expected, blocks in zip(map(self.combine, zip(*seconds)), result.blocks):
+            for value, block in zip(expected, blocks):
+                if value is not None:
+                    yield [value.reshape(block.shape)], [block]
 
 
 def _both(pairs: Directions) -> tuple[Tensor, Tensor]:
@@ -145,14 +140,13 @@ def _by_taylor(
     def passes() -> Iterator[tuple[int, list[Maybe]]]:
         for start in range(0, max(count, 1), step):
             part = pairs.narrow(start, min(start + step, count))
-            size, seeds, every = len(part.left), part.left, slice(len(part.left))
-            other = every
+            seeds, size = part.left, len(part.left)
+            left = right = slice(size)
             if part.right is not None:
                 seeds = on_one_row(lambda *stacks: torch.cat(stacks), part.left, part.right)
-                other = slice(size, None)
-            scheme = second_order(every, other, part.weights if total else None)
-            shift = 0 if part.right is None else size
-            each = [(k, k + shift) for k in range(0 if total else size)]
+                right = slice(size, None)
+            scheme = second_order(left, right, part.weights if total else None)
+            each = [] if total else [(k, k + (right.start or 0)) for k in range(size)]
             jets = along_directions(recording, {j: seeds}, scheme, each, 1 if firsts else 2)
             slopes = [f[:size] if firsts and f is not None else None for f, _ in jets]
             seconds = [second for _, second in jets]
@@ -182,10 +176,10 @@ def batch_hessian_diagonal(  # noqa: D417  documented once, for all
     """Computes the second derivative of each row along each of its inputs.
 
     For ``func: (B, *in) -> (B, *out)`` the returned function gives ``d^2 func(x)[b] / d
-    x[b, i]^2`` for every ``i``, of shape ``(B, *out, *in)``: the ``u_xx`` and ``u_yy`` of a
-    physics-informed network, without the Hessian. Derivatives are pushed through the operations
-    of the one run of ``func`` (Taylor propagation). Where that is not possible (GRUs, custom
-    ``autograd.Function``, writes into slices), two differentiations are nested on that run.
+    x[b, i]^2`` for every ``i``, of shape ``(B, *out, *in)``, without the Hessian. Derivatives are
+    pushed through the operations of the one run of ``func`` (Taylor propagation). Where that is
+    not possible (GRUs, custom ``autograd.Function``, writes into slices), two differentiations
+    are nested on that run.
 
     Args:
         func: a batched function.

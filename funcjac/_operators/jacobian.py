@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +21,6 @@ from funcjac._engines.sum import jacobian
 from funcjac._environment.torch_private import is_traced, sees_values
 from funcjac._operators.operator import Operator, Tensors
 from funcjac._operators.transform import documented, make_transform
-from funcjac._verification.central_differences import Pair, difference, random_moves, times
 from funcjac.errors import VerificationError, brief, refuse
 
 
@@ -37,15 +36,6 @@ class Jacobian(Operator):
     def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
         jac, along = vmap.jacobian(f, xs, mode, call.options.chunk_size)
         return [list(row) for row in jac], along
-
-    def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
-        """Along one random direction."""
-        moves, dims = random_moves(call), call.layout.diff_dims
-        products = [
-            [times(block, moves[j], dim) for j, (block, dim) in enumerate(zip(blocks, dims))]
-            for blocks in result.blocks
-        ]
-        yield difference(call, [moves]), [sum(terms[1:], terms[0]) for terms in products]
 
 
 @documented
@@ -65,13 +55,11 @@ def batch_jacobian(  # noqa: D417  documented once, for all
 ) -> Callable[..., Any]:
     """Computes the Jacobian of each row of a batch.
 
-    For ``func: (B, *in) -> (B, *out)`` the returned function gives
-    ``J[b] = d func(x)[b] / d x[b]``, of shape ``(B, *out, *in)``, and never the
-    ``(B, *out, B, *in)`` of :func:`torch.autograd.functional.jacobian`. It is itself a batched
-    function: ``batch_jacobian(batch_jacobian(func))`` gives second derivatives
-    ``(B, *out, *in, *in)``. Like :func:`torch.func.jacrev` under :func:`torch.vmap`, except that
-    ``func`` sees a batch, that keyword arguments are not mapped, that results are verified, and
-    that another engine runs where ``vmap`` cannot.
+    For ``func: (B, *in) -> (B, *out)`` the returned function gives ``J[b] = d func(x)[b] / d
+    x[b]``, of shape ``(B, *out, *in)``. It is itself a batched function, whose Jacobian has second
+    derivatives ``(B, *out, *in, *in)``. Like :func:`torch.func.jacrev` under :func:`torch.vmap`,
+    except that ``func`` sees a batch, that keyword arguments are not mapped, that results are
+    verified, and that another engine runs where ``vmap`` cannot.
 
     Args:
         func: a batched function: row ``b`` of its output depends on row ``b`` of its batched
@@ -84,10 +72,10 @@ def batch_jacobian(  # noqa: D417  documented once, for all
         {keywords}
 
     Returns:
-        A function of the same arguments that returns ``jac``, with the structure of the output
-        outside and that of the input inside. Its leaves are contiguous, of the dtype that output
-        and input promote to, differentiable if grad mode is on and something requires grad, and
-        zero where an output does not depend on an input.
+        A function that returns ``jac``, with the structure of the output outside and that of the
+        input inside. Its leaves are contiguous, of the dtype that output and input promote to,
+        differentiable if grad mode is on and something requires grad, and zero where an output
+        does not depend on an input.
 
     Raises:
         {errors}
@@ -129,9 +117,8 @@ def batch_jacobian_of(
     """Computes the Jacobian of each row of ``outputs`` by the same row of ``inputs``.
 
     ``outputs`` ``(B, *out)`` were computed from ``inputs`` ``(B, *in)`` under autograd, by
-    operations that keep rows apart. The result has shape ``(B, *out, *in)``. Like
-    ``batch_jacobian``, except that it takes tensors and their graph instead of a function; like
-    TensorFlow's ``tape.batch_jacobian``. Applied to its own result it gives second derivatives.
+    operations that keep rows apart. The result has shape ``(B, *out, *in)``. Applied to its own
+    result, it gives second derivatives.
 
     Args:
         outputs: a tensor, or a tree of tensors.
@@ -181,25 +168,23 @@ def batch_jacobian_of(
         check_options(batch_jacobian_of, options)
         if not traced and len(_OPTIONS) < _MOST_OPTIONS:
             _OPTIONS[repr(keywords)] = options
-    if create_graph is not None and type(create_graph) is not bool:
+    graph = torch.is_grad_enabled() if create_graph is None else create_graph
+    if type(graph) is not bool:
         raise refuse(name, TypeError, "create_graph to be None or a bool", repr(create_graph))
     if type(retain_graph) is not bool:
         raise refuse(name, TypeError, "retain_graph to be a bool", repr(retain_graph))
-    graph = torch.is_grad_enabled() if create_graph is None else create_graph
-    run = _as_run(options, outputs, inputs)._replace(create_graph=graph)
-    result = _in_traced_code(run) if is_traced() else _in_plain_code(run, retain_graph)
+    run = _as_run(options, outputs, inputs, graph)
+    if not traced:
+        return options.operator.assemble(run.call, _in_plain_code(run, retain_graph))
+    from funcjac._dispatch.compiled import solve_existing  # noqa: PLC0415  it loads Dynamo
+
+    result = solve_existing(run.call, run.output, graph=graph)
     return options.operator.assemble(run.call, result)
 
 
 # Keywords that were checked, by how they print: of other types they print otherwise.
 _OPTIONS: dict[str, Options] = {}
 _MOST_OPTIONS = 1024
-
-
-def _in_traced_code(run: Run) -> Derivatives:
-    from funcjac._dispatch.compiled import solve_existing  # noqa: PLC0415  it loads Dynamo
-
-    return solve_existing(run.call, run.output, graph=run.create_graph)
 
 
 def _in_plain_code(run: Run, retain_graph: bool) -> Derivatives:
@@ -216,7 +201,7 @@ def _in_plain_code(run: Run, retain_graph: bool) -> Derivatives:
     return result if run.create_graph else detached(result)
 
 
-def _as_run(options: Options, outputs: Any, inputs: Any) -> Run:
+def _as_run(options: Options, outputs: Any, inputs: Any, graph: bool) -> Run:
     """The run that made tensors, from their graph."""
     compiling = torch.compiler.is_compiling()
     name, call = options.name, bind(batch_jacobian_of, options, (inputs,), {}, compiling=compiling)
@@ -228,15 +213,14 @@ def _as_run(options: Options, outputs: Any, inputs: Any) -> Run:
         expected, got = "outputs that were computed from inputs", "tensors without a graph"
         remedy = "Compute them from inputs with grad mode on, and without detach()."
         raise refuse(name, ValueError, expected, got, remedy)
-    return Run(call, call.inputs, output)
+    return Run(call, call.inputs, output, graph)
 
 
 def _solved(run: Run) -> Derivatives:
     """The derivatives by the first route of the rule that works and is not refused."""
-    call, options, outs, graph = run.call, run.call.options, run.output.leaves, run.create_graph
-    facts = read_graph(run)[1]
+    call, options, graph, facts = run.call, run.call.options, run.create_graph, read_graph(run)[1]
     rows = tuple([(row_shape(x, dim), x.dtype) for x, dim in zip(run.inputs, run.dims)])
-    shapes = tuple([out.shape[1:] for out in outs])
+    shapes = tuple([out.shape[1:] for out in run.output.leaves])
     keywords = (options.name, options.mode, options.chunk_size)
     decision = decision_of((*keywords, facts.signature, rows, shapes, graph))
     decision.calls += 1
@@ -250,11 +234,11 @@ def _solved(run: Run) -> Derivatives:
     for n, route in enumerate(routes):
         if route.way in decision.left:
             continue
+        is_new = (facts.signature, route.mode) not in decision.signatures
+        verifies = can_verify and (is_due or (is_new and options.check is not False))
         try:
             with torch.set_grad_enabled(graph):
                 result = options.operator.compute(run, route)
-            is_new = (facts.signature, route.mode) not in decision.signatures
-            verifies = can_verify and (is_due or (is_new and options.check is not False))
             problem = problem_of(run, result, decision.calls, [])[0] if verifies else None
             if problem is not None:
                 words = f"{options.name}: the result was verified and refused: {problem}."

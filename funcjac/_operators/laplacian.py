@@ -16,14 +16,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcjac._arguments.call import Call
+from funcjac._arguments.call import Call, with_extras
 from funcjac._arguments.check_tensors import check_arguments
 from funcjac._engines.nesting import Directions
 from funcjac._engines.rows import added, identity, row_shape
 from funcjac._engines.run_func import Derivatives, Run
 from funcjac._environment.torch_private import is_traced, is_transformed
 from funcjac._operators.hessian_diagonal import HessianDiagonal, Maybe
-from funcjac._operators.operator import Hutchinson, Tensors, by_output
+from funcjac._operators.operator import Hutchinson, Tensors
 from funcjac._operators.transform import documented, make_transform
 from funcjac._verification.central_differences import Pair
 from funcjac._verification.reference_vjp import Entry, Probe, row_factors
@@ -38,21 +38,6 @@ class Laplacian(Hutchinson, HessianDiagonal):
     weight_dim: int | None = None
     order: ClassVar[int] = 0
 
-    def as_numbers(self) -> tuple[Any, ...]:
-        dim = -1 if self.weight_dim is None else self.weight_dim
-        return (*super().as_numbers(), self.weight is not None, dim)
-
-    @classmethod
-    def from_numbers(cls, numbers: tuple[Any, ...]) -> Any:
-        """Without the weight itself, which a call carries in its extras."""
-        samples, return_error, is_weighted, dim = numbers
-        return cls(
-            samples=samples or None,
-            return_error=return_error,
-            weight=torch.empty if is_weighted else None,
-            weight_dim=None if dim < 0 else dim,
-        )
-
     def check(self, name: str) -> None:
         super().check(name)
         weight, dim = self.weight, self.weight_dim
@@ -63,14 +48,13 @@ class Laplacian(Hutchinson, HessianDiagonal):
         if not (weight is None or isinstance(weight, Tensor) or callable(weight)):
             _check_kind(name, weight)
 
-    def extras(self, call: Call, args: Any, kwargs: Any) -> tuple[list[Tensor], list[int | None]]:
-        """The weight, and probes."""
-        if self.weight is None:
-            return super().extras(call, args, kwargs)
-        weight = self.weight(*args, **kwargs) if callable(self.weight) else self.weight
-        weight = _checked_weight(call, weight, self.weight_dim)
-        probes, dims = super().extras(call, args, kwargs)
-        return [weight, *probes], [None if self.weight_dim is None else 0, *dims]
+    def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
+        """The call with the weight, and with probes."""
+        if self.weight is not None:
+            weight = self.weight(*args, **kwargs) if callable(self.weight) else self.weight
+            weight = _checked_weight(call, weight, self.weight_dim)
+            call = with_extras(call, [weight], (None if self.weight_dim is None else 0,))
+        return super().prepare(call, args, kwargs)
 
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
         firsts = self.samples or inputs
@@ -101,19 +85,16 @@ class Laplacian(Hutchinson, HessianDiagonal):
             rows = identity(row.numel(), x).view(row.numel(), 1, *row)
             weights = x.new_ones(len(rows))
         basis = probes is None
-        if basis and weight is not None and shared and weight.ndim == len(row):
-            weights, weight = weight.reshape(-1), None
-        elif basis and weight is not None and shared and not self._needs_basis(call, weight):
-            values, vectors = torch.linalg.eigh(weight.detach().reshape(len(rows), -1).double())
-            is_large = values.abs() >= torch.finfo(x.dtype).eps * values.abs().max()
-            rows, basis = vectors.mT[is_large].to(x.dtype).view(-1, 1, *row), False
-            weights, weight = values[is_large].to(x.dtype), None
+        if basis and weight is not None and shared:
+            if weight.ndim == len(row):
+                weights, weight = weight.reshape(-1), None
+            elif not (self.adds_jac(call) or weight.requires_grad or is_transformed()):
+                values, vectors = torch.linalg.eigh(weight.detach().reshape(len(rows), -1).double())
+                is_large = values.abs() >= torch.finfo(x.dtype).eps * values.abs().max()
+                rows, basis = vectors.mT[is_large].to(x.dtype).view(-1, 1, *row), False
+                weights, weight = values[is_large].to(x.dtype), None
         right = None if weight is None else _placed(_applied(weight, rows, shared), x, dim)
         return Directions(_placed(rows, x, dim), right, weights, basis)
-
-    def _needs_basis(self, call: Call, weight: Tensor) -> bool:
-        """Whether derivatives along other directions, such as eigenvectors, would not do."""
-        return self.adds_jac(call) or weight.requires_grad or is_transformed()
 
     def adds_up(self) -> bool:
         return not self.return_error
@@ -128,21 +109,14 @@ class Laplacian(Hutchinson, HessianDiagonal):
         """Plain double backward along each direction, other rows by another factor."""
         shared = None in run.dims
         factors, seeds = (None, probe.seeds) if shared else row_factors(run, probe)
-        total = run.inputs[0].new_zeros(() if shared else run.call.batch)
-        size = total.detach()
-        for columns, weights in self.curvatures(run, probe, factors):
-            terms = weights.view(-1, *[1] * (columns.ndim - 1)) * columns
-            over = list(range(terms.ndim)) if shared else 0
-            total, size = total + terms.sum(over), size + terms.detach().abs().sum(over)
+        rows = self.curvatures(run, probe, factors)
+        terms = torch.cat([row.flatten() if shared else row for row in rows], -1)
+        total, size = terms.sum(-1), terms.detach().abs().sum(-1)
         return [Entry(seeds, total, total.detach(), None if shared else 0, size)]
 
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
         """Along each pair of directions; of an estimate, without its error."""
-        return itertools.islice(super().differences(call, result), 1)
-
-    def tree(self, call: Call, result: Derivatives) -> Any:
-        tree = super().tree(call, result)
-        return (tree, by_output(result, lambda blocks: blocks[1])) if self.return_error else tree
+        return itertools.islice(super().differences(call, result), 0, None, 1 + self.return_error)
 
 
 def _placed(rows: Tensor, x: Tensor, dim: int | None) -> Tensor:

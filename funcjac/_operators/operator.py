@@ -20,7 +20,7 @@ from funcjac._dispatch.choose_engine_mode_chunk import (
 )
 from funcjac._engines.rows import as_block, row_shape
 from funcjac._engines.run_func import Derivatives, Route, Run
-from funcjac._verification.central_differences import Pair
+from funcjac._verification.central_differences import Pair, difference, random_moves, times
 from funcjac._verification.reference_vjp import Entry, Probe
 from funcjac.errors import refuse
 
@@ -56,14 +56,16 @@ class Operator:
         """The operator's own keywords that differ from their defaults, printed."""
         return changed_keywords(self, [field.name for field in fields(self)])
 
-    def as_numbers(self) -> tuple[Any, ...]:
-        """The operator's own keywords as far as ``compute`` reads them, for a compiler to pass."""
-        return ()
+    def as_numbers(self) -> tuple[tuple[str, Any], ...]:
+        """The operator's own keywords for a compiler to pass: ``True`` for what is no number."""
+        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        kinds = (int, str, tuple)
+        return tuple([(n, v if isinstance(v, kinds) else True) for n, v in values if v is not None])
 
     @classmethod
-    def from_numbers(cls, numbers: tuple[Any, ...]) -> Operator:
-        """An operator that computes the same as the one of ``as_numbers``."""
-        return cls(*numbers)
+    def from_numbers(cls, numbers: tuple[tuple[str, Any], ...]) -> Operator:
+        """An operator that computes the same: tensors of its own are extras of a call."""
+        return cls(**dict(numbers))
 
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
         """First and second derivatives of each output, and gradients differentiated further."""
@@ -77,10 +79,6 @@ class Operator:
         """Passes through the graph of one run, or directions that are propagated."""
         counts = [outputs if part == "rev" else inputs for part in mode.split("_over_")]
         return inputs if mode == "taylor" else counts[0] if len(counts) == 1 else counts[1] * inputs
-
-    def uses_taylor(self, call: Call, outputs: int, inputs: int) -> bool:
-        """Whether operations are recorded as ``func`` runs."""
-        return False
 
     def check_inputs(self, call: Call) -> None:
         """Refuse rows that the operator is not defined for, before ``func`` runs."""
@@ -115,12 +113,23 @@ class Operator:
         return [Entry(probe.seeds, grad, x, dim) for grad, x, dim in pairs]
 
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
-        """Pairs of central differences and computed values."""
-        raise NotImplementedError
+        """Pairs of central differences and computed values; here along one random direction."""
+        moves, dims, computed = random_moves(call), call.layout.diff_dims, []
+        for blocks in result.blocks:
+            terms = []
+            for product, name in zip(blocks, self.own_inputs(call)):
+                for j in reversed(name):
+                    product = times(product, moves[j], dims[j])
+                terms.append(product)
+            computed.append(sum(terms[1:], terms[0]))
+        yield difference(call, [moves] * self.order), computed
 
     def tree(self, call: Call, result: Derivatives) -> Any:
         """The operator's own blocks: output structure outside, input structure inside."""
-        return by_output(result, lambda blocks: _by_input(call, blocks, self.order))
+        if not self.has_parts:
+            return by_output(result, lambda blocks: _by_input(call, blocks, self.order))
+        parts = range(len(self.own_inputs(call)))
+        return tuple([by_output(result, lambda blocks, e=e: blocks[e]) for e in parts])
 
     def assemble(self, call: Call, result: Derivatives) -> Any:
         """The user's tree with aux, with the value, and with the Jacobian."""
@@ -129,10 +138,10 @@ class Operator:
             return (tree, output.aux) if options.has_aux else tree
         value = pytree.unflatten(output.spec, output.leaves)
         rest = (value, output.aux) if options.has_aux else value
-        if not self.adds_jac(call):
-            return tree, rest
-        first = -len(call.layout.diff)
-        return tree, (by_output(result, lambda blocks: _by_input(call, blocks[first:], 1)), rest)
+        if self.adds_jac(call):
+            first = -len(call.layout.diff)
+            rest = by_output(result, lambda blocks: _by_input(call, blocks[first:], 1)), rest
+        return tree, rest
 
 
 @dataclass(frozen=True)
@@ -171,35 +180,23 @@ class Hutchinson:
     def has_parts(self) -> bool:
         return self.return_error
 
-    def as_numbers(self) -> tuple[Any, ...]:
-        return (self.samples or 0, self.return_error)
-
-    @classmethod
-    def from_numbers(cls, numbers: tuple[Any, ...]) -> Any:
-        samples, return_error = numbers
-        return cls(samples=samples or None, return_error=return_error)
-
     def prepare(self, call: Call, args: Any, kwargs: Any) -> Call:
-        tensors, dims = self.extras(call, args, kwargs)
-        return with_extras(call, tensors, tuple(dims)) if tensors else call
-
-    def extras(self, call: Call, args: Any, kwargs: Any) -> tuple[list[Tensor], list[int | None]]:
-        """Probes of each input, ``(B, k, *row)`` or ``(k, *row)``, with their batch dimensions."""
+        """Adds probes of each input, ``(B, k, *row)``, of a shared one ``(k, *row)``."""
         if self.samples is None:
-            return [], []
-        dims = call.layout.diff_dims
-        probes = [self._drawn(call.batch, x, dim) for x, dim in zip(call.inputs, dims)]
-        return probes, [None if dim is None else 0 for dim in dims]
+            return call
+        probes, dims = [], call.layout.diff_dims
+        for x, dim in zip(call.inputs, dims):
+            rows = () if dim is None else (call.batch,)  # what rows share moves the same way in all
+            probes.append(self._drawn((*rows, self.samples, *row_shape(x, dim)), x))
+        return with_extras(call, probes, tuple([None if dim is None else 0 for dim in dims]))
 
-    def _drawn(self, batch: int, x: Tensor, dim: int | None) -> Tensor:
-        rows = () if dim is None else (batch,)  # what rows share moves the same way in all
-        shape = (*rows, self.samples or 0, *row_shape(x, dim))
-        keywords: dict[str, Any] = {"device": x.device}
+    def _drawn(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        keywords: dict[str, Any] = {"device": like.device}
         if self.generator is not None:  # a compiler takes none
             keywords = {"device": self.generator.device, "generator": self.generator}
         if self.probes == "gaussian":
-            return torch.randn(shape, dtype=x.dtype, **keywords).to(x.device)
-        return (2 * torch.randint(0, 2, shape, **keywords) - 1).to(x.device, x.dtype)
+            return torch.randn(shape, dtype=like.dtype, **keywords).to(like.device)
+        return (2 * torch.randint(0, 2, shape, **keywords) - 1).to(like.device, like.dtype)
 
     def own_inputs(self, call: Call) -> list[tuple[int, ...]]:
         return [()] * (1 + self.return_error)
@@ -249,23 +246,28 @@ class SecondOrder(Operator):
         raise NotImplementedError
 
     def compute(self, run: Run, route: Route) -> Derivatives:
-        names, rows = self.by_inputs(run.call), []
+        outs, derivatives = run.output.leaves, self.derivatives(run, route)
         shapes = [row_shape(x, dim) for x, dim in zip(run.inputs, run.dims)]
-        for out, values in zip(run.output.leaves, self.derivatives(run, route)):
-            row = []
-            for value, name in zip(values, names):
-                shape = (*out.shape, *[size for j in name for size in shapes[j]])
-                row.append(as_block(value, shape, out, [run.inputs[j] for j in name or (0,)]))
-            rows.append(row)
-        return Derivatives(rows, run.output)
+        return Derivatives(
+            self._as_blocks(run.call, derivatives, outs, run.inputs, shapes), run.output
+        )
 
     def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
         derivatives, along = self.row_derivatives(call, f, xs, extras, mode)
+        shapes = [x.shape for x in xs]
+        return self._as_blocks(call, derivatives, along[0], xs, shapes), along
+
+    def _as_blocks(
+        self, call: Call, derivatives: Any, outs: Tensors, inputs: Tensors, shapes: Any
+    ) -> list[list[Tensor]]:
         names, rows = self.by_inputs(call), []
-        for out, values in zip(along[0], derivatives):
-            shapes = [[size for j in name for size in xs[j].shape] for name in names]
-            rows.append([value.reshape((*out.shape, *s)) for value, s in zip(values, shapes)])
-        return rows, along
+        for out, values in zip(outs, derivatives):
+            row = []
+            for value, name in zip(values, names):
+                shape = (*out.shape, *[size for j in name for size in shapes[j]])
+                row.append(as_block(value, shape, out, [inputs[j] for j in name or (0,)]))
+            rows.append(row)
+        return rows
 
     def entries(self, run: Run, probe: Probe) -> list[Entry]:
         jac = super().entries(run, probe) if self.adds_jac(run.call) else []

@@ -60,9 +60,6 @@ class Partials(SecondOrder):
             expected = f"indices between {-size} and {size - 1}"
             raise refuse(name, ValueError, expected, list(self.indices))
 
-    def as_numbers(self) -> tuple[Any, ...]:
-        return (self.indices,)
-
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
         """Terms that Taylor propagates, and gradients, those of higher orders counted double."""
         return _count(self.indices, inputs)
