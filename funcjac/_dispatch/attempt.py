@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from funcjac._arguments.call import Call
@@ -24,7 +23,6 @@ from funcjac._engines.run_func import (
 )
 from funcjac._environment.state import (
     Buffers,
-    RngState,
     buffers_in_training,
     put_back,
     rng_state,
@@ -34,15 +32,8 @@ from funcjac._environment.torch_private import CONTROL_FLOW, saves_by_hooks
 from funcjac._taylor import Recorder
 from funcjac._torch_faults import graph_names, needs_replacement
 from funcjac._verification.detached_outputs import check_attached
-from funcjac._verification.row_independence import check_rows
 from funcjac._verification.tolerance import is_alike, tolerance_of
-from funcjac._verification.verify_backward import backward_mismatch
-from funcjac._verification.verify_result import (
-    agrees_with_units,
-    extras_mismatch,
-    is_lost_in_run,
-    mismatch,
-)
+from funcjac._verification.verify_result import problem_of
 from funcjac.errors import BatchMixingError, VerificationError
 
 NO_ROUTE, NO_SIZES = Route(""), Sizes(0, 0, 0, 1, False, True)
@@ -75,7 +66,8 @@ class Attempt:
     Attributes:
         is_due: whether its result is verified.
         settled: the run of a settled call that turned out to be of another kind.
-        plain: the run of the whole batch under plain autograd.
+        start: the random state before ``func`` runs.
+        plain: the run of the whole batch under plain autograd, whose graph has a ``signature``.
         draws: whether that run drew random numbers, where this is known.
         in_func: whether an exception is ``func``'s own, or about what it returned.
     """
@@ -94,30 +86,31 @@ class Attempt:
         if self.is_due:
             forget_children(function.modules)
         self.call = call._replace(clone=decision.clone, replaced=decision.replaced)
-        self.settled = settled
+        self.settled, self.start = settled, rng_state()
         self.plain: Run | None = None
-        self.facts: Facts | None = None
-        self.start: RngState | None = None
-        self.draws = False
+        self.signature = 0
         self.buffers: Buffers = []
-        self.in_func = False
+        self.draws = self.in_func = False
 
-    def run(self, recorder_of: Callable[..., Any] | None = None) -> Run:
-        """Run ``func``; once more if it writes into its input."""
+    def run(self, recorder_of: Callable[..., Any] | None = None) -> tuple[Run, Facts]:
+        """Run ``func`` and read its graph; once more with replacements where torch is wrong."""
         self.outcome.runs += 1
-        if self.settled is not None:
-            run, self.settled = self.settled, None
-            return run
-        self.in_func = True
-        is_first = not self.decision.has_run
+        run = self._run_func(recorder_of) if self.settled is None else self.settled
+        run, facts = self._without_faults(*read_graph(run))
+        self.plain, self.signature, self.decision.has_run = run, facts.signature, True
+        self.outcome.sizes, self.outcome.operations = sizes_of(run, facts.widest), facts.operations
+        return run, facts
+
+    def _run_func(self, recorder_of: Callable[..., Any] | None) -> Run:
+        """Run ``func``; once more if it writes into its input."""
+        self.in_func, is_first = True, not self.decision.has_run
         if is_first:
             self.buffers = buffers_in_training(self.function.modules)
         try:
             run = run_once(self.call, recorder_of, copy=is_first)
         except ChangedInputError:
             put_back(self.buffers)
-            if self.start is not None:
-                set_rng_state(self.start)
+            set_rng_state(self.start)
             self.decision.clone = True
             self.call = self.call._replace(clone=True)
             self.outcome.runs += 1
@@ -128,72 +121,48 @@ class Attempt:
         self.in_func = False
         return run
 
-    def read(self, run: Run) -> Run:
-        """Look at the graph of a run; run again with replacements where torch is wrong."""
-        outs = run.output.leaves
-        run, facts = read_graph(run)
-        self.facts = facts
-        decision = self.decision
-        again = run.create_graph or self.operator.is_second_order or self._goes_forward(run)
-        if run.call.replaced or (facts.signature, again) in decision.graphs:
-            return run
-        decision.graphs.add((facts.signature, again))
-        names = graph_names(outs)
-        if needs_replacement(names, again=again):
-            if self.is_due and not needs_replacement(names, again=False):
-                self._check_rows(run)  # rather than run again for nothing
-            run = self._replaced(run)
-            self.facts = read_graph(run)[1]
-        return run
+    def _without_faults(self, run: Run, facts: Facts) -> tuple[Run, Facts]:
+        """A run of replacements, where torch differentiates an operation of this one wrongly."""
+        route = self.operator.route(self.call, sizes_of(run, facts.widest))
+        # Forward mode is the transpose of a VJP, which differentiates once more.
+        again = run.create_graph or self.operator.is_second_order or route.mode == "fwd"
+        if run.call.replaced or (facts.signature, again) in self.decision.graphs:
+            return run, facts
+        self.decision.graphs.add((facts.signature, again))
+        names = graph_names(run.output.leaves)
+        if not needs_replacement(names, again=again):
+            return run, facts
+        replaced = self._replaced(run)
+        return (run, facts) if replaced is None else read_graph(replaced)
 
-    def _check_rows(self, run: Run) -> None:
-        self.in_func = True
-        with suppress(RuntimeError):  # of a graph that cannot be used twice
-            check_rows(run, self.function.modules)
-        self.in_func = False
-
-    def _goes_forward(self, run: Run) -> bool:
-        """Whether a Jacobian is the transpose of a VJP, which differentiates once more."""
-        return self.operator.route(self.call, self.sizes(run)).mode == "fwd"
-
-    def _replaced(self, run: Run) -> Run:
+    def _replaced(self, run: Run) -> Run | None:
         """Another run, of replacements, if they give the same values."""
-        after = rng_state()
-        if self.start is not None:
-            set_rng_state(self.start)
-        self.outcome.runs += 1
+        call, after = run.call._replace(replaced=True), rng_state()
         moved = buffers_in_training(self.function.modules)
+        set_rng_state(self.start)
         put_back(self.buffers)  # running statistics move once
-        call = run.call._replace(replaced=True)
+        self.outcome.runs += 1
         try:
             replaced = run_once(call, None if run.recorder is None else Recorder)
-            pairs = zip(run.output.leaves, replaced.output.leaves)
-            limit = tolerance_of(run)
-            same = all(is_alike(a.detach(), b.detach(), limit) for a, b in pairs)
+            pairs, limit = zip(run.output.leaves, replaced.output.leaves), tolerance_of(run)
+            if all(is_alike(a.detach(), b.detach(), limit) for a, b in pairs):
+                self.decision.replaced, self.call = True, call
+                reason = "replacements ran for what torch differentiates wrongly"
+                self.outcome.reasons.append(reason)
+                return replaced
         except CONTROL_FLOW:
             raise
-        except Exception:
-            replaced, same = run, False
-        if not same:
-            set_rng_state(after)
-            put_back(moved)
-            return run
-        self.decision.replaced, self.call = True, call
-        self.outcome.reasons.append("replacements ran for what torch differentiates wrongly")
-        return replaced._replace(create_graph=run.create_graph)
-
-    def sizes(self, run: Run) -> Sizes:
-        self.decision.has_run = True
-        return sizes_of(run, 1 if self.facts is None else self.facts.widest)
+        except Exception:  # not all that torch takes is replaced
+            pass
+        set_rng_state(after)
+        put_back(moved)
+        return None
 
 
 def lean(error: Exception) -> Exception:
     """An exception without its traceback, which would keep the batch alive."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
-
-
-# --- verification -----------------------------------------------------------------------------
 
 
 def verify(attempt: Attempt, run: Run, result: Derivatives, engine: str, mode: str = "") -> None:
@@ -203,17 +172,16 @@ def verify(attempt: Attempt, run: Run, result: Derivatives, engine: str, mode: s
         BatchMixingError: rows depend on one another.
         VerificationError: the result is wrong.
     """
-    decision, outcome = attempt.decision, attempt.outcome
+    decision, outcome, modules = attempt.decision, attempt.outcome, attempt.function.modules
     outcome.verified = True
     if not run.call.batch or not any(x.numel() for x in run.inputs):
         return
     failed, decision.failed = decision.failed, True
     unseen = outcome.meter.paused() if outcome.meter else nullcontext()
     # Checkpoints count what is saved. Without need hooks would keep what they hand on alive.
-    hidden = saved_tensors_hooks(_as_it_is, _as_it_is) if saves_by_hooks() else nullcontext()
+    hidden = saved_tensors_hooks(lambda x: x, lambda x: x) if saves_by_hooks() else nullcontext()
     with unseen, hidden:
-        modules, number = attempt.function.modules, decision.calls
-        problem, compared = problem_of(run, result, number, modules, engine)
+        problem, compared = problem_of(run, result, decision.calls, modules, engine)
     if problem is not None:
         text = f"{attempt.options.name}: {engine} was verified and refused: {problem}."
         if engine != "sum":  # which sees the same batch as the reference
@@ -225,32 +193,4 @@ def verify(attempt: Attempt, run: Run, result: Derivatives, engine: str, mode: s
         return
     decision.failed = False
     decision.rows |= run.call.batch > 1
-    if attempt.facts is not None:
-        decision.signatures.add((attempt.facts.signature, mode))
-
-
-def problem_of(
-    run: Run, result: Derivatives, number: int, modules: list[nn.Module], engine: str = "sum"
-) -> tuple[str | None, bool]:
-    """What is wrong with a result, and whether anything was compared.
-
-    Raises:
-        BatchMixingError: rows depend on one another.
-    """
-    problem, compared = mismatch(run, result, number)
-    bent = False
-    if problem is not None:
-        check_rows(run, modules)
-        # A backward pass that is not linear (a hook that clamps) has no double backward to compare.
-        bent = run.call.options.operator.is_jacobian and agrees_with_units(run, result)
-        if bent or is_lost_in_run(run, result, number):
-            problem = None
-    if problem is None and engine != "sum":
-        problem = extras_mismatch(run, result)
-    if problem is None and run.create_graph and not bent:
-        problem = backward_mismatch(run, result, number)
-    return problem, compared
-
-
-def _as_it_is(tensor: Any) -> Any:
-    return tensor
+    decision.signatures.add((attempt.signature, mode))

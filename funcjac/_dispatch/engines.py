@@ -10,12 +10,11 @@ import torch
 
 from funcjac._arguments.call import Call
 from funcjac._dispatch.attempt import NOT_CAUGHT, Attempt, lean, verify
-from funcjac._dispatch.choose_engine_mode_chunk import Sizes, nested_route, routes_of, sizes_of
+from funcjac._dispatch.choose_engine_mode_chunk import nested_route, routes_of, sizes_of
 from funcjac._dispatch.messages import drew, is_out_of_memory
 from funcjac._engines import loop, vmap
 from funcjac._engines.run_func import (
     Derivatives,
-    Facts,
     Route,
     Run,
     computed,
@@ -26,7 +25,6 @@ from funcjac._engines.run_func import (
     run_once,
 )
 from funcjac._environment.state import (
-    RngState,
     WrappedAttributes,
     has_lazy,
     rng_state,
@@ -40,37 +38,15 @@ from funcjac.errors import RefusedError, UntraceableError, brief
 
 
 def by_sum(attempt: Attempt) -> Derivatives:
-    """One run of ``func``, the rule, and as many passes through its graph."""
-    decision = attempt.decision
+    """One run of ``func``, the rule, and the first of its routes that works."""
+    decision, outcome, error = attempt.decision, attempt.outcome, None
     if decision.records is None:
         decision.records = _may_record(attempt)
-    if not decision.has_run:
-        attempt.start = rng_state()  # for a run of replacements to draw the same numbers
-    run = attempt.plain = attempt.read(attempt.run(Recorder if decision.records else None))
-    sizes = attempt.sizes(run)
-    facts, outcome = attempt.facts, attempt.outcome
-    assert facts is not None
-    outcome.sizes, outcome.operations = sizes, facts.operations
-    return _first_that_works(attempt, run, facts, sizes)
-
-
-def _may_record(attempt: Attempt) -> bool:
-    """Whether a first call records operations: what the rule wants is known afterwards."""
-    mode, operator = attempt.options.mode, attempt.operator
-    if attempt.function.scripted:
-        if mode == "taylor":
-            attempt.plain = attempt.read(attempt.run())
-            raise UntraceableError("what TorchScript runs cannot be recorded")
-        return False
-    return "taylor" in operator.modes and mode in ("auto", "taylor")
-
-
-def _first_that_works(attempt: Attempt, run: Run, facts: Facts, sizes: Sizes) -> Derivatives:
-    decision, error = attempt.decision, None
-    for route in routes_of(run, sizes, attempt.options.chunk_size):
+    run, facts = attempt.run(Recorder if decision.records else None)
+    for route in routes_of(run, outcome.sizes, attempt.options.chunk_size):
         if route.way in decision.left:
             continue
-        nested = nested_route(run, sizes, route)
+        nested = nested_route(run, outcome.sizes, route)
         is_new = (facts.signature, route.mode) not in decision.signatures
         check = attempt.options.check is not False and (attempt.is_due or is_new)
         try:
@@ -83,21 +59,25 @@ def _first_that_works(attempt: Attempt, run: Run, facts: Facts, sizes: Sizes) ->
             error = lean(raised)
             if is_out_of_memory(error):
                 raise error from None
-            _leave(attempt, route, error)
+            if not isinstance(error, torch.linalg.LinAlgError):  # which is a matter of values
+                decision.left[route.way] = brief(error)
+            outcome.reasons.append(f"sum/{route.mode}: {brief(error)}")
             continue
         decision.remember(kind_of(run, facts), (route, nested))
         decision.records = route.mode == "taylor"
-        attempt.outcome.route, attempt.outcome.verified = route, check
+        outcome.route, outcome.verified = route, check
         return result if run.create_graph else detached(result)
     raise error or RefusedError("; ".join(decision.left.values()))
 
 
-def _leave(attempt: Attempt, route: Route, error: Exception) -> None:
-    """Remember a route that failed, but for reasons of values."""
-    decision: Any = attempt.decision
-    if not isinstance(error, torch.linalg.LinAlgError):
-        decision.left[route.way] = brief(error)
-    attempt.outcome.reasons.append(f"sum/{route.mode}: {brief(error)}")
+def _may_record(attempt: Attempt) -> bool:
+    """Whether a first call records operations: what the rule wants is known afterwards."""
+    mode = attempt.options.mode
+    if attempt.function.scripted and mode == "taylor":
+        attempt.run()
+        raise UntraceableError("what TorchScript runs cannot be recorded")
+    asked = "taylor" in attempt.operator.modes and mode in ("auto", "taylor")
+    return asked and not attempt.function.scripted
 
 
 # --- rows apart by construction ----------------------------------------------------------------
@@ -105,7 +85,7 @@ def _leave(attempt: Attempt, route: Route, error: Exception) -> None:
 
 def by_vmap(attempt: Attempt) -> Derivatives:
     """Rows apart by ``torch.vmap``."""
-    before, mode = rng_state(), attempt.options.mode
+    mode = attempt.options.mode
     if attempt.function.scripted:
         words = "torch.func differentiates TorchScript wrongly from its second call on"
         raise RefusedError(words)
@@ -113,90 +93,79 @@ def by_vmap(attempt: Attempt) -> Derivatives:
         attempt.is_due = attempt.options.check is not False
         if not attempt.is_due:
             check_forward_formulas(attempt.call, again=torch.is_grad_enabled() or "_" in mode)
-    draws = False
-    if attempt.is_due or not attempt.decision.has_run:
-        draws = reference(attempt, before)
-    # Node names do not show all that torch.func differentiates wrongly.
-    plain, call = attempt.plain, attempt.call._replace(replaced=True)
-    if plain is not None and plain.create_graph:
-        call = call.with_inputs(plain.inputs)
+    call, create_graph = _call_of_rows(attempt)
+    call = call._replace(replaced=True)  # node names do not show all that torch.func has wrong
+
+    def compute(*row: Any) -> Any:
+        return attempt.operator.compute_row(call, *row, mode)
+
     attempt.outcome.runs += 1
     with WrappedAttributes(attempt.function.modules):
-        compute = functools.partial(_compute_row, call)
         result = vmap.in_result_type(call, vmap.by_vmap(call, compute))
-    if plain is not None and attempt.is_due:
-        run = _with_draws_of_vmap(attempt.call, plain, before) if draws else plain
-        verify(attempt, run, result, "vmap")
+    if attempt.is_due:
+        verify(attempt, _with_draws_of_vmap(attempt), result, "vmap")
     attempt.outcome.route = Route(mode, attempt.options.chunk_size)
-    create_graph = torch.is_grad_enabled() and (plain is None or plain.create_graph)
     return result if create_graph else detached(result)
 
 
-def _compute_row(call: Call, function: Any, xs: Any, extras: Any) -> Any:
-    return call.options.operator.compute_row(call, function, xs, extras, call.options.mode)
+def _call_of_rows(attempt: Attempt) -> tuple[Call, bool]:
+    """The call of an engine that runs rows, with the inputs of the reference, if it has a graph."""
+    if attempt.is_due or not attempt.decision.has_run:
+        reference(attempt)
+    plain, call = attempt.plain, attempt.call
+    if plain is None:
+        return call, torch.is_grad_enabled()
+    return call.with_inputs(plain.inputs) if plain.create_graph else call, plain.create_graph
 
 
-def reference(attempt: Attempt, before: RngState) -> bool:
+def reference(attempt: Attempt) -> None:
     """Run ``func`` plainly, for what it raises, its sizes, and to verify by.
 
-    Returns:
-        Whether it draws random numbers.
-
     Raises:
-        RuntimeError: it does, and must not.
-        BatchMixingError: it does, and its rows depend on one another.
+        RuntimeError: it draws random numbers, and must not.
+        BatchMixingError: it draws random numbers, and its rows depend on one another.
     """
     if attempt.plain is not None:
-        return attempt.draws
-    attempt.start = before
+        return
     lazy = has_lazy(attempt.function.modules)
-    run = attempt.plain = attempt.read(attempt.run())
-    attempt.outcome.sizes = attempt.sizes(run)
-    if lazy or same_rng_state(before, rng_state()):
-        return False
-    attempt.draws = True
-    set_rng_state(before)
-    attempt.in_func = True
+    run, _ = attempt.run()
+    if lazy or same_rng_state(attempt.start, rng_state()):
+        return
+    attempt.draws = attempt.in_func = True
+    set_rng_state(attempt.start)
     if attempt.options.randomness == "error":
         raise drew(attempt.options)
     if attempt.is_due:
         check_rows(run, attempt.function.modules)
     attempt.in_func = False
-    return True
 
 
-def _with_draws_of_vmap(call: Call, plain: Run, before: RngState) -> Run:
-    """A plain run with the draws of ``torch.vmap``."""
-    after = rng_state()
-    set_rng_state(before)
-    dims = tuple([call.layout.dims[i] for i in call.layout.batched])
-    whole = call.with_inputs(plain.inputs)
+def _with_draws_of_vmap(attempt: Attempt) -> Run:
+    """The plain run, or one that draws what ``torch.vmap`` drew."""
+    plain, after = attempt.plain, rng_state()
+    assert plain is not None
+    if not attempt.draws:
+        return plain
 
-    def row(*leaves: Any) -> Any:
-        one = whole.one_row([x.unsqueeze(d or 0) for x, d in zip(leaves, dims)])
-        return tuple([out.squeeze(0) for out in one(one.inputs).leaves])
+    def values(function: Any, xs: Any, _: Any) -> Any:
+        return [], function(*xs)[1]
 
-    rows = torch.vmap(row, dims, 0, randomness=call.options.randomness)
+    set_rng_state(attempt.start)
     with torch.enable_grad():
-        leaves = list(rows(*[whole.leaves[i] for i in call.layout.batched]))
+        output = vmap.by_vmap(attempt.call.with_inputs(plain.inputs), values).output
     set_rng_state(after)
-    return plain._replace(output=plain.output._replace(leaves=leaves))
+    return plain._replace(output=plain.output._replace(leaves=output.leaves))
 
 
 def by_loop(attempt: Attempt) -> Derivatives:
     """One row after the other."""
-    before, draws = rng_state(), False
-    if attempt.is_due or not attempt.decision.has_run:
-        draws = reference(attempt, before)
-    plain, call, start = attempt.plain, attempt.call, rng_state()
-    graph = torch.is_grad_enabled() and (plain is None or plain.create_graph)
-    if plain is not None and graph:
-        call = call.with_inputs(plain.inputs)
-    result = loop.by_loop(call, functools.partial(_one_row, attempt), create_graph=graph)
+    call, create_graph = _call_of_rows(attempt)
+    plain, start = attempt.plain, rng_state()
+    result = loop.by_loop(call, functools.partial(_one_row, attempt), create_graph=create_graph)
     if attempt.options.randomness == "error" and not same_rng_state(start, rng_state()):
         set_rng_state(start)
         raise drew(attempt.options)
-    if plain is not None and attempt.is_due and not draws:
+    if plain is not None and attempt.is_due and not attempt.draws:
         with suppress(torch.linalg.LinAlgError):  # of a singular row, which stops no other
             verify(attempt, plain, result, "loop")
     return result

@@ -28,8 +28,7 @@ from funcjac._engines.vmap import by_vmap, in_result_type
 from funcjac._environment.state import WrappedAttributes
 from funcjac._environment.torch_private import CONTROL_FLOW, has_levels, is_traced, sees_values
 from funcjac._verification.forward_formulas import check_forward_formulas
-from funcjac._verification.row_independence import check_rows
-from funcjac._verification.verify_result import agrees_with_units, mismatch
+from funcjac._verification.verify_result import problem_of
 from funcjac.errors import BatchMixingError, VerificationError
 
 
@@ -149,9 +148,5 @@ def _computed(run: Run, verify: FunctionKey | None) -> tuple[Derivatives, str | 
     result = operator.compute(run, route)
     if verify is None or not run.call.batch or not any(x.numel() for x in run.inputs):
         return result, None
-    problem, _ = mismatch(run._replace(create_graph=False), result, 1)
-    if problem is not None:
-        check_rows(run, verify.modules)
-        if operator.is_jacobian and agrees_with_units(run, result):
-            problem = None
+    problem, _ = problem_of(run._replace(create_graph=False), result, 1, verify.modules)
     return result, problem

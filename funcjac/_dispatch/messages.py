@@ -49,24 +49,23 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def failure(options: Options, errors: list[tuple[str, Exception]], sizes: Any) -> Exception:
     """What to raise when no engine works: the first that was verified tells, else the first."""
-    found = [error for _, error in errors]
-    verified = [error for error in found if isinstance(error, VerificationError)]
-    error = (verified or found)[0]
-    if isinstance(error, VerificationError):
-        return error
+    for _, error in errors:
+        if isinstance(error, VerificationError):
+            return error
+    error = errors[0][1]
     if sizes is not None and is_out_of_memory(error):
-        rows = f"{sizes.batch} rows, {sizes.outputs} outputs by {sizes.inputs} inputs"
-        raised = RuntimeError(
-            f"{options.name}: expected derivatives of {rows}, to fit in memory, got "
-            f"{brief(error)}. Pass fewer rows at once, or a smaller chunk_size."
+        text = (
+            f"expected derivatives of {sizes.batch} rows, {sizes.outputs} outputs by "
+            f"{sizes.inputs} inputs, to fit in memory, got {brief(error)}. Pass fewer rows at "
+            "once, or a smaller chunk_size."
         )
-        raised.__cause__ = error
-        return raised
+    else:
+        text = (
+            f"engine={options.engine!r} with mode={options.mode!r} cannot differentiate func, "
+            f"although func itself runs: {brief(error)}.{_remedy(options, error)}"
+        )
     kind = ValueError if isinstance(error, RefusedError) else RuntimeError
-    raised = kind(
-        f"{options.name}: engine={options.engine!r} with mode={options.mode!r} cannot "
-        f"differentiate func, although func itself runs: {brief(error)}.{_remedy(options, error)}"
-    )
+    raised = kind(f"{options.name}: {text}")
     raised.__cause__ = error
     return raised
 

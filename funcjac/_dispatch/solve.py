@@ -25,7 +25,6 @@ from funcjac._engines.run_func import (
     retire,
     run_once,
 )
-from funcjac._environment.state import rng_state
 from funcjac._taylor import Recorder
 from funcjac._verification.row_independence import check_rows
 from funcjac.errors import brief
@@ -134,7 +133,7 @@ def _leave(
     if attempt.in_func:
         raise error
     if attempt.plain is None:
-        reference(attempt, rng_state())  # raises what func itself raises
+        reference(attempt)  # raises what func itself raises
     errors.append((engine, lean(error)))
     if is_out_of_memory(error):
         raise failure(attempt.options, errors, attempt.outcome.sizes) from None

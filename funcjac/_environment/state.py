@@ -67,11 +67,8 @@ class WrappedAttributes:
 
 def has_lazy(modules: Iterable[nn.Module]) -> bool:
     """Whether a module's parameters take their shape, and their values, from the first input."""
-    return any(
-        tensor is not None and nn.parameter.is_lazy(tensor)
-        for module in _with_children(modules)
-        for tensor in (*module._parameters.values(), *module._buffers.values())
-    )
+    tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
+    return any(map(nn.parameter.is_lazy, tensors))
 
 
 Buffers = list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]]

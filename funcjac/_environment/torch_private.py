@@ -45,10 +45,8 @@ _dispatch_mode: Any = getattr(torch._C, "_get_dispatch_mode", lambda _: None)
 
 
 def has_levels() -> bool:
-    """Whether a torch.func transform is at work.
-
-    Asked by type, as Dynamo takes the stack for an object even where there is none.
-    """
+    """Whether a torch.func transform is at work."""
+    # Dynamo takes the stack for an object even where there is none.
     return type(_FUNCTORCH.peek_interpreter_stack()) is not _NONE
 
 
@@ -70,10 +68,7 @@ def is_transformed() -> bool:
 
 
 def sees_values() -> bool:
-    """Whether values can be looked at: no level of ``torch.vmap``, no compiler.
-
-    Without this private API they cannot, and rows are kept apart by torch.func.
-    """
+    """Whether values can be looked at: no ``torch.vmap``, no compiler; without this API, never."""
     stack = getattr(pyfunctorch, "retrieve_all_functorch_interpreters", None)
     if stack is None or torch.compiler.is_compiling():
         return False
@@ -87,10 +82,7 @@ def nonstrict_trace(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def bypassing_wrapper() -> Any:
-    """Lets a dispatch mode see the operations of a part of a graph of Dynamo.
-
-    Without it ``None``, and Taylor propagation does not run in compiled code.
-    """
+    """Lets a dispatch mode see into a graph of Dynamo; without it no Taylor in compiled code."""
     wraps = importlib.import_module("torch._higher_order_ops.wrap")
     return getattr(wraps, "dynamo_bypassing_wrapper", None)
 
@@ -138,20 +130,16 @@ def load_forward_formulas() -> None:
         getattr(forward_ad, "_maybe_load_decompositions", lambda: None)()
 
 
-_ROOTS = {Tensor, GradientEdge}
-
-
 def backward(
     out: Any, inputs: Sequence[Tensor], cotangent: Tensor, *, retain: bool, graph: bool
 ) -> Tensors:
     """``torch.autograd.grad`` of a tensor, or a place in a graph; ``None`` for no dependence."""
     if type(out) is not GradientEdge and not out.requires_grad:
         return (None,) * len(inputs)
-    if _ENGINE is None or type(out) not in _ROOTS:
-        return torch.autograd.grad(out, inputs, cotangent, retain, graph, allow_unused=True)
-    return _ENGINE.run_backward(
-        (out,), (cotangent,), retain, graph, tuple(inputs), True, accumulate_grad=False
-    )
+    return vector_jacobian((out,), inputs, (cotangent,), retain=retain, graph=graph)
+
+
+_ROOTS = {Tensor, GradientEdge}
 
 
 def vector_jacobian(
@@ -173,10 +161,7 @@ _warn_of_fallback: Any = getattr(_FUNCTORCH, "_set_vmap_fallback_warning_enabled
 
 @contextmanager
 def quiet_fallback() -> Iterator[None]:
-    """Silence torch's warning of operations without a batching rule, which run as a loop.
-
-    Torch cannot tell whether its warning was on; it is on afterwards.
-    """
+    """Silence torch's warning of operations that vmap runs as a loop; it is on afterwards."""
     _warn_of_fallback(False)
     try:
         yield

@@ -11,7 +11,6 @@ import torch
 from funcjac._arguments.call import Call, as_output, bind
 from funcjac._arguments.check_keywords import check_options
 from funcjac._arguments.layout import Options
-from funcjac._dispatch.attempt import problem_of
 from funcjac._dispatch.choose_engine_mode_chunk import routes_of, sizes_of
 from funcjac._dispatch.decisions import decision_of
 from funcjac._engines import vmap
@@ -21,6 +20,7 @@ from funcjac._engines.sum import jacobian
 from funcjac._environment.torch_private import is_traced, sees_values
 from funcjac._operators.operator import Operator, Tensors
 from funcjac._operators.transform import documented, make_transform
+from funcjac._verification.verify_result import problem_of
 from funcjac.errors import VerificationError, brief, refuse
 
 
@@ -28,7 +28,6 @@ from funcjac.errors import VerificationError, brief, refuse
 class Jacobian(Operator):
     """``blocks[i][j]``: the derivative of output ``i`` by input ``j``."""
 
-    is_jacobian: ClassVar[bool] = True
     order: ClassVar[int] = 1
 
     compute = staticmethod(jacobian)  # type: ignore[assignment]

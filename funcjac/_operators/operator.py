@@ -38,13 +38,11 @@ class Operator:
     Attributes:
         modes: what ``mode`` may be, beside ``"auto"``.
         is_second_order: whether ``func`` is differentiated more than once.
-        is_jacobian: whether each block is the whole derivative of an output by an input.
         order: by how many inputs a block is differentiated, with axes for each.
     """
 
     modes: ClassVar[tuple[str, ...]] = ("fwd", "rev")
     is_second_order: ClassVar[bool] = False
-    is_jacobian: ClassVar[bool] = False
     order: ClassVar[int] = 0
 
     @property

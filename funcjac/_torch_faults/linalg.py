@@ -67,8 +67,8 @@ def det(x: Tensor) -> Tensor:
         return torch.stack(terms, -1).sum(-1)
     limit = 100 * torch.finfo(x.dtype).eps  # torch's own
     is_singular = (torch.linalg.det(x.detach()).abs() < limit)[..., None, None]
-    numbers = torch.arange(1, size + 1, device=x.device)
-    spare = torch.diag(numbers.to(x.dtype))  # has all derivatives, which are not asked for
+    # Has all derivatives, which are not asked for.
+    spare = torch.arange(1, size + 1, device=x.device).to(x.dtype).diag()
     pivots, sign = _pivots(torch.where(is_singular, spare, x))
     singular = torch.linalg.det(torch.where(is_singular, x, spare))
     return torch.where(is_singular[..., 0, 0], singular, pivots.prod(-1) * sign)

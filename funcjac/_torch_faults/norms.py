@@ -8,12 +8,15 @@ statistics, without a graph: the output alone is computed here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
+
+from funcjac._environment.torch_private import updating_batch_norm
 
 Maybe = Tensor | None
 
@@ -91,6 +94,7 @@ BATCH_NORMS = {
         (_batch_norm, "training", torch.native_batch_norm, _WEIGHTS),
         (_instance_norm, "use_input_stats", F.instance_norm, _STATISTICS),
         (_instance_norm, "use_input_stats", torch.instance_norm, _WEIGHTS),
+        (functools.partial(_batch_norm, training=True), "", updating_batch_norm, _WEIGHTS),
     )
 }
 _moving_batch_norm = BATCH_NORMS[torch.native_batch_norm]
@@ -106,12 +110,6 @@ def native_batch_norm(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def legit_batch_norm(x: Tensor, weight: Maybe, bias: Maybe, *args: Any) -> Any:
     """With running statistics, or without."""
     return _moving_batch_norm(x, weight, bias, *(args if len(args) > 3 else (None, None, *args)))
-
-
-def updating_batch_norm(x: Tensor, *args: Any) -> Any:
-    """In training, with the reserved memory of CUDA kernels, empty."""
-    outs = _moving_batch_norm(x, *args[:4], True, *args[4:])
-    return *outs, x.new_zeros(0, dtype=torch.uint8)
 
 
 def native_group_norm(

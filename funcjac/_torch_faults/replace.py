@@ -49,12 +49,9 @@ class UseReplacements(TorchFunctionMode):
         run = known.get(func)
         if run is None or "out" in kwargs:
             return func(*args, **kwargs)
-        for name in _FIRST_ARGUMENTS:
-            if name in kwargs:
-                kwargs = dict(kwargs)
-                args = (kwargs.pop(name), *args)
-                break
-        return run(*args, **kwargs)
+        first = [kwargs[name] for name in _FIRST_ARGUMENTS if name in kwargs]
+        rest = {name: x for name, x in kwargs.items() if name not in _FIRST_ARGUMENTS}
+        return run(*first, *args, **rest)
 
 
 def graph_names(tensors: Iterable[Tensor]) -> frozenset[str]:

@@ -19,7 +19,6 @@ import funcjac._torch_faults.attention as attention
 import funcjac._torch_faults.linalg as linalg
 import funcjac._torch_faults.norms as norms
 import funcjac._torch_faults.others as others
-from funcjac._environment import torch_private
 
 Calls = dict[Any, Callable[..., Any]]
 
@@ -77,11 +76,7 @@ def _calls(run: Callable[..., Any], *names: str) -> Calls:
 
 _UMBRELLA = 198017  # torch's own list of wrong formulas
 _NORM = "forward_again batching_again reverse_3"
-_BATCH_NORMS = {
-    **norms.BATCH_NORMS,
-    **_calls(norms.legit_batch_norm, "_native_batch_norm_legit"),
-    torch_private.updating_batch_norm: norms.updating_batch_norm,
-}
+_BATCH_NORMS = norms.BATCH_NORMS | _calls(norms.legit_batch_norm, "_native_batch_norm_legit")
 _POWERS = {
     **_calls(linalg.power, "pow", "__pow__"),
     **_calls(linalg.pow_in_place, "pow_", "__ipow__"),
@@ -128,8 +123,7 @@ _LINALG = (
           issue=192540,
           note="tensorsolve and solve_ex run it as well, and are not intercepted"),
     Fault("linalg_lu_solve", "forward_vmap forward_again vmap", "",
-          _calls(linalg.torch_lu_solve, "lu_solve")
-          | {torch.linalg.lu_solve: linalg.lu_solve}),
+          _calls(linalg.torch_lu_solve, "lu_solve") | {torch.linalg.lu_solve: linalg.lu_solve}),
     Fault("cholesky_inverse", "forward forward_again reverse_1", "CholeskyInverseBackward0",
           _calls(linalg.cholesky_inverse, "cholesky_inverse"),
           issue=_UMBRELLA, note="the gradient by the triangle that is not read"),

@@ -13,12 +13,9 @@ from funcjac.errors import VerificationError
 
 
 def check_attached(run: Run, modules: Iterable[nn.Module]) -> int:
-    """Raise if an output has no graph, and most of it moves with the inputs.
-
-    This runs ``func`` again, at a point nearby, if an output has no graph; returns how often.
-    """
-    loose = {i: x for i, x in enumerate(run.output.leaves) if x.numel() and not x.requires_grad}
-    batch = run.call.batch
+    """Raise if an output without a graph moves with the inputs; returns how often ``func`` ran."""
+    outs, batch = run.output.leaves, run.call.batch
+    loose = [i for i, out in enumerate(outs) if out.numel() and not out.requires_grad]
     # A transform has seen to it itself; one row alone cannot tell draws apart.
     if not loose or batch == 1 or hasattr(run.call.func, "__funcjac_key__"):
         return 0
@@ -33,8 +30,8 @@ def check_attached(run: Run, modules: Iterable[nn.Module]) -> int:
         nearby = run.call(moved).leaves
     set_rng_state(state)
     put_back(buffers)
-    for i, out in loose.items():
-        moves = (out != nearby[i]).double().reshape(batch, -1).mean(1)
+    for i in loose:
+        moves = (outs[i] != nearby[i]).double().reshape(batch, -1).mean(1)
         # What changes in the rows that did not move is a draw of func's own.
         draws = None not in run.dims and moves[~even].mean() > 0.5
         if not draws and moves[even].mean() > 0.5:  # comparisons and roundings move few numbers

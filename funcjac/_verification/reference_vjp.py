@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from funcjac._engines.rows import join
 from funcjac._engines.run_func import Run
-from funcjac._environment.torch_private import vector_jacobian
+from funcjac._environment.torch_private import Tensors, vector_jacobian
 
 # No number that a user would seed with: the cotangent must not be the input itself.
 RNG_SEED = 0x6A61_636F_6269
@@ -64,19 +63,14 @@ def make_reference(run: Run, number: int) -> tuple[Probe, list[Entry]]:
 
 
 def vjp(
-    outs: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor | None],
-    *,
-    create_graph: bool,
+    outs: Tensors, inputs: Sequence[Tensor], cotangents: Tensors, *, create_graph: bool
 ) -> list[Tensor | None]:
     """``torch.autograd.grad``, with ``None`` for whatever does not depend on an input."""
     live = [(o, c) for o, c in zip(outs, cotangents) if o is not None and o.requires_grad]
     if not live:
         return [None] * len(inputs)
     roots, vectors = zip(*live)
-    with torch.enable_grad():
-        return list(vector_jacobian(roots, inputs, vectors, retain=True, graph=create_graph))
+    return list(vector_jacobian(roots, inputs, vectors, retain=True, graph=create_graph))
 
 
 def random_like(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -116,19 +110,17 @@ def curvature(
     run: Run, grad: Tensor | None, j: int, left: Tensor, right: Tensor, factors: Tensor | None
 ) -> Tensor:
     """``right . H left`` in each row for each pair ``(K, B)``, ``(K,)`` of a shared input."""
-    x, dim = run.inputs[j], run.dims[j]
+    x, dim, products, weights = run.inputs[j], run.dims[j], [], None
     if dim is not None and factors is not None:
-        factors = factors.view(*[1] * dim, -1, *[1] * (x.ndim - 1 - dim))
-
-    def products() -> Iterator[tuple[int, list[Tensor | None]]]:
-        for tangent, vector in zip(left, right):
-            if dim is not None and factors is not None:
-                tangent = tangent * factors
-            (row,) = vjp([grad], [x], [tangent], create_graph=run.create_graph)
-            product = torch.zeros_like(x) if row is None else row * vector
-            if dim is not None:
-                product = product.movedim(dim, 0).reshape(x.shape[dim], -1).sum(1)
-            yield 1, [(product.sum() if dim is None else product).unsqueeze(0)]
-
-    (result,) = join(products(), len(left), 0, 1, create_graph=run.create_graph)
-    return x.new_zeros((0,) if dim is None else (0, x.shape[dim])) if result is None else result
+        weights = factors.view(*[1] * dim, -1, *[1] * (x.ndim - 1 - dim))
+    for tangent, vector in zip(left, right):
+        tangent = tangent if weights is None else tangent * weights
+        (row,) = vjp([grad], [x], [tangent], create_graph=run.create_graph)
+        product = torch.zeros_like(x) if row is None else row * vector
+        if dim is None:
+            products.append(product.sum())
+        else:
+            products.append(product.movedim(dim, 0).reshape(x.shape[dim], -1).sum(1))
+    if not products:
+        return x.new_zeros((0,) if dim is None else (0, x.shape[dim]))
+    return torch.stack(products)

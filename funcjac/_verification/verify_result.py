@@ -8,16 +8,16 @@ custom backward, a partial ``detach``) is wrong on both sides.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from funcjac._arguments import pytree
 from funcjac._engines.run_func import Derivatives, Run
-from funcjac._verification.reference_vjp import Entry, Probe, make_reference, vjp
+from funcjac._verification.reference_vjp import Entry, Probe, make_reference
+from funcjac._verification.row_independence import check_rows
 from funcjac._verification.tolerance import (
     bound,
     error_of,
@@ -28,49 +28,56 @@ from funcjac._verification.tolerance import (
     tolerance_of,
     wide,
 )
+from funcjac._verification.verify_backward import backward_mismatch
 
 _MOST_PRODUCTS = 2**14  # held at once, of a cotangent and a block
-_MOST_UNIT_COTANGENTS = 32
 
 
-def mismatch(run: Run, result: Derivatives, number: int) -> tuple[str | None, bool]:
-    """Where a result and plain autograd disagree, in words; and whether anything was compared."""
-    probe, entries = make_reference(run, number)
-    floor = _subtracted(run, probe)
+def problem_of(
+    run: Run, result: Derivatives, number: int, modules: Iterable[nn.Module], engine: str = "sum"
+) -> tuple[str | None, bool]:
+    """What is wrong with a result, in words, and whether anything was compared.
 
-    def floor_of(entry: Entry) -> Tensor:
-        return floor.sum() if entry.dim is None else floor.unsqueeze(1)
-
-    worst, compared = _worst_error(run, result, entries, floor_of)
-    if worst <= 1:
-        return None, compared
-    off = worst * tolerance_of(run)
-    return f"its product with a random cotangent is off by {off:.2g} of its size", True
-
-
-def is_lost_in_run(run: Run, result: Derivatives, number: int) -> bool:
-    """Whether a difference is what rounding the numbers inside of ``func`` comes to.
-
-    Asked once rows are known to be apart. What cancels leaves nothing else behind; see
-    ``test_constants_by_cancellation``. In a saturated row little is left of derivatives that are
-    large in others.
+    Raises:
+        BatchMixingError: rows depend on one another.
     """
     probe, entries = make_reference(run, number)
+    floors = _subtracted(run, probe)
+    by_row = [floors.sum() if entry.dim is None else floors.unsqueeze(1) for entry in entries]
+    worst, compared = _worst_error(run, result, entries, by_row)
+    if worst > 1:
+        check_rows(run, modules)
+        if not _is_lost_in_run(run, result, probe, entries):
+            off = worst * tolerance_of(run)
+            return f"its product with a random cotangent is off by {off:.2g} of its size", True
+    problem = None if engine == "sum" else _extras_mismatch(run, result)
+    if problem is None and run.create_graph:
+        problem = backward_mismatch(run, result, number)
+    return problem, compared or worst > 1
+
+
+def _is_lost_in_run(run: Run, result: Derivatives, probe: Probe, entries: list[Entry]) -> bool:
+    """Whether a difference is what rounding the numbers inside of ``func`` comes to.
+
+    What cancels leaves nothing else behind; see ``test_constants_by_cancellation``. In a saturated
+    row little is left of derivatives that are large in others.
+    """
     grads = [grad for grad in (*probe.grads, *[e.grad for e in entries]) if grad is not None]
     floor = max(1.0, largest(saved_tensors(run.output.leaves, run.inputs)), largest(grads))
-    return _worst_error(run, result, entries, lambda e: floor * largest(e.seeds))[0] <= 1
+    floors = [floor * largest(entry.seeds) for entry in entries]
+    return _worst_error(run, result, entries, floors)[0] <= 1
 
 
 def _worst_error(
-    run: Run, result: Derivatives, entries: list[Entry], floor_of: Callable[[Entry], Any]
+    run: Run, result: Derivatives, entries: list[Entry], floors: Sequence[Any]
 ) -> tuple[float, bool]:
     """The largest error as a multiple of its bound, and whether each reference has a number."""
     limit, worst, compared = tolerance_of(run), 0.0, True
-    for e, entry in enumerate(entries):
+    for e, (entry, floor) in enumerate(zip(entries, floors)):
         reference, error, scale = _compare(result, e, entry)
         if reference.numel():
             compared = compared and bool(reference.isfinite().any())
-            ratio = error / bound(limit, scale, floor_of(entry))
+            ratio = error / bound(limit, scale, floor)
             worst = max(worst, ratio.nan_to_num(0, torch.inf).max().item())
     return worst, compared
 
@@ -127,29 +134,7 @@ def _contract(seed: Tensor, block: Tensor, *, summed: bool) -> tuple[Tensor, Ten
     return torch.cat(sums), torch.cat(norms)
 
 
-def agrees_with_units(run: Run, result: Derivatives) -> bool:
-    """Whether unit cotangents in half of the rows give the rows of the Jacobian there.
-
-    For backward passes that are not linear, such as a hook that clamps.
-    """
-    limit, batch = tolerance_of(run), run.call.batch
-    even = torch.arange(batch, device=run.inputs[0].device) % 2 == 0
-    for out, blocks in zip(run.output.leaves, result.blocks):
-        count = out.shape[1:].numel()
-        units = range(0, count, max(count // _MOST_UNIT_COTANGENTS, 1))
-        for m, rows in itertools.product(units, (even, ~even)):
-            cotangent = out.new_zeros(batch, count)
-            cotangent[rows, m] = 1
-            grads = vjp([out], run.inputs, [cotangent.view(out.shape)], create_graph=False)
-            for grad, x, dim, block in zip(grads, run.inputs, run.dims, blocks):
-                row = wide(block.detach()).reshape(batch, count, -1)[:, m] * rows.unsqueeze(1)
-                row = row.sum(0, keepdim=True) if dim is None else row
-                if not (error_of(row, _rows(grad, x, dim)) <= limit * largest([row])).all():
-                    return False
-    return True
-
-
-def extras_mismatch(run: Run, result: Derivatives) -> str | None:
+def _extras_mismatch(run: Run, result: Derivatives) -> str | None:
     """Whether value or aux of another engine are not what ``func`` returned for the batch."""
     options, limit = run.call.options, tolerance_of(run)
     if options.return_value:
