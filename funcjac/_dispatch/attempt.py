@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from funcjac._arguments.call import Call
@@ -139,6 +140,7 @@ class Attempt:
         """Another run, of replacements, if they give the same values."""
         call, after = run.call._replace(replaced=True), rng_state()
         moved = buffers_in_training(self.function.modules)
+        held = [(x, x.clone()) for x in self.function.tensors]  # versions do not tell all writing
         set_rng_state(self.start)
         put_back(self.buffers)  # running statistics move once
         self.outcome.runs += 1
@@ -154,6 +156,10 @@ class Attempt:
             raise
         except Exception:  # not all that torch takes is replaced
             pass
+        finally:
+            for x, values in held:
+                if not torch.equal(x, values):
+                    x.data.copy_(values)  # a graph may hold it
         set_rng_state(after)
         put_back(moved)
         return None

@@ -91,7 +91,7 @@ _AUTOCAST = ("cpu", "cuda")
 _SWITCHES = (bool, int, str)
 _is_training = operator.attrgetter("training")
 # What names in a function's module are looked up for.
-_NAMED = (nn.Module, types.FunctionType, torch.jit.ScriptFunction, *_SWITCHES)
+_NAMED = (nn.Module, Tensor, types.FunctionType, torch.jit.ScriptFunction, *_SWITCHES)
 
 _NAMES: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
 # Of modules: their children, and whether TorchScript is among them.
@@ -103,15 +103,16 @@ class FunctionKey:
 
     Attributes:
         parts: what goes into the key.
-        modules: that were met, not their children.
+        modules, tensors: that were met, not children of modules.
         scripted: whether TorchScript is among them.
     """
 
-    __slots__ = ("modules", "parts", "scripted")
+    __slots__ = ("modules", "parts", "scripted", "tensors")
 
     def __init__(self, func: Any) -> None:
         self.parts: list[Any] = []
         self.modules: list[nn.Module] = []
+        self.tensors: list[Tensor] = []
         self.scripted = False
         self._describe(func, 0)
 
@@ -145,7 +146,7 @@ class FunctionKey:
                 for value in values:
                     self._describe(value, depth + 1)
         elif isinstance(item, Tensor):
-            pass  # it may be fresh at each call
+            self.tensors.append(item)  # not in the key: it may be fresh at each call
         elif hasattr(item, "__funcjac_key__"):
             self.parts.append(item.__funcjac_key__)
             self._describe(item.func, depth + 1)

@@ -16,6 +16,7 @@ from torch import Tensor
 from funcjac._arguments.call import Call
 from funcjac._dispatch.choose_engine_mode_chunk import engines_of, sizes_of
 from funcjac._dispatch.decisions import FunctionKey, decision_of, make_key
+from funcjac._dispatch.messages import failure
 from funcjac._engines.loop import by_loop
 from funcjac._engines.run_func import (
     ChangedInputError,
@@ -49,6 +50,16 @@ def solve_inside(call: Call, token: Any) -> Derivatives:
             "scripted function: torch differentiates it wrongly there from its second call on. "
             "Call the transform outside of torch.func, or use the module before scripting."
         )
+    try:
+        return _at_levels(call, token, function)
+    except (BatchMixingError, VerificationError, torch.linalg.LinAlgError, *CONTROL_FLOW):
+        raise
+    except Exception as error:
+        call._replace(clone=True)(call.inputs)  # raises what func itself raises
+        raise failure(call.options, [("", error)], None) from error
+
+
+def _at_levels(call: Call, token: Any, function: FunctionKey) -> Derivatives:
     if sees_values() and call.batch != 1 and "sum" in engines_of(call)[0]:
         return _by_sum(call, make_key((token, "inside"), function, call), function)
     if call.options.engine == "sum" or (call.batch == 1 and "sum" in engines_of(call)[0]):

@@ -20,7 +20,7 @@ from funcjac._engines.rows import (
     batch_at,
     coordinates,
     flat_rows,
-    plain_identity,
+    identity,
     row_shape,
 )
 from funcjac._engines.run_func import Route, Run
@@ -253,7 +253,7 @@ def _unit(root: Maybe, n: int | None) -> tuple[Any, Any]:
     """Where a column, or column ``n`` of rows, enters the graph, and its cotangent."""
     if root is None:
         return None, None
-    unit = root.new_ones(()) if n is None else plain_identity(root.shape[1], root)[n]
+    unit = root.new_ones(()) if n is None else identity(root.shape[1], root, plain=True)[n]
     return root, unit.expand(root.shape)
 
 

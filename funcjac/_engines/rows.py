@@ -33,16 +33,10 @@ def elements_of_rows(outs: Sequence[Tensor]) -> int:
     return total
 
 
-def identity(count: int, like: Tensor) -> Tensor:
-    """The identity matrix ``(count, count)``; in transforms, tensors belong to a level."""
-    if is_functional():
-        return torch.eye(count, dtype=like.dtype, device=like.device)
-    return plain_identity(count, like)
-
-
-def plain_identity(count: int, like: Tensor) -> Tensor:
-    """The same in plain code, where small ones are made once."""
-    if count == 1 or count * count > _MOST_CACHED:  # results may lie in that of a single number
+def identity(count: int, like: Tensor, *, plain: bool = False) -> Tensor:
+    """The identity matrix ``(count, count)``; small ones are made once, in ``plain`` code."""
+    # Results may lie in the memory of a single number; in transforms, tensors belong to a level.
+    if count == 1 or count * count > _MOST_CACHED or (not plain and is_functional()):
         return torch.eye(count, dtype=like.dtype, device=like.device)
     key = (count, like.dtype, like.device)
     eye = _CACHE.get(key)

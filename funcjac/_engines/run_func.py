@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
@@ -165,7 +166,7 @@ def read_graph(run: Run) -> tuple[Run, Facts]:
     nodes: list[Any] = []
     seen: set[Any] = {None, *map(_grad_fn, inputs)}
     outs = output.leaves if output.aux is None else attached(output)
-    stack: list[Any] = [(out.grad_fn, 0) for out in outs]
+    stack: list[Any] = list(zip(map(_grad_fn, outs), itertools.repeat(0)))
     while stack:  # of every call: a generator would take twice as long
         node, _ = stack.pop()
         if node in seen:

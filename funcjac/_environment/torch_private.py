@@ -136,7 +136,11 @@ def backward(
     """``torch.autograd.grad`` of a tensor, or a place in a graph; ``None`` for no dependence."""
     if type(out) is not GradientEdge and not out.requires_grad:
         return (None,) * len(inputs)
-    return vector_jacobian((out,), inputs, (cotangent,), retain=retain, graph=graph)
+    if _ENGINE is None or type(out) not in _ROOTS:
+        return vector_jacobian((out,), inputs, (cotangent,), retain=retain, graph=graph)
+    return _ENGINE.run_backward(  # as below, without another step
+        (out,), (cotangent,), retain, graph, tuple(inputs), True, accumulate_grad=False
+    )
 
 
 _ROOTS = {Tensor, GradientEdge}

@@ -44,9 +44,10 @@ def backward_mismatch(run: Run, result: Derivatives, number: int) -> str | None:
             return "it has derivatives where plain double backward has none"
         return None
     limit, sizes = tolerance_of(run), [largest([derivative]) for derivative in reference]
+    weight = max(1.0, largest([seed for entry in entries for seed in entry.seeds]))
     errors = list(map(error_of, grads, reference))
     for subtracted in (reference, saved_tensors([expected], [])):
-        floor = largest(subtracted)
+        floor = weight * largest(subtracted)
         if all(bool((e <= bound(limit, s, floor)).all()) for e, s in zip(errors, sizes)):
             return None
     return "its derivatives differ from those of plain double backward"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from funcjac import batch_hessian, batch_hessian_diagonal, batch_jacobian, batch_laplacian
 from tests.oracles import stacked
@@ -135,3 +136,20 @@ def test_numbers_written_without_grad_are_constants():
     for words in ({}, {"mode": "fwd"}, {"engine": "loop", "mode": "fwd", "check": False}):
         found = batch_jacobian(func, **words)(x)
         torch.testing.assert_close(found, torch.diag_embed(x).repeat(1, 20, 1))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.jacrev])
+def test_what_torch_cannot_differentiate_is_refused_in_the_words_of_plain_code(transform):
+    func = stacked(lambda x: F.multi_margin_loss(x, torch.tensor(1)))
+    jacobian, x = batch_jacobian(func, mode="fwd"), fixed_randn(4, 3)
+    with pytest.raises(RuntimeError, match=r"^batch_jacobian: engine='auto' with mode='fwd' can"):
+        transform(lambda row: jacobian(row[None])[0])(x if transform is torch.vmap else x[0])
+
+
+def test_an_error_of_func_reaches_the_user_as_itself_inside_of_torch_func():
+    def func(x):
+        raise KeyError("a table of the user's")
+
+    with pytest.raises(KeyError, match="of the user's"):
+        torch.vmap(batch_jacobian(func))(fixed_randn(2, 4, 3))

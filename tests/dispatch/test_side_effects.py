@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.functional import instance_norm
 
-from funcjac import batch_jacobian
+from funcjac import batch_hessian, batch_jacobian
 from tests.tensors import equal, randn
 
 B = 4
@@ -424,3 +425,32 @@ def test_a_module_is_not_kept_alive():
     del net, jacobian
     gc.collect()
     assert alive() is None
+
+
+MEAN, VAR = torch.zeros(2).double(), torch.ones(2).double()
+
+
+@pytest.mark.parametrize("transform", [batch_jacobian, batch_hessian])
+@pytest.mark.parametrize("where", ["closure", "list", "module of the function"])
+def test_statistics_that_no_module_owns_move_once(transform, where):
+    """Also where a second run replaces what torch differentiates wrongly."""
+    held = (MEAN, VAR) if where == "module of the function" else (MEAN.clone(), VAR.clone())
+    if where == "closure":
+        mean, var = held
+        func = lambda x: instance_norm(x, mean, var, use_input_stats=True)
+    elif where == "list":
+        func = lambda x: instance_norm(x, *held, use_input_stats=True)
+    else:
+        func = lambda x: instance_norm(x, MEAN, VAR, use_input_stats=True)
+    before, x = [t.clone() for t in held], randn(B, 2, 4).requires_grad_()
+    func(x)
+    after = [t.clone() for t in held]
+    for t, values in zip(held, before):
+        t.copy_(values)
+    result = transform(func)(x)
+    for t, values in zip(held, after):
+        equal(t, values)
+    result.square().sum().backward()
+    assert x.grad is not None
+    for t, values in zip(held, before):
+        t.copy_(values)
