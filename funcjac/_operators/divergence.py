@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
-from funcjac._engines.rows import identity, row_shape
+from funcjac._engines.rows import flat_rows, row_shape
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._engines.sum import divergence
 from funcjac._operators.operator import Hutchinson, Operator, Tensors
@@ -87,11 +87,9 @@ class Divergence(Hutchinson, Operator):
 
     def _vectors(self, call: Call, i: int) -> Tensor:
         """The basis of input ``i``, ``(N, 1, N)``, or its probes, ``(k, B, N)``, to be averaged."""
-        if self.samples is None:
-            x, dim = call.inputs[i], call.layout.diff_dims[i]
-            return identity(row_shape(x, dim).numel(), x).unsqueeze(1)
-        probes = call.extras[i].movedim(1, 0)  # (k, B, *row)
-        return probes.reshape(self.samples, call.batch, -1) / self.samples**0.5
+        probes = call.extras[i] if self.samples else None
+        vectors = self.vectors(call.inputs[i], call.layout.diff_dims[i], probes)
+        return flat_rows(vectors, 0, call.batch) / (self.samples or 1) ** 0.5
 
     def tree(self, call: Call, result: Derivatives) -> Any:
         (blocks,) = result.blocks

@@ -111,9 +111,9 @@ def batch_hessian(  # noqa: D417  documented once, for all
     """Computes the Hessian of each row of a batch.
 
     For ``func: (B, *in) -> (B, *out)`` the returned function gives ``H[b] = d^2 func(x)[b] / d
-    x[b]^2``, of shape ``(B, *out, *in, *in)``: what ``batch_jacobian(batch_jacobian(func))``
-    gives, as one transform. Like :func:`torch.func.hessian` under :func:`torch.vmap`, except for
-    what :func:`batch_jacobian` does otherwise.
+    x[b]^2``, of shape ``(B, *out, *in, *in)``, as ``batch_jacobian(batch_jacobian(func))`` does.
+    Like :func:`torch.func.hessian` under :func:`torch.vmap`, except for what
+    :func:`batch_jacobian` does otherwise.
 
     Args:
         func: a batched function.
@@ -121,8 +121,8 @@ def batch_hessian(  # noqa: D417  documented once, for all
             inside each output leaf: ``hess[i][j]`` of shape ``(B, *out, *in_i, *in_j)``.
         mode: ``"fwd_over_rev"``, ``"rev_over_rev"``, ``"rev_over_fwd"``, ``"fwd_over_fwd"``: how
             the Jacobian is differentiated, over how it is computed; ``"taylor"``: all pairs of
-            coordinates are propagated through the operations of the one run. ``"auto"`` goes by
-            the numbers of inputs and outputs.
+            coordinates are propagated through the operations of the one run; ``"auto"`` goes by
+            sizes.
         {keywords}
 
     Returns:

@@ -14,7 +14,7 @@ from funcjac._engines import vmap
 from funcjac._engines.nesting import Along, Directions, along
 from funcjac._engines.rows import added, coordinates, join
 from funcjac._engines.run_func import Derivatives, Route, Run
-from funcjac._operators.operator import SecondOrder, Tensors
+from funcjac._operators.operator import Dims, SecondOrder, Tensors
 from funcjac._operators.transform import documented, make_transform
 from funcjac._taylor import Recording, along_directions, make_recording, on_one_row, second_order
 from funcjac._verification.central_differences import Pair, difference
@@ -37,9 +37,7 @@ class HessianDiagonal(SecondOrder):
     def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
         return inputs, inputs, inputs
 
-    def directions(
-        self, call: Call, xs: Tensors, dims: Sequence[int | None], extras: Tensors
-    ) -> list[Directions]:
+    def directions(self, call: Call, xs: Tensors, dims: Dims, extras: Tensors) -> list[Directions]:
         """Directions in each input; of one row if no input has a batch dimension."""
         bases = [coordinates(x, dim) for x, dim in zip(xs, dims)]
         return [Directions(left, None, left.new_ones(len(left)), basis=True) for left in bases]

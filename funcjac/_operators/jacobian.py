@@ -55,33 +55,32 @@ def batch_jacobian(  # noqa: D417  documented once, for all
     """Computes the Jacobian of each row of a batch.
 
     For ``func: (B, *in) -> (B, *out)`` the returned function gives ``J[b] = d func(x)[b] / d
-    x[b]``, of shape ``(B, *out, *in)``. It is itself a batched function, whose Jacobian has second
-    derivatives ``(B, *out, *in, *in)``. Like :func:`torch.func.jacrev` under :func:`torch.vmap`,
-    except that ``func`` sees a batch, that keyword arguments are not mapped, that results are
-    verified, and that another engine runs where ``vmap`` cannot.
+    x[b]``, of shape ``(B, *out, *in)``. It is a batched function, too, so that transforms nest.
+    Like :func:`torch.func.jacrev` under :func:`torch.vmap`, except that ``func`` sees a batch, that
+    keyword arguments are not mapped, that results are verified, and that another engine runs
+    where ``vmap`` cannot.
 
     Args:
         func: a batched function: row ``b`` of its output depends on row ``b`` of its batched
             inputs alone. A function ``g`` of one sample enters as ``torch.vmap(g)``.
-        argnums: positional argument or arguments to differentiate. An int adds no level to the
-            result, a tuple adds a tuple inside each output leaf.
-        mode: ``"rev"`` pulls back the basis of a row's output (one pass for each element),
-            ``"fwd"`` pushes forward that of its input, as the transpose of a vector-Jacobian
-            product (with ``engine="vmap"`` by torch's forward formulas); ``"auto"`` goes by sizes.
+        argnums: positional argument or arguments to differentiate. A tuple adds a tuple inside
+            each output leaf.
+        mode: ``"rev"`` pulls back the basis of a row's output, ``"fwd"`` pushes forward that of
+            its input, as the transpose of a vector-Jacobian product (with ``engine="vmap"`` by
+            torch's forward formulas); ``"auto"`` goes by sizes.
         {keywords}
 
     Returns:
-        A function that returns ``jac``, with the structure of the output outside and that of the
-        input inside. Its leaves are contiguous, of the dtype that output and input promote to,
-        differentiable if grad mode is on and something requires grad, and zero where an output
-        does not depend on an input.
+        A function that returns ``jac``, output structure outside, input structure inside. Leaves
+        are contiguous, of the dtype that output and input promote to, differentiable if grad mode
+        is on and something requires grad, and zero where an output does not depend on an input.
 
     Raises:
         {errors}
 
-    Cost: one run of ``func`` and, in ``rev``, a backward pass for each element of a row of the
-    output; in ``fwd`` one more than a row of the input has elements. A pass that carries ``k``
-    basis vectors holds ``k`` times the memory of one. A verified call takes one more pass.
+    Cost: one run of ``func``, and a backward pass for each element of a row of the output, or in
+    ``fwd`` one more than a row of the input has elements. A pass that carries ``k`` basis vectors
+    holds ``k`` times the memory of one. A verified call takes one more pass.
 
     Sources: torch.func (vmap, vjp, jvp); the sum trick of pytorch/functorch issue 328 and
     TensorFlow's ``batch_jacobian``; pytorch/pytorch issue 23475, which asked for this.
@@ -89,10 +88,7 @@ def batch_jacobian(  # noqa: D417  documented once, for all
     Example:
         >>> import torch, funcjac
         >>> x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
-        >>> jac = funcjac.batch_jacobian(torch.sin)(x)
-        >>> jac.shape
-        torch.Size([2, 3, 3])
-        >>> torch.allclose(jac, torch.diag_embed(x.cos()))
+        >>> torch.allclose(funcjac.batch_jacobian(torch.sin)(x), torch.diag_embed(x.cos()))
         True
         >>> funcjac.batch_jacobian(funcjac.batch_jacobian(torch.sin))(x).shape
         torch.Size([2, 3, 3, 3])
@@ -133,8 +129,8 @@ def batch_jacobian_of(
             gradient, nothing is verified: it would see random numbers.
 
     Returns:
-        The Jacobian, in the structure of ``outputs`` outside and that of ``inputs`` inside; zero
-        where an output does not depend on an input.
+        The Jacobian, output structure outside, input structure inside; zero where an output does
+        not depend on an input.
 
     Raises:
         TypeError, ValueError: bad keywords; inputs that do not require grad; outputs without a
@@ -142,8 +138,7 @@ def batch_jacobian_of(
         BatchMixingError: rows of the outputs depend on other rows of the inputs.
         VerificationError: the result does not agree with a plain vector-Jacobian product.
 
-    Cost: as many passes through the graph as a row of the output has elements (``rev``), or one
-    more than a row of the input has (``fwd``); nothing is run again.
+    Cost: the passes of :func:`batch_jacobian`; nothing is run again.
 
     Sources: the sum trick of pytorch/functorch issue 328; TensorFlow's ``batch_jacobian``.
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from funcjac._arguments.call import Call, with_extras
 from funcjac._arguments.check_tensors import check_arguments
 from funcjac._engines.nesting import Directions
-from funcjac._engines.rows import added, identity, row_shape
+from funcjac._engines.rows import added, row_shape
 from funcjac._engines.run_func import Derivatives, Run
 from funcjac._environment.torch_private import is_traced, is_transformed
 from funcjac._operators.hessian_diagonal import HessianDiagonal, Maybe
-from funcjac._operators.operator import Hutchinson, Tensors
+from funcjac._operators.operator import Dims, Hutchinson, Tensors
 from funcjac._operators.transform import documented, make_transform
 from funcjac._verification.central_differences import Pair
 from funcjac._verification.reference_vjp import Entry, Probe, row_factors
@@ -66,9 +66,7 @@ class Laplacian(Hutchinson, HessianDiagonal):
     def adds_jac(self, call: Call) -> bool:
         return call.options.return_value and self.samples is None
 
-    def directions(
-        self, call: Call, xs: Tensors, dims: Sequence[int | None], extras: Tensors
-    ) -> list[Directions]:
+    def directions(self, call: Call, xs: Tensors, dims: Dims, extras: Tensors) -> list[Directions]:
         weight, probes = (extras[0], extras[1:]) if self.weight is not None else (None, extras)
         drawn = probes or [None] * len(xs)
         return [self._along(call, weight, *parts) for parts in zip(xs, dims, drawn)]
@@ -78,13 +76,8 @@ class Laplacian(Hutchinson, HessianDiagonal):
     ) -> Directions:
         """Probes, the basis, or eigenvectors of a weight that all rows share."""
         row, shared = row_shape(x, dim), dim is None or self.weight_dim is None
-        if probes is not None:  # (B, k, *row), or (k, *row)
-            rows = probes.unsqueeze(1) if dim is None else probes.movedim(1, 0)
-            weights = x.new_full((len(rows),), 1 / len(rows))
-        else:
-            rows = identity(row.numel(), x).view(row.numel(), 1, *row)
-            weights = x.new_ones(len(rows))
-        basis = probes is None
+        rows, basis = self.vectors(x, dim, probes), probes is None
+        weights = x.new_full((len(rows),), 1 / (self.samples or 1))
         if basis and weight is not None and shared:
             if weight.ndim == len(row):
                 weights, weight = weight.reshape(-1), None
@@ -228,9 +221,9 @@ def batch_laplacian(  # noqa: D417  documented once, for all
     """Computes the Laplacian of each row: the trace of its Hessian, without the Hessian.
 
     For ``func: (B, *in) -> (B, *out)`` the returned function gives ``sum_i d^2 func(x)[b] / d
-    x[b, i]^2``, of shape ``(B, *out)``; with a ``weight`` ``sum_ij W[i, j] H[b, i, j]``, as in the
-    generator of a diffusion. Of several inputs, the sum over all of them. Computed as
-    :func:`batch_hessian_diagonal` is, but second derivatives are added up on the way.
+    x[b, i]^2``, of shape ``(B, *out)``; with a ``weight`` ``sum_ij W[i, j] H[b, i, j]``. Of several
+    inputs, the sum over all. Computed as :func:`batch_hessian_diagonal` is, but second derivatives
+    are added up on the way.
 
     Args:
         func: a batched function.

@@ -18,13 +18,14 @@ from funcjac._dispatch.choose_engine_mode_chunk import (
     prefers_taylor,
     second_order_route,
 )
-from funcjac._engines.rows import as_block, row_shape
+from funcjac._engines.rows import as_block, identity, row_shape
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._verification.central_differences import Pair, difference, random_moves, times
 from funcjac._verification.reference_vjp import Entry, Probe
 from funcjac.errors import refuse
 
 Tensors = Sequence[Tensor]
+Dims = Sequence[int | None]
 NESTED = ("fwd_over_rev", "rev_over_rev", "rev_over_fwd", "fwd_over_fwd")
 
 
@@ -195,6 +196,13 @@ class Hutchinson:
         if self.probes == "gaussian":
             return torch.randn(shape, dtype=like.dtype, **keywords).to(like.device)
         return (2 * torch.randint(0, 2, shape, **keywords) - 1).to(like.device, like.dtype)
+
+    def vectors(self, x: Tensor, dim: int | None, probes: Tensor | None) -> Tensor:
+        """The basis of a row, or the probes of an input: ``(K, B or 1, *row)``."""
+        if probes is not None:
+            return probes.unsqueeze(1) if dim is None else probes.movedim(1, 0)
+        row = row_shape(x, dim)
+        return identity(row.numel(), x).view(row.numel(), 1, *row)
 
     def own_inputs(self, call: Call) -> list[tuple[int, ...]]:
         return [()] * (1 + self.return_error)
