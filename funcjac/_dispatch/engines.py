@@ -93,8 +93,8 @@ def by_vmap(attempt: Attempt) -> Derivatives:
         attempt.is_due = attempt.options.check is not False
         if not attempt.is_due:
             check_forward_formulas(attempt.call, again=torch.is_grad_enabled() or "_" in mode)
-    call, create_graph = _call_of_rows(attempt)
-    call = call._replace(replaced=True)  # node names do not show all that torch.func has wrong
+    # Node names do not show all that torch.func differentiates wrongly.
+    call = _call_of_rows(attempt)._replace(replaced=True)
 
     def compute(*row: Any) -> Any:
         return attempt.operator.compute_row(call, *row, mode)
@@ -105,17 +105,15 @@ def by_vmap(attempt: Attempt) -> Derivatives:
     if attempt.is_due:
         verify(attempt, _with_draws_of_vmap(attempt), result, "vmap")
     attempt.outcome.route = Route(mode, attempt.options.chunk_size)
-    return result if create_graph else detached(result)
+    return result
 
 
-def _call_of_rows(attempt: Attempt) -> tuple[Call, bool]:
+def _call_of_rows(attempt: Attempt) -> Call:
     """The call of an engine that runs rows, with the inputs of the reference, if it has a graph."""
     if attempt.is_due or not attempt.decision.has_run:
         reference(attempt)
-    plain, call = attempt.plain, attempt.call
-    if plain is None:
-        return call, torch.is_grad_enabled()
-    return call.with_inputs(plain.inputs) if plain.create_graph else call, plain.create_graph
+    call, plain = attempt.call, attempt.plain
+    return call if plain is None or not plain.create_graph else call.with_inputs(plain.inputs)
 
 
 def reference(attempt: Attempt) -> None:
@@ -159,9 +157,9 @@ def _with_draws_of_vmap(attempt: Attempt) -> Run:
 
 def by_loop(attempt: Attempt) -> Derivatives:
     """One row after the other."""
-    call, create_graph = _call_of_rows(attempt)
+    call = _call_of_rows(attempt)
     plain, start = attempt.plain, rng_state()
-    result = loop.by_loop(call, functools.partial(_one_row, attempt), create_graph=create_graph)
+    result = loop.by_loop(call, functools.partial(_one_row, attempt))
     if attempt.options.randomness == "error" and not same_rng_state(start, rng_state()):
         set_rng_state(start)
         raise drew(attempt.options)
@@ -174,15 +172,13 @@ def by_loop(attempt: Attempt) -> Derivatives:
 def _one_row(attempt: Attempt, call: Call) -> Derivatives:
     attempt.outcome.runs += 1
     run, facts = read_graph(run_once(call))
-    operator, create_graph = attempt.operator, run.create_graph
-    route = operator.route(call, sizes_of(run, facts.widest))._replace(chunk=1)  # without any vmap
+    route = attempt.operator.route(call, sizes_of(run, facts.widest))._replace(chunk=1)  # no vmap
     attempt.outcome.route = route
-    with torch.set_grad_enabled(create_graph or operator.is_second_order):
-        result = operator.compute(run, route)
-    if create_graph:
-        retire(run)
-        return result
-    return detached(result)
+    result = computed(run, route, route)
+    if not run.create_graph:
+        return detached(result)
+    retire(run)
+    return result
 
 
 BY_ENGINE = {"sum": by_sum, "vmap": by_vmap, "loop": by_loop}

@@ -91,7 +91,7 @@ def _by_rows(call: Call) -> Derivatives:
         except Exception:
             if call.options.engine == "vmap":
                 raise
-    return by_loop(call, _one_row, create_graph=True)
+    return by_loop(call, _one_row)
 
 
 def _one_row(call: Call) -> Derivatives:

@@ -12,9 +12,7 @@ from funcjac._engines.run_func import Derivatives, check_aux, join_derivatives, 
 from funcjac._environment.state import rng_state, set_rng_state
 
 
-def by_loop(
-    call: Call, compute: Callable[[Call], Derivatives], *, create_graph: bool
-) -> Derivatives:
+def by_loop(call: Call, compute: Callable[[Call], Derivatives]) -> Derivatives:
     """``compute`` on every row as a batch of one."""
     layout = call.layout
     same = rng_state() if call.options.randomness == "same" else None
@@ -32,7 +30,7 @@ def by_loop(
             continue
         check_aux(result.output.aux)
         tensors, rest = split_derivatives(result)
-        rows.append(tensors if create_graph else [tensor.detach() for tensor in tensors])
+        rows.append(tensors)
     like = next((row for row in rows if row is not None), None)
     if like is None:
         assert error is not None

@@ -74,7 +74,6 @@ def _calls(run: Callable[..., Any], *names: str) -> Calls:
     return {getattr(p, name): run for name in names for p in places if hasattr(p, name)}
 
 
-_UMBRELLA = 198017  # torch's own list of wrong formulas
 _NORM = "forward_again batching_again reverse_3"
 _BATCH_NORMS = norms.BATCH_NORMS | _calls(norms.legit_batch_norm, "_native_batch_norm_legit")
 _POWERS = {
@@ -126,7 +125,7 @@ _LINALG = (
           _calls(linalg.torch_lu_solve, "lu_solve") | {torch.linalg.lu_solve: linalg.lu_solve}),
     Fault("cholesky_inverse", "forward forward_again reverse_1", "CholeskyInverseBackward0",
           _calls(linalg.cholesky_inverse, "cholesky_inverse"),
-          issue=_UMBRELLA, note="the gradient by the triangle that is not read"),
+          issue=198017, note="the gradient by the triangle that is not read"),
     Fault("_cdist_forward", "batching vmap reverse_2", "CdistBackward0",
           _calls(linalg.cdist, "cdist"), issue=83510),
     Fault("_pdist_forward", "reverse_2", "PdistBackward0", _calls(linalg.pdist, "pdist")),

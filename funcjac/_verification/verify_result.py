@@ -52,7 +52,7 @@ def problem_of(
             return f"its product with a random cotangent is off by {off:.2g} of its size", True
     problem = None if engine == "sum" else _extras_mismatch(run, result)
     if problem is None and run.create_graph:
-        problem = backward_mismatch(run, result, number)
+        problem = backward_mismatch(run, result, entries, number)
     return problem, compared or worst > 1
 
 
@@ -98,7 +98,9 @@ def _subtracted(run: Run, probe: Probe) -> Tensor:
 
 def _compare(result: Derivatives, e: int, entry: Entry) -> tuple[Tensor, Tensor, Tensor]:
     """Reference, error and size of terms of an entry: ``(B, N)``, or ``(1, N)`` over all rows."""
-    reference = _rows(entry.grad, entry.like, entry.dim)
+    grad = torch.zeros_like(entry.like) if entry.grad is None else entry.grad.detach()
+    grad = grad.unsqueeze(0) if entry.dim is None else grad.movedim(entry.dim, 0)
+    reference = wide(grad).reshape(len(grad), -1)
     computed, scale = torch.zeros_like(reference), magnitude(reference)
     for seed, blocks in zip(entry.seeds, result.blocks):
         if seed.numel() and reference.numel():
@@ -108,13 +110,6 @@ def _compare(result: Derivatives, e: int, entry: Entry) -> tuple[Tensor, Tensor,
     if entry.size is not None:
         scale = scale + magnitude(entry.size).reshape(reference.shape)
     return reference, error_of(computed, reference), scale
-
-
-def _rows(grad: Tensor | None, like: Tensor, dim: int | None) -> Tensor:
-    """A gradient by rows, ``(B, N)``, or ``(1, N)`` summed over rows."""
-    grad = torch.zeros_like(like) if grad is None else grad.detach()
-    grad = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
-    return wide(grad).reshape(len(grad), -1)
 
 
 def _contract(seed: Tensor, block: Tensor, *, summed: bool) -> tuple[Tensor, Tensor]:
