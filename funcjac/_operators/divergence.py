@@ -65,9 +65,11 @@ class Divergence(Hutchinson, Operator):
 
     def entries(self, run: Run, probe: Probe) -> list[Entry]:
         """One plain backward for each coordinate or sample, other rows by another factor."""
-        batch, outs, terms = run.call.batch, run.output.leaves, []
+        batch, outs = run.call.batch, run.output.leaves
         factors = row_factors(run, probe)[0].to(outs[0].dtype)  # they are its seeds
         shared = None in run.dims  # then only the sum over rows is known
+        # A list of small tensors would keep the C library from using large memory again.
+        total = size = outs[0].new_zeros(() if shared else batch)
         for i, (out, x, dim) in enumerate(zip(outs, run.inputs, run.dims)):
             for vector in self._vectors(run.call, i):
                 scalar = (out.reshape(batch, -1) * vector.to(out.dtype)).sum(1)
@@ -76,9 +78,8 @@ class Divergence(Hutchinson, Operator):
                     rows = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
                     products = rows.reshape(len(rows), -1) * vector
                     products = products.where(vector != 0, 0)  # NaN beside the diagonal stays out
-                    terms.append(products.sum() if shared else products.sum(1))
-        zero = outs[0].new_zeros(() if shared else batch)
-        total, size = sum(terms, zero), sum([term.detach().abs() for term in terms], zero)
+                    term = products.sum() if shared else products.sum(1)
+                    total, size = total + term, size + term.detach().abs()
         return [Entry([factors], total, total.detach(), None if shared else 0, size)]
 
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
