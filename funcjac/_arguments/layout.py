@@ -76,9 +76,8 @@ def make_layout(
     if not diff:
         raise _nothing_differentiated(options, leaves)
     trees = tuple([_without_constants(args[a]) for a in argnums])
-    is_bare = isinstance(options.argnums, int) and isinstance(trees[0], Tensor)
     tree = trees[0] if isinstance(options.argnums, int) else trees
-    in_spec = None if is_bare else pytree.flatten(tree)[1]
+    in_spec = None if isinstance(tree, Tensor) else pytree.flatten(tree)[1]
     return Layout(spec, tuple(dims), batched, diff, in_spec, plain, tuple([dims[i] for i in diff]))
 
 

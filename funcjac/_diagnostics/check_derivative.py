@@ -55,23 +55,22 @@ class DerivativeReport:
     @property
     def ok(self) -> bool:
         """Whether all that ran agrees, and central differences confirm it."""
-        close = [
-            c.difference <= self.tolerance for c in self.comparisons if c.difference is not None
-        ]
-        return all(close) and self.central_difference <= self.central_tolerance
+        differences = [c.difference for c in self.comparisons if c.difference is not None]
+        close = all(difference <= self.tolerance for difference in differences)
+        return close and self.central_difference <= self.central_tolerance
 
     def __str__(self) -> str:
         width = max(6, *[len(c.mode) + 1 for c in self.comparisons])
         lines = [f"{'engine':<7}{'mode':<{width}}{'difference':>11}  from the loop over rows"]
-        central = Comparison("central", "", self.central_difference)
-        for c in (*self.comparisons, central):
-            limit = self.central_tolerance if c is central else self.tolerance
-            number, verdict = "", c.error
+        for c in (*self.comparisons, Comparison("central", "", self.central_difference)):
+            limit, number, verdict = (
+                self.tolerance if c.mode else self.central_tolerance,
+                "",
+                c.error,
+            )
             if c.difference is not None:
-                number, verdict = (
-                    f"{c.difference:.1e}",
-                    "agrees" if c.difference <= limit else "WRONG",
-                )
+                number = f"{c.difference:.1e}"
+                verdict = "agrees" if c.difference <= limit else "WRONG"
             lines.append(f"{c.engine:<7}{c.mode:<{width}}{number:>11}  {verdict}")
         return "\n".join(lines)
 

@@ -64,5 +64,4 @@ class Meter(EagerMode):
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    leaves = pytree.flatten(tree)[0]
-    return [t for t in leaves if isinstance(t, Tensor) and t.layout == torch.strided]
+    return [t for t in pytree.tensors(tree) if t.layout == torch.strided]

@@ -26,26 +26,33 @@ class Divergence(Hutchinson, Operator):
     """One block: the trace, or an estimate and its standard error."""
 
     def check_output(self, call: Call, outs: Sequence[Tensor]) -> None:
-        check_square(call, [tuple(out.shape[1:]) for out in outs])
+        _check_square(call, outs, 1)
 
     def passes(self, mode: str, outputs: int, inputs: int) -> int:
         return self.samples or outputs
 
     def compute(self, run: Run, route: Route) -> Derivatives:
-        out, probes = run.output.leaves[0], None if self.samples is None else run.call.extras
-        dtype = torch.result_type(out, run.inputs[0])
+        out, dtype = run.output.leaves[0], torch.result_type(run.output.leaves[0], run.inputs[0])
         blocks = [out.new_zeros(run.call.batch, dtype=dtype)] * (1 + self.return_error)
         if any(y.shape[1:].numel() for y in run.output.leaves):
-            total = divergence(run, route, probes).to(dtype)
+            total = divergence(run, route, run.call.extras or None).to(dtype)
             blocks = [block.contiguous() for block in self.estimates(total, -1)]
         return Derivatives([blocks], run.output)
 
     def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
+        chunk = call.options.chunk_size
         if self.samples is not None and call.options.mode != "fwd" and len(xs) == 1:
-            total, along = _estimate_of_row(call, f, xs[0], extras[0])
+            outs, pull, along = torch.func.vjp(f, *xs, has_aux=True)  # type: ignore[misc]
+            _check_square(call, outs, 0)
+
+            def product(probe: Tensor) -> Tensor:
+                (grad,) = pull((probe.to(outs[0].dtype),))
+                return (grad * probe).sum()
+
+            total = torch.vmap(product, randomness="same", chunk_size=chunk)(extras[0])
             return [self.estimates(total, -1)], along
-        jac, along = vmap.jacobian(f, xs, mode, call.options.chunk_size)
-        check_square(call, [tuple(out.shape) for out in along[0]])
+        jac, along = vmap.jacobian(f, xs, mode, chunk)
+        _check_square(call, along[0], 0)
         total: Any = 0
         for i, x in enumerate(xs):
             matrix = jac[i][i].reshape(x.numel(), x.numel())
@@ -58,9 +65,11 @@ class Divergence(Hutchinson, Operator):
 
     def entries(self, run: Run, probe: Probe) -> list[Entry]:
         """One plain backward for each coordinate or sample, other rows by another factor."""
-        batch, outs, terms = run.call.batch, run.output.leaves, []
+        batch, outs = run.call.batch, run.output.leaves
         factors = row_factors(run, probe)[0].to(outs[0].dtype)  # they are its seeds
         shared = None in run.dims  # then only the sum over rows is known
+        # A list of small tensors would keep the C library from using large memory again.
+        total = size = outs[0].new_zeros(() if shared else batch)
         for i, (out, x, dim) in enumerate(zip(outs, run.inputs, run.dims)):
             for vector in self._vectors(run.call, i):
                 scalar = (out.reshape(batch, -1) * vector.to(out.dtype)).sum(1)
@@ -69,9 +78,8 @@ class Divergence(Hutchinson, Operator):
                     rows = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
                     products = rows.reshape(len(rows), -1) * vector
                     products = products.where(vector != 0, 0)  # NaN beside the diagonal stays out
-                    terms.append(products.sum() if shared else products.sum(1))
-        zero = outs[0].new_zeros(() if shared else batch)
-        total, size = sum(terms, zero), sum([term.detach().abs() for term in terms], zero)
+                    term = products.sum() if shared else products.sum(1)
+                    total, size = total + term, size + term.detach().abs()
         return [Entry([factors], total, total.detach(), None if shared else 0, size)]
 
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
@@ -96,30 +104,18 @@ class Divergence(Hutchinson, Operator):
         return tuple(blocks) if len(blocks) > 1 else blocks[0]
 
 
-def _estimate_of_row(call: Call, f: Any, x: Tensor, probes: Tensor) -> tuple[Tensor, Any]:
-    """``v . J v`` for each of ``probes`` ``(k, *row)``, by one pass for each."""
-    outs, pull, along = torch.func.vjp(f, x, has_aux=True)  # type: ignore[misc]
-    check_square(call, [tuple(out.shape) for out in outs])
-
-    def product(probe: Tensor) -> Tensor:
-        (grad,) = pull((probe.to(outs[0].dtype),))
-        return (grad * probe).sum()
-
-    chunk = call.options.chunk_size
-    return torch.vmap(product, randomness="same", chunk_size=chunk)(probes), along
-
-
-def check_square(call: Call, outs: list[tuple[int, ...]]) -> None:
+def _check_square(call: Call, outs: Tensors, skip: int) -> None:
     """Raise unless outputs and inputs have rows of the same shapes, batched ones for samples."""
     name, dims = call.options.name, call.layout.diff_dims
     if call.extra and None in dims:
         remedy = "Expand it over the batch and give it its dimension in in_dims."
         raise refuse(name, ValueError, "batched inputs with samples", "a shared one", remedy)
     rows = [tuple(row_shape(x, dim)) for x, dim in zip(call.inputs, dims)]
-    if rows != outs:
+    shapes = [tuple(out.shape[skip:]) for out in outs]
+    if rows != shapes:
         expected = f"func to return rows of the shapes of its input, {rows}"
         remedy = "A divergence is the trace of a square Jacobian."
-        raise refuse(name, ValueError, expected, outs, remedy)
+        raise refuse(name, ValueError, expected, shapes, remedy)
 
 
 @documented

@@ -51,17 +51,15 @@ class HessianDiagonal(SecondOrder):
         return list(map(_axis_last, seconds))
 
     def derivatives(self, run: Run, route: Route) -> list[list[Any]]:
-        firsts, total = self.adds_jac(run.call), self.adds_up()
         directions = self.directions(run.call, run.inputs, run.dims, run.call.extras)
         if route.mode != "taylor":
             pairs = zip(along(run, directions, route), directions)
             return self._by_output([(f, self._summed(s, d.weights)) for (f, s), d in pairs])
-        outs, graph, derivatives = run.output.leaves, run.create_graph, []
-        recording = make_recording(run.recorder, outs, create_graph=graph)
-        for j, pairs in enumerate(directions):
-            keywords = {"chunk": route.chunk, "firsts": firsts, "total": total}
-            derivatives.append(_by_taylor(recording, j, pairs, **keywords))
-        return self._by_output(derivatives)
+        outs, firsts, total = run.output.leaves, self.adds_jac(run.call), self.adds_up()
+        recording = make_recording(run.recorder, outs, create_graph=run.create_graph)
+        inputs = enumerate(directions)
+        columns = [_by_taylor(recording, j, d, route.chunk, firsts, total) for j, d in inputs]
+        return self._by_output(columns)
 
     def row_derivatives(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
         derivatives, come_along, chunk = [], None, call.options.chunk_size
@@ -126,7 +124,7 @@ def _axis_last(columns: Maybe) -> Maybe:
 
 
 def _by_taylor(
-    recording: Recording, j: int, pairs: Directions, chunk: int | None, *, firsts: bool, total: bool
+    recording: Recording, j: int, pairs: Directions, chunk: int | None, firsts: bool, total: bool
 ) -> Along:
     """Derivatives along directions in input ``j``; their weighted sum ``(1, B, *out)`` if total."""
     count, graph = len(pairs.left), recording.create_graph

@@ -33,8 +33,7 @@ class Jacobian(Operator):
     compute = staticmethod(jacobian)  # type: ignore[assignment]
 
     def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
-        jac, along = vmap.jacobian(f, xs, mode, call.options.chunk_size)
-        return [list(row) for row in jac], along
+        return vmap.jacobian(f, xs, mode, call.options.chunk_size)
 
 
 @documented

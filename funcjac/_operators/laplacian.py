@@ -1,7 +1,6 @@
 """``batch_laplacian``: the trace of each row's Hessian, without the Hessian.
 
-``sum_r weights[r] D^2 f [left[r], right[r]]`` is a Laplacian for the standard basis, a weighted
-one for directions made from it and the weight, an estimate for random probes.
+``sum_r weights[r] D^2 f [left[r], right[r]]``, along a basis that fits the weight, or probes.
 """
 
 from __future__ import annotations

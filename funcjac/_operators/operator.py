@@ -12,12 +12,7 @@ from torch import Tensor
 
 from funcjac._arguments import pytree
 from funcjac._arguments.call import Call, with_extras
-from funcjac._dispatch.choose_engine_mode_chunk import (
-    Sizes,
-    first_order_route,
-    prefers_taylor,
-    second_order_route,
-)
+from funcjac._dispatch import choose_engine_mode_chunk as rule
 from funcjac._engines.rows import as_block, identity, row_shape
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._verification.central_differences import Pair, difference, random_moves, times
@@ -58,7 +53,7 @@ class Operator:
     def as_numbers(self) -> tuple[tuple[str, Any], ...]:
         """The operator's own keywords for a compiler to pass: ``True`` for what is no number."""
         values = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        kinds = (int, str, tuple)
+        kinds = (int, float, str, tuple)
         return tuple([(n, v if isinstance(v, kinds) else True) for n, v in values if v is not None])
 
     @classmethod
@@ -70,9 +65,9 @@ class Operator:
         """First and second derivatives of each output, and gradients differentiated further."""
         return inputs, 0, 0
 
-    def route(self, call: Call, sizes: Sizes) -> Route:
+    def route(self, call: Call, sizes: rule.Sizes) -> Route:
         """The mode and the chunk that the rule gives."""
-        return first_order_route(call.options.mode, call.options.chunk_size, sizes)
+        return rule.first_order_route(call.options.mode, call.options.chunk_size, sizes)
 
     def passes(self, mode: str, outputs: int, inputs: int) -> int:
         """Passes through the graph of one run, or directions that are propagated."""
@@ -156,7 +151,6 @@ class Hutchinson:
     return_error: bool = False
 
     def check(self, name: str) -> None:
-        """Refuse bad values."""
         samples, probes, generator = self.samples, self.probes, self.generator
         if samples is not None and (type(samples) is not int or samples < 1):
             kind = ValueError if type(samples) is int else TypeError
@@ -230,11 +224,11 @@ class SecondOrder(Operator):
         options = call.options
         if options.mode != "auto" or options.engine not in ("auto", "sum"):
             return options.mode == "taylor"
-        return prefers_taylor(outputs, self.count(call, outputs, inputs))
+        return rule.prefers_taylor(outputs, self.count(call, outputs, inputs))
 
-    def route(self, call: Call, sizes: Sizes) -> Route:
+    def route(self, call: Call, sizes: rule.Sizes) -> Route:
         counts = self.count(call, sizes.outputs, sizes.inputs)
-        return second_order_route(call.options.mode, call.options.chunk_size, sizes, counts)
+        return rule.second_order_route(call.options.mode, call.options.chunk_size, sizes, counts)
 
     def adds_jac(self, call: Call) -> bool:
         return call.options.return_value
@@ -252,26 +246,20 @@ class SecondOrder(Operator):
         raise NotImplementedError
 
     def compute(self, run: Run, route: Route) -> Derivatives:
-        outs, derivatives = run.output.leaves, self.derivatives(run, route)
-        shapes = [row_shape(x, dim) for x, dim in zip(run.inputs, run.dims)]
-        return Derivatives(
-            self._as_blocks(run.call, derivatives, outs, run.inputs, shapes), run.output
-        )
+        derivatives = zip(run.output.leaves, self.derivatives(run, route))
+        return Derivatives(self._as_blocks(run.call, derivatives, run.inputs, run.dims), run.output)
 
     def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
         derivatives, along = self.row_derivatives(call, f, xs, extras, mode)
-        shapes = [x.shape for x in xs]
-        return self._as_blocks(call, derivatives, along[0], xs, shapes), along
+        return self._as_blocks(call, zip(along[0], derivatives), xs, [None] * len(xs)), along
 
-    def _as_blocks(
-        self, call: Call, derivatives: Any, outs: Tensors, inputs: Tensors, shapes: Any
-    ) -> list[list[Tensor]]:
-        names, rows = self.by_inputs(call), []
-        for out, values in zip(outs, derivatives):
+    def _as_blocks(self, call: Call, derivatives: Any, xs: Tensors, dims: Dims) -> Any:
+        names, shapes, rows = self.by_inputs(call), list(map(row_shape, xs, dims)), []
+        for out, values in derivatives:
             row = []
             for value, name in zip(values, names):
                 shape = (*out.shape, *[size for j in name for size in shapes[j]])
-                row.append(as_block(value, shape, out, [inputs[j] for j in name or (0,)]))
+                row.append(as_block(value, shape, out, [xs[j] for j in name or (0,)]))
             rows.append(row)
         return rows
 
