@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from funcjac._engines.rows import join
 from funcjac._engines.run_func import Run
 from funcjac._environment.torch_private import Tensors, vector_jacobian
 
@@ -110,17 +111,19 @@ def curvature(
     run: Run, grad: Tensor | None, j: int, left: Tensor, right: Tensor, factors: Tensor | None
 ) -> Tensor:
     """``right . H left`` in each row for each pair ``(K, B)``, ``(K,)`` of a shared input."""
-    x, dim, products, weights = run.inputs[j], run.dims[j], [], None
+    x, dim = run.inputs[j], run.dims[j]
     if dim is not None and factors is not None:
-        weights = factors.view(*[1] * dim, -1, *[1] * (x.ndim - 1 - dim))
-    for tangent, vector in zip(left, right):
-        tangent = tangent if weights is None else tangent * weights
-        (row,) = vjp([grad], [x], [tangent], create_graph=run.create_graph)
-        product = torch.zeros_like(x) if row is None else row * vector
-        if dim is None:
-            products.append(product.sum())
-        else:
-            products.append(product.movedim(dim, 0).reshape(x.shape[dim], -1).sum(1))
-    if not products:
-        return x.new_zeros((0,) if dim is None else (0, x.shape[dim]))
-    return torch.stack(products)
+        factors = factors.view(*[1] * dim, -1, *[1] * (x.ndim - 1 - dim))
+
+    def products() -> Iterator[tuple[int, list[Tensor | None]]]:
+        for tangent, vector in zip(left, right):
+            if dim is not None and factors is not None:
+                tangent = tangent * factors
+            (row,) = vjp([grad], [x], [tangent], create_graph=run.create_graph)
+            product = torch.zeros_like(x) if row is None else row * vector
+            if dim is not None:
+                product = product.movedim(dim, 0).reshape(x.shape[dim], -1).sum(1)
+            yield 1, [(product.sum() if dim is None else product).unsqueeze(0)]
+
+    (result,) = join(products(), len(left), 0, 1, create_graph=run.create_graph)
+    return x.new_zeros((0,) if dim is None else (0, x.shape[dim])) if result is None else result
