@@ -29,13 +29,7 @@ class Output(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One call of a batched function ``func`` with batch size ``batch``.
-
-    Attributes:
-        clone: whether ``func`` works in place on its arguments and must be given copies.
-        extra: how many of the last leaves are no arguments of ``func``, but of the operator.
-        replaced: whether ``func`` runs with replacements of what torch differentiates wrongly.
-    """
+    """One call of a batched function ``func`` with batch size ``batch``."""
 
     func: Callable[..., Any]
     options: Options
@@ -43,9 +37,9 @@ class Call(NamedTuple):
     leaves: list[Any]
     kwargs: dict[str, Any]
     batch: int
-    clone: bool = False
-    replaced: bool = False
-    extra: int = 0
+    clone: bool = False  # ``func`` works in place on its arguments and must be given copies
+    replaced: bool = False  # replacements run of what torch differentiates wrongly
+    extra: int = 0  # how many of the last leaves are no arguments of ``func``, but of the operator
 
     @property
     def extras(self) -> list[Any]:
@@ -65,7 +59,6 @@ class Call(NamedTuple):
         return self._replace(leaves=self._with(self.layout.batched, rows), batch=1)
 
     def _with(self, places: tuple[int, ...], tensors: Sequence[Tensor]) -> list[Any]:
-        """The leaves, with ``tensors`` in some places."""
         leaves = list(self.leaves)
         for i, tensor in zip(places, tensors):
             leaves[i] = tensor
@@ -106,30 +99,31 @@ def bind(
     Raises:
         TypeError, ValueError: the arguments are not those of a batched function.
     """
+    leaves, spec, plain = list(args), None, not compiling and all(map(is_plain, args))
+    if not plain and not (compiling and all(isinstance(arg, Tensor) for arg in args)):
+        leaves, spec = pytree.flatten_args(args)
     if compiling:  # the compiler remembers by itself, and cannot hash a spec
-        leaves, spec, plain = list(args), None, False
-        if not all(isinstance(arg, Tensor) for arg in args):
-            leaves, spec = pytree.flatten_args(args)
         layout = make_layout(options, args, leaves, spec)
     else:
-        leaves, plain, dims = list(args), all(map(is_plain, args)), options.in_dims
-        kinds: Any = tuple(map(_ndim, args)) if plain else None
-        if not plain:
-            leaves, spec = pytree.flatten_args(args)
-            check_arguments(options.name, leaves)
-            kinds = (spec, *map(_kind, leaves))
+        if not plain or kwargs:
+            check_arguments(options.name, [*leaves, *pytree.tensors(kwargs)])
+        kinds = tuple(map(_ndim, leaves)) if plain else (spec, *map(_kind, leaves))
+        dims = options.in_dims
         key = (options.argnums, dims if type(dims) is int else repr(dims), kinds)
-        layout = _LAYOUTS.get(key) or _remember(key, options, args)
-        if kwargs:
-            check_arguments(options.name, pytree.tensors(kwargs))
+        layout = _LAYOUTS.get(key)
+        if layout is None:
+            layout = make_layout(options, args, leaves, spec)
+            if len(_LAYOUTS) >= _MOST_LAYOUTS:
+                _LAYOUTS.clear()
+            _LAYOUTS[key] = layout
     batch = leaves[layout.batched[0]].shape[layout.dims[layout.batched[0]]]
     if len(layout.batched) > 1:
         check_batch_sizes(options.name, layout, leaves)
     call = Call(func, options, layout, leaves, kwargs, batch)
     if not differentiate:
         return call
-    if not plain:
-        check_inputs(call)
+    for leaf in [] if plain else call.inputs:
+        check_input(options.name, leaf)
     prepare = getattr(options.operator, "prepare", None)
     return call if prepare is None else prepare(call, args, kwargs)
 
@@ -142,14 +136,6 @@ def _kind(leaf: Any) -> Any:
     return (leaf.ndim, is_constant(leaf)) if isinstance(leaf, Tensor) else str(leaf is None)
 
 
-def _remember(key: Any, options: Options, args: tuple[Any, ...]) -> Layout:
-    layout = make_layout(options, args, *pytree.flatten_args(args))
-    if len(_LAYOUTS) >= _MOST_LAYOUTS:
-        _LAYOUTS.clear()
-    _LAYOUTS[key] = layout
-    return layout
-
-
 def with_extras(call: Call, extras: list[Any], dims: tuple[int | None, ...]) -> Call:
     """The call with leaves of the operator's own behind the arguments."""
     layout = call.layout
@@ -157,12 +143,6 @@ def with_extras(call: Call, extras: list[Any], dims: tuple[int | None, ...]) -> 
     layout = replace(layout, dims=layout.dims + dims, batched=(*layout.batched, *batched))
     extra, leaves = call.extra + len(extras), [*call.leaves, *extras]
     return call._replace(leaves=leaves, layout=layout, extra=extra)
-
-
-def check_inputs(call: Call) -> None:
-    """Refuse arguments that cannot be differentiated."""
-    for i in call.layout.diff:
-        check_input(call.options.name, call.leaves[i])
 
 
 def is_plain(x: Any) -> bool:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from funcjac._arguments.call import Call
 from funcjac._arguments.layout import ENGINES
 from funcjac._dispatch.messages import failure
-from funcjac._engines.rows import elements_of_rows, row_sizes
+from funcjac._engines.rows import row_sizes
 from funcjac._engines.run_func import Route, Run
 from funcjac.errors import RefusedError
 
@@ -29,29 +29,21 @@ _TAYLOR, _TAYLOR_OF_MANY, _MANY = 0.75, 1.0, 8
 
 
 class Sizes(NamedTuple):
-    """What the rule goes by.
-
-    Attributes:
-        batch: rows.
-        outputs, inputs: elements of a row.
-        widest: elements of the widest tensor of the run, of the whole batch.
-        create_graph: whether results are differentiated again.
-        on_cpu: whether passes should stay within a processor's cache.
-    """
+    """What the rule goes by."""
 
     batch: int
-    outputs: int
+    outputs: int  # elements of a row
     inputs: int
-    widest: int
+    widest: int  # elements of the widest tensor of the run, of the whole batch
     create_graph: bool
-    on_cpu: bool
+    on_cpu: bool  # passes should stay within a processor's cache
 
 
 def sizes_of(run: Run, widest: int) -> Sizes:
     """What the rule goes by, of a run whose widest tensor has so many elements."""
     return Sizes(
         run.call.batch,
-        elements_of_rows(run.output.leaves),
+        sum([out.shape[1:].numel() for out in run.output.leaves]),
         sum(row_sizes(run.inputs, run.dims)),
         widest,
         run.create_graph,
@@ -113,7 +105,7 @@ def first_order_route(mode: str, chunk_size: int | None, sizes: Sizes) -> Route:
         forward = small or (large and sizes.widest * sizes.outputs >= _SMALL)
         mode = "fwd" if forward else "rev"
     count = sizes.outputs if mode == "rev" else sizes.inputs
-    return Route(mode, _at_most(chunk_size, count) or chunk(count, sizes))
+    return Route(mode, chunk(count, sizes, chunk_size))
 
 
 def second_order_route(
@@ -123,7 +115,7 @@ def second_order_route(
     if mode in ("auto", "taylor"):
         wide = sizes.outputs > 4 * max(counts[0], 1)
         mode = "fwd_over_fwd" if wide else "rev_over_rev"
-    return Route(mode, _at_most(chunk_size, counts[0]) or chunk(counts[0], sizes))
+    return Route(mode, chunk(counts[0], sizes, chunk_size))
 
 
 def prefers_taylor(outputs: int, counts: tuple[int, int, int]) -> bool:
@@ -139,18 +131,13 @@ def prefers_taylor(outputs: int, counts: tuple[int, int, int]) -> bool:
     return ratio <= _TAYLOR or (ratio <= _TAYLOR_OF_MANY and firsts >= _MANY)
 
 
-def chunk(count: int, sizes: Sizes) -> int | None:
-    """Basis vectors per pass; ``None`` for all."""
-    if count <= 1:
-        return 1
-    most = _CACHED if sizes.on_cpu and not sizes.create_graph else _MOST
-    fitting = max(most // max(sizes.widest, 1), 1)
-    slack = 2 if most == _CACHED else 1
-    if count <= slack * fitting:
+def chunk(count: int, sizes: Sizes, chunk_size: int | None = None) -> int | None:
+    """Basis vectors per pass, ``None`` for all; no more than there are of ``chunk_size``."""
+    if chunk_size is not None or count <= 1:
+        return max(min(chunk_size or 1, count), 1)
+    cached = sizes.on_cpu and not sizes.create_graph
+    fitting = max((_CACHED if cached else _MOST) // max(sizes.widest, 1), 1)
+    if count <= (2 if cached else 1) * fitting:
         return None
     passes = -(-count // fitting)
     return -(-count // passes)
-
-
-def _at_most(chunk_size: int | None, count: int) -> int | None:
-    return None if chunk_size is None else max(min(chunk_size, count), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import itertools
 import operator
 import threading
 import types
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from funcjac._arguments import pytree
 from funcjac._arguments.call import Call
+from funcjac._engines.rows import row_shape
 
 _MOST, _MOST_ROUTES = 1024, 256
 _TABLE: OrderedDict[Any, Decision] = OrderedDict()
@@ -25,34 +27,22 @@ _LOCK = threading.Lock()
 
 @dataclass
 class Decision:
-    """What earlier calls of a key have shown.
-
-    Attributes:
-        calls: how many there were.
-        clone: whether ``func`` writes into its arguments, and is given copies.
-        replaced: whether replacements run of what torch differentiates wrongly.
-        has_run: whether ``func`` came to its end once.
-        records: whether operations are recorded for Taylor propagation, once that is known.
-        routes: by kinds of runs, the route that works, and what runs where it gives no numbers.
-        left: engines and routes that failed, and why.
-        graphs: signatures that were looked through for what torch differentiates wrongly, and
-            whether for what is wrong once differentiated again.
-        signatures: of graphs that were verified, and in which mode.
-        rows: whether a batch of two rows or more was verified.
-        failed: whether the last verification failed: the next call is verified again.
-    """
+    """What earlier calls of a key have shown."""
 
     calls: int = 0
-    clone: bool = False
-    replaced: bool = False
-    has_run: bool = False
-    records: bool | None = None
+    clone: bool = False  # ``func`` writes into its arguments, and is given copies
+    replaced: bool = False  # replacements run of what torch differentiates wrongly
+    has_run: bool = False  # ``func`` came to its end once
+    records: bool | None = None  # operations are recorded for Taylor propagation, once known
+    # By kinds of runs, the route that works, and what runs where it gives no numbers.
     routes: dict[Any, Any] = field(default_factory=dict)
-    left: dict[Any, str] = field(default_factory=dict)
+    left: dict[Any, str] = field(default_factory=dict)  # engines and routes that failed, and why
+    # Signatures that were looked through for what torch differentiates wrongly, and whether for
+    # what is wrong once differentiated again.
     graphs: set[tuple[int, bool]] = field(default_factory=set)
-    signatures: set[tuple[int, str]] = field(default_factory=set)
-    rows: bool = False
-    failed: bool = False
+    signatures: set[tuple[int, str]] = field(default_factory=set)  # verified ones, with their mode
+    rows: bool = False  # a batch of two rows or more was verified
+    failed: bool = False  # the last verification failed: the next call is verified again
 
     def remember(self, kind: Any, routes: Any) -> None:
         """Remember routes of a kind of runs, which names the batch size."""
@@ -90,30 +80,24 @@ _LONGEST = 16
 _AUTOCAST = ("cpu", "cuda")
 _SWITCHES = (bool, int, str)
 _is_training = operator.attrgetter("training")
+_UNBOUND = types.CellType()  # of a name that is bound later
 # What names in a function's module are looked up for.
 _NAMED = (nn.Module, Tensor, types.FunctionType, torch.jit.ScriptFunction, *_SWITCHES)
 
-_NAMES: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
 # Of modules: their children, and whether TorchScript is among them.
 _CHILDREN: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 class FunctionKey:
-    """What is found behind a function: code, modules, switches.
-
-    Attributes:
-        parts: what goes into the key.
-        modules, tensors: that were met, not children of modules.
-        scripted: whether TorchScript is among them.
-    """
+    """What is found behind a function: code, modules, switches."""
 
     __slots__ = ("modules", "parts", "scripted", "tensors")
 
     def __init__(self, func: Any) -> None:
-        self.parts: list[Any] = []
-        self.modules: list[nn.Module] = []
-        self.tensors: list[Tensor] = []
-        self.scripted = False
+        self.parts: list[Any] = []  # of the key
+        self.modules: list[nn.Module] = []  # that were met, not their children
+        self.tensors: list[Tensor] = []  # the same
+        self.scripted = False  # whether TorchScript is among them
         self._describe(func, 0)
 
     def _describe(self, item: Any, depth: int) -> None:
@@ -133,17 +117,13 @@ class FunctionKey:
             self._describe(item.__self__, depth + 1)
         elif kind is functools.partial:
             self._describe(item.func, depth)
-            self.parts.append(tuple(item.keywords))
-            for value in (*item.args, *item.keywords.values()):
-                self._describe(value, depth + 1)
+            self._describe(item.args, depth)
+            self._describe(item.keywords, depth)
         elif isinstance(item, enum.Enum):
             self.parts.append((kind, item.name))
         elif kind in (list, tuple, dict):
-            values = item.values() if kind is dict else item
-            if depth < _DEPTH and len(values) <= _LONGEST:
-                if kind is dict:
-                    self.parts.append(tuple([key for key in item if type(key) in _SWITCHES]))
-                for value in values:
+            if depth < _DEPTH and len(item) <= _LONGEST:
+                for value in (*item, *item.values()) if kind is dict else item:
                     self._describe(value, depth + 1)
         elif isinstance(item, Tensor):
             self.tensors.append(item)  # not in the key: it may be fresh at each call
@@ -155,14 +135,12 @@ class FunctionKey:
 
     def _describe_object(self, item: Any, depth: int) -> None:
         self.scripted = self.scripted or isinstance(item, torch.jit.ScriptFunction)
-        if isinstance(item, (types.BuiltinFunctionType, type)) or not hasattr(item, "__dict__"):
-            self.parts.append(type(item) if depth else _reference(item))
-            return
         if depth == 0:
             self.parts.append(_reference(item))
         self.parts.append(type(item))
-        if (depth < _DEPTH and callable(item)) or depth == 1:
-            for value in list(vars(item).values())[:_LONGEST]:
+        is_opaque = isinstance(item, (types.BuiltinFunctionType, type))
+        if not is_opaque and ((depth < _DEPTH and callable(item)) or depth == 1):
+            for value in list(getattr(item, "__dict__", {}).values())[:_LONGEST]:
                 if isinstance(value, (nn.Module, bool, str)):  # an int may count calls
                     self._describe(value, depth + 1)
 
@@ -173,20 +151,13 @@ class FunctionKey:
         self.parts.append(code)
         if depth >= _DEPTH:
             return
-        for cell in func.__closure__ or ():
-            try:
-                content = cell.cell_contents
-            except ValueError:  # a name that is bound later
-                continue
-            self._describe(content, depth + 1)
-        for value in func.__defaults__ or ():
-            self._describe(value, depth + 1)
-        scope = func.__globals__
+        cells = [cell.cell_contents for cell in func.__closure__ or () if cell != _UNBOUND]
+        named, scope = [], func.__globals__
         if not str(scope.get("__name__", "")).startswith(("torch.", "funcjac.")):
-            for name in _names(code):
-                value = scope.get(name)
-                if isinstance(value, _NAMED):
-                    self._describe(value, depth + 1)
+            named = [scope.get(name) for name in _names(code)]
+        named = [value for value in named if isinstance(value, _NAMED)]
+        for value in (*cells, *(func.__defaults__ or ()), *named):
+            self._describe(value, depth + 1)
 
 
 def _reference(item: Any) -> Any:
@@ -196,13 +167,11 @@ def _reference(item: Any) -> Any:
         return item if isinstance(item, types.BuiltinFunctionType) else type(item)
 
 
+@functools.lru_cache(_MOST)
 def _names(code: types.CodeType) -> tuple[str, ...]:
     """Names that ``code`` and the functions defined in it look up."""
-    names = _NAMES.get(code)
-    if names is None:
-        inner = [_names(const) for const in code.co_consts if isinstance(const, types.CodeType)]
-        names = _NAMES[code] = tuple({*code.co_names, *[name for part in inner for name in part]})
-    return names
+    inner = [_names(const) for const in code.co_consts if isinstance(const, types.CodeType)]
+    return tuple({*code.co_names, *itertools.chain(*inner)})
 
 
 def _children(module: nn.Module) -> tuple[list[nn.Module], bool]:
@@ -227,25 +196,19 @@ def make_key(token: Any, function: FunctionKey, call: Call) -> Any:
             metas.append((leaf.shape[1:], leaf.dtype, leaf.device, leaf.requires_grad))
         else:
             metas.append(_meta(leaf, dim))
-    kwargs: Any = None
+    modes: list[Any] = [torch.is_grad_enabled()]
+    if any(map(torch.is_autocast_enabled, _AUTOCAST)):
+        modes += [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _AUTOCAST]
     if call.kwargs:
         leaves, spec = pytree.flatten_args(call.kwargs)
-        kwargs = (spec, *[_meta(leaf, None) for leaf in leaves])
-    modes: Any = torch.is_grad_enabled()
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        modes = tuple(
-            [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _AUTOCAST]
-        )
-        modes = (torch.is_grad_enabled(), *modes)
-    spec = None if layout.plain else layout.spec
-    return token, tuple(function.parts), spec, layout.dims, layout.diff, tuple(metas), kwargs, modes
+        modes += [spec, *[_meta(leaf, None) for leaf in leaves]]
+    structure = None if layout.plain else layout.spec, layout.dims, layout.diff
+    return token, tuple(function.parts), structure, tuple(metas), tuple(modes)
 
 
 def _meta(leaf: Any, dim: int | None) -> Any:
     if isinstance(leaf, Tensor):
-        shape = leaf.shape
-        row = shape if dim is None else shape[:dim] + shape[dim + 1 :]
-        return row, leaf.dtype, leaf.device, leaf.requires_grad
+        return row_shape(leaf, dim), leaf.dtype, leaf.device, leaf.requires_grad
     if isinstance(leaf, enum.Enum):  # which may have no hash
         return type(leaf), leaf.name
     if callable(leaf):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,28 +20,20 @@ def row_shape(x: Tensor, dim: int | None) -> torch.Size:
 
 
 def row_sizes(inputs: Sequence[Tensor], dims: Sequence[int | None]) -> list[int]:
-    """Elements of one row of each input."""
     return [row_shape(x, dim).numel() for x, dim in zip(inputs, dims)]
 
 
-def elements_of_rows(outs: Sequence[Tensor]) -> int:
-    """Elements of one row of all outputs together."""
-    total = 0
-    for out in outs:
-        total += out.shape[1:].numel()
-    return total
-
-
 def identity(count: int, like: Tensor, *, plain: bool = False) -> Tensor:
-    """The identity matrix ``(count, count)``; small ones are made once, in ``plain`` code."""
-    # Results may lie in the memory of a single number; in transforms, tensors belong to a level.
-    if count == 1 or count * count > _MOST_CACHED or (not plain and is_functional()):
-        return torch.eye(count, dtype=like.dtype, device=like.device)
-    key = (count, like.dtype, like.device)
+    """The identity matrix ``(count, count)``; small ones are made once, but for a single number.
+
+    Results may lie in the memory of that, and tensors of transforms belong to a level.
+    """
+    is_kept = count > 1 and count * count <= _MOST_CACHED and (plain or not is_functional())
+    key = (count, like.dtype, like.device) if is_kept else None
     eye = _CACHE.get(key)
     if eye is None:
         eye = torch.eye(count, dtype=like.dtype, device=like.device)
-        if type(eye) is Tensor and not eye.is_inference() and len(_CACHE) < 256:
+        if is_kept and type(eye) is Tensor and not eye.is_inference() and len(_CACHE) < 256:
             _CACHE[key] = eye
     return eye
 
@@ -52,17 +43,14 @@ def basis_chunks(
 ) -> Iterable[Tensor]:
     """The standard basis of one row, ``(k, ..., B, ...)`` at a time with the batch at ``dim``."""
     count = row.numel()
-    step = count if chunk is None else min(chunk, count)
-    if step == count:
-        return (spread(identity(count, like), row, batch, dim),) if count else ()
-    if count * count <= _MOST_CACHED:
-        return spread(identity(count, like), row, batch, dim).split(step)
-    return (spread(_units(count, i, step, like), row, batch, dim) for i in range(0, count, step))
+    if chunk is None or chunk >= count:
+        return [spread(identity(count, like), row, batch, dim)] if count else []
+    return (spread(_units(count, i, chunk, like), row, batch, dim) for i in range(0, count, chunk))
 
 
-def _units(count: int, start: int, step: int, like: Tensor) -> Tensor:
-    """Up to ``step`` rows of the identity matrix ``(count, count)`` from ``start`` on."""
-    rows = torch.zeros(min(step, count - start), count, dtype=like.dtype, device=like.device)
+def _units(count: int, start: int, size: int, like: Tensor) -> Tensor:
+    """Up to ``size`` rows of the identity matrix ``(count, count)`` from ``start`` on."""
+    rows = torch.zeros(min(size, count - start), count, dtype=like.dtype, device=like.device)
     rows.diagonal(start).fill_(1)
     return rows
 
@@ -82,19 +70,19 @@ def coordinates(x: Tensor, dim: int | None) -> Tensor:
     return spread(identity(row.numel(), x), row, x.shape[dim] if dim is not None else 0, dim)
 
 
-def batch_at(place: int, x: Tensor, dim: int | None, batch: int, *, skip: int = 0) -> Tensor:
-    """``x`` with the batch moved to ``place``, from ``dim`` behind the first ``skip`` dimensions.
+def batch_first(x: Tensor, dim: int | None, batch: int, *, skip: int = 0) -> Tensor:
+    """``x`` with the batch moved from ``dim`` to the front, behind ``skip`` other dimensions.
 
     What has no batch is that of one row, or of none.
     """
     if dim is None:
-        return x.unsqueeze(place).narrow(place, 0, batch)
-    return x if dim + skip == place else x.movedim(dim + skip, place)
+        return x.unsqueeze(skip).narrow(skip, 0, batch)
+    return x.movedim(dim + skip, skip) if dim else x
 
 
 def flat_rows(stack: Tensor, dim: int | None, batch: int) -> Tensor:
     """``(k, ..., B, ...) -> (k, B, N)``."""
-    rows = batch_at(1, stack, dim, batch, skip=1)
+    rows = batch_first(stack, dim, batch, skip=1)
     return rows.flatten(2) if rows.ndim > 2 else rows.unsqueeze(2)
 
 
@@ -116,52 +104,37 @@ def join(
     the C library from using the memory of those again. With one they are joined at the end: every
     write into a slice would add a node that copies the whole backwards.
     """
-    start, sizes, columns = 0, [], defaultdict(list)
+    start, sizes, parts = 0, [], []
     wholes: list[Tensor | None] = [None] * width
     for size, pieces in passes:
         if size == count:
             return list(pieces)
         sizes.append(size)
+        if create_graph:
+            parts.append(pieces)
+            continue
         for i, piece in enumerate(pieces):
-            if create_graph:
-                columns[i].append(piece)
-            else:
-                wholes[i] = _written(wholes[i], piece, axis, start, size, count)
+            if piece is not None:
+                whole = wholes[i]
+                if whole is None:
+                    whole = wholes[i] = _zeros(piece, axis, count)
+                whole.narrow(axis, start, size).copy_(piece.detach())
         start += size
-    if not create_graph:
-        return wholes
-    return [_concatenated(columns[i], sizes, axis) for i in range(width)]
+    return [_concatenated(column, sizes, axis) for column in zip(*parts)] if parts else wholes
 
 
-def _written(
-    whole: Tensor | None, piece: Tensor | None, axis: int, start: int, size: int, count: int
-) -> Tensor | None:
-    """``whole``, with a piece in its place."""
-    if piece is None:
-        if whole is not None:
-            whole.narrow(axis, start, size).zero_()
-        return whole
-    if whole is None:
-        new = piece.new_zeros if start else piece.new_empty
-        whole = new(_resized(piece, axis, count))
-    whole.narrow(axis, start, size).copy_(piece.detach())
-    return whole
-
-
-def _concatenated(pieces: list[Any], sizes: list[int], axis: int) -> Tensor | None:
+def _concatenated(pieces: Sequence[Tensor | None], sizes: list[int], axis: int) -> Tensor | None:
     like = next((piece for piece in pieces if piece is not None), None)
     if like is None:
         return None
-    for i, size in enumerate(sizes):
-        if pieces[i] is None:
-            pieces[i] = like.new_zeros(_resized(like, axis, size))
-    return torch.cat(pieces, axis)
+    pairs = zip(pieces, sizes)
+    return torch.cat([_zeros(like, axis, n) if p is None else p for p, n in pairs], axis)
 
 
-def _resized(like: Tensor, axis: int, size: int) -> list[int]:
+def _zeros(like: Tensor, axis: int, size: int) -> Tensor:
     shape = list(like.shape)
     shape[axis] = size
-    return shape
+    return like.new_zeros(shape)
 
 
 def apart_from(vectors: Tensor, tensor: Tensor) -> Tensor:

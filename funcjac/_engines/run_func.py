@@ -24,15 +24,10 @@ class Derivatives(NamedTuple):
 
 
 class Route(NamedTuple):
-    """How derivatives are computed.
+    """How derivatives are computed."""
 
-    Attributes:
-        mode: ``"rev"``, ``"fwd"``, a nested mode, or ``"taylor"``.
-        chunk: basis vectors per pass, ``None`` for all.
-    """
-
-    mode: str
-    chunk: int | None = None
+    mode: str  # "rev", "fwd", a nested mode, or "taylor"
+    chunk: int | None = None  # basis vectors per pass, ``None`` for all
 
     @property
     def way(self) -> tuple[str, bool]:
@@ -41,39 +36,31 @@ class Route(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a graph tells of the run that made it.
+    """What a graph tells of the run that made it."""
 
-    Attributes:
-        signature: hash of the names of the nodes, in the order of a walk.
-        nodes: those that are no leaves.
-        operations: number of nodes.
-    """
-
-    signature: int
+    signature: int  # hash of the names of its nodes, in the order of a walk
     nodes: list[Any]
-    operations: int
 
     @property
     def widest(self) -> int:
-        """Elements of the widest tensor that a gradient flows through."""
-        shapes = [metadata.shape for node in self.nodes for metadata in node._input_metadata]
+        """Elements of the widest tensor that a gradient flows through, but for leaves."""
+        nodes = [node for node in self.nodes if node.name() != _LEAF]
+        shapes = [metadata.shape for node in nodes for metadata in node._input_metadata]
         return max(map(math.prod, shapes), default=1)
+
+    @property
+    def operations(self) -> int:
+        return len(self.nodes)
 
 
 class Run(NamedTuple):
-    """One run of a call, with the graph that leads from ``output`` to ``inputs``.
-
-    Attributes:
-        inputs: leaves of the library's own, or copies in the caller's graph.
-        create_graph: whether results will be differentiated again.
-        recorder: what Taylor propagation recorded of the run.
-    """
+    """One run of a call, with the graph that leads from ``output`` to ``inputs``."""
 
     call: Call
-    inputs: list[Tensor]
+    inputs: list[Tensor]  # leaves of the library's own, or copies in the caller's graph
     output: Output
-    create_graph: bool = False
-    recorder: Any = None
+    create_graph: bool = False  # whether results will be differentiated again
+    recorder: Any = None  # what Taylor propagation recorded
 
     @property
     def dims(self) -> tuple[int | None, ...]:
@@ -86,12 +73,11 @@ class ChangedInputError(RuntimeError):
 
 # Marks leaves of the library's own once their call is over: nobody differentiates by them.
 _DONE = "_funcjac_done"
+_LEAF = "torch::autograd::AccumulateGrad"
 
 
 def attached(output: Output) -> list[Tensor]:
     """Outputs, and tensors of the aux that have a graph."""
-    if output.aux is None:
-        return output.leaves
     return [*output.leaves, *[x for x in pytree.tensors(output.aux) if x.requires_grad]]
 
 
@@ -154,41 +140,44 @@ def plain_values(call: Call) -> list[Tensor]:
     return [out.detach() for out in outs]
 
 
-def read_graph(run: Run) -> tuple[Run, Facts]:
-    """Walk the graph of a run back to its inputs, once, in the order of graph_nodes.
-
-    Returns:
-        The run, which creates a graph if its result can be differentiated, and what was seen.
-    """
-    call, inputs, output, create_graph, recorder = run
-    graph = torch.is_grad_enabled()
-    names: list[str] = []
+def graph_nodes(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Any]:
+    """The nodes that lead to ``roots``, not through ``inputs``, in a fixed order."""
     nodes: list[Any] = []
     seen: set[Any] = {None, *map(_grad_fn, inputs)}
-    outs = output.leaves if output.aux is None else attached(output)
-    stack: list[Any] = list(zip(map(_grad_fn, outs), itertools.repeat(0)))
-    while stack:  # of every call: a generator would take twice as long
+    stack: list[Any] = list(zip(map(_grad_fn, roots), itertools.repeat(0)))
+    while stack:  # in every call: a generator would take twice as long
         node, _ = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        name = node.name()
-        names.append(name)
-        if name == "torch::autograd::AccumulateGrad":
-            if graph and not create_graph:  # by what is not differentiated here: parameters
-                x = node.variable
-                create_graph = _DONE not in x.__dict__ and id(x) not in map(id, inputs)
-            continue
-        nodes.append(node)
-        stack += node.next_functions
-    if graph and not create_graph:
+        if node not in seen:
+            seen.add(node)
+            nodes.append(node)
+            stack += node.next_functions
+    return nodes
+
+
+def graph_leaves(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The leaf tensors that require grad and that lead to ``roots``, not through ``inputs``."""
+    for node in graph_nodes(roots, inputs):
+        if node.name() == _LEAF and _DONE not in node.variable.__dict__:
+            yield node.variable
+
+
+def read_graph(run: Run) -> tuple[Run, Facts]:
+    """The run, which creates a graph if its result can be differentiated, and facts of its own."""
+    call, inputs, output, create_graph, recorder = run
+    nodes = graph_nodes(output.leaves if output.aux is None else attached(output), inputs)
+    names = tuple(map(_name, nodes))
+    if torch.is_grad_enabled() and not create_graph:
+        own = set(map(id, inputs))
         for i in (*call.layout.diff, *range(len(call.leaves) - call.extra, len(call.leaves))):
             create_graph = create_graph or call.leaves[i].requires_grad
-    facts = Facts(hash(tuple(names)), nodes, len(names))
-    return Run(call, inputs, output, create_graph, recorder), facts
+        for node, name in zip(nodes, names):  # and by what is not differentiated here: parameters
+            if not create_graph and name == _LEAF:
+                x = node.variable
+                create_graph = id(x) not in own and _DONE not in x.__dict__
+    return Run(call, inputs, output, create_graph, recorder), Facts(hash(names), nodes)
 
 
-_grad_fn = operator.attrgetter("grad_fn")
+_grad_fn, _name = operator.attrgetter("grad_fn"), operator.methodcaller("name")
 
 
 def kind_of(run: Run, facts: Facts) -> Any:
@@ -210,38 +199,9 @@ def computed(run: Run, route: Route, nested: Route) -> Derivatives:
         with torch.set_grad_enabled(needs_graph):
             return computed(run, route, nested)
     result = operator.compute(run, route)
-    if route.mode == "taylor" and not _is_finite(result):
-        return operator.compute(run, nested)
-    return result
-
-
-def _is_finite(result: Derivatives) -> bool:
-    return all(bool(block.isfinite().all()) for row in result.blocks for block in row)
-
-
-def graph_nodes(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Any]:
-    """The nodes that lead to ``roots``, not through ``inputs``, in a fixed order."""
-    nodes: list[Any] = []
-    seen = {x.grad_fn for x in inputs if x.grad_fn is not None}
-    stack: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        nodes.append(node)
-        for parent, _ in node.next_functions:
-            if parent is not None:
-                stack.append(parent)
-    return nodes
-
-
-def graph_leaves(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The leaf tensors that require grad and that lead to ``roots``, not through ``inputs``."""
-    for node in graph_nodes(roots, inputs):
-        variable = getattr(node, "variable", None)
-        if variable is not None and _DONE not in variable.__dict__:
-            yield variable
+    if route.mode != "taylor" or all(b.isfinite().all() for row in result.blocks for b in row):
+        return result
+    return operator.compute(run, nested)
 
 
 # --- results as lists of tensors ---------------------------------------------------------------
@@ -249,19 +209,16 @@ def graph_leaves(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[
 
 def split_derivatives(result: Derivatives) -> tuple[list[Tensor], Any]:
     """The tensors of a result, and what is needed to put it together again."""
-    blocks, (outs, spec, aux) = result
-    tensors, rest = split_tensors(aux)
-    flat = [block for row in blocks for block in row]
-    return [*flat, *outs, *tensors], ([len(row) for row in blocks], len(outs), spec, rest)
+    outs, spec, aux = result.output
+    tensors, rest = split_tensors((result.blocks, outs, aux))
+    return tensors, (rest, spec)
 
 
 def join_derivatives(rest: Any, tensors: Iterable[Tensor]) -> Derivatives:
     """Undoes :func:`split_derivatives`."""
-    sizes, outputs, spec, aux_rest = rest
-    remaining = iter(tensors)
-    blocks = [[next(remaining) for _ in range(size)] for size in sizes]
-    outs = [next(remaining) for _ in range(outputs)]
-    return Derivatives(blocks, Output(outs, spec, join_tensors(aux_rest, remaining)))
+    others, spec = rest
+    blocks, outs, aux = join_tensors(others, tensors)
+    return Derivatives(blocks, Output(outs, spec, aux))
 
 
 def split_tensors(tree: Any) -> tuple[list[Tensor], Any]:

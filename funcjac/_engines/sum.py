@@ -9,7 +9,7 @@ independent, which is how the loop over rows uses this file.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from funcjac._engines.rows import (
     apart_from,
     as_block,
     basis_chunks,
+    batch_first,
     flat_rows,
     identity,
     join,
@@ -48,56 +49,51 @@ def jacobian(run: Run, route: Route) -> Derivatives:
     if route.mode == "rev":
         return Derivatives(list(map(functools.partial(_rows, run, route.chunk), outs)), run.output)
     products = pushforwards(outs, run.inputs, create_graph=run.create_graph)
-    columns = [_columns(run, outs, j, push, route.chunk) for j, push in enumerate(products)]
-    return Derivatives([list(row) for row in zip(*columns)], run.output)
+    columns = [_columns(run, j, push, route.chunk) for j, push in enumerate(products)]
+    return Derivatives(list(map(list, zip(*columns))), run.output)
 
 
 def _rows(run: Run, chunk: int | None, out: Tensor) -> list[Tensor]:
     """Derivatives of one output by all inputs, by reverse passes."""
-    passes, count, inputs = _reverse(run, out, chunk), out.shape[1:].numel(), run.inputs
-    joined = join(passes, count, 1, len(inputs), create_graph=run.create_graph)
-    result = []
-    for block, x, dim in zip(joined, inputs, run.call.layout.diff_dims):
-        result.append(as_block(block, (*out.shape, *row_shape(x, dim)), out, (x,)))
-    return result
-
-
-def _reverse(run: Run, out: Tensor, chunk: int | None) -> Iterator[tuple[int, list[Maybe]]]:
-    """Gradients ``(B, k, *in)`` by all inputs, from one chunk of cotangents after the other."""
-    call, inputs, _, graph, _ = run
+    inputs, dims, batch = run.inputs, run.call.layout.diff_dims, run.call.batch
     row, root = out.shape[1:], out
     peeled = peel(out, inputs) if row.numel() > _FEWEST_PEELED else None
     if peeled is None:
-        cotangents = basis_chunks(out, row, call.batch, 0, chunk)
+        cotangents = basis_chunks(out, row, batch, 0, chunk)
     else:
         root, vectors = peeled  # (M, K)
-        cotangents = vectors.unsqueeze(1).expand(-1, call.batch, -1).split(chunk or len(vectors))
-    product = functools.partial(backward, root, inputs, retain=True, graph=graph)
-    for vectors in cotangents:
-        rows = []
-        for grad, dim in zip(of_each(product, vectors), call.layout.diff_dims):
-            if grad is not None:
-                if call.batch == 1:  # a cotangent may come out as it went in
-                    grad = apart_from(vectors, grad)
-                # (k, ..., B, ...) -> (B, k, *in)
-                grad = grad.unsqueeze(0)[: call.batch] if dim is None else grad.movedim(dim + 1, 0)
-            rows.append(grad)
-        yield vectors.shape[0], rows
+        cotangents = vectors.unsqueeze(1).expand(-1, batch, -1).split(chunk or len(vectors))
+    product = functools.partial(backward, root, inputs, retain=True, graph=run.create_graph)
+
+    def passes() -> Iterator[tuple[int, list[Maybe]]]:
+        for vectors in cotangents:
+            grads = list(of_each(product, vectors))  # (k, ..., B, ...) -> (B, k, *in)
+            for j, (grad, dim) in enumerate(zip(grads, dims)):
+                if grad is not None:
+                    # In a batch of one, a cotangent may come out as it went in.
+                    grad = apart_from(vectors, grad) if batch == 1 else grad
+                    rows = grad.unsqueeze(0)[:batch] if dim is None else grad.movedim(dim + 1, 0)
+                    grads[j] = rows
+            yield vectors.shape[0], grads
+
+    blocks = []
+    joined = join(passes(), row.numel(), 1, len(inputs), create_graph=run.create_graph)
+    for block, x, dim in zip(joined, inputs, dims):
+        blocks.append(as_block(block, (*out.shape, *row_shape(x, dim)), out, (x,)))
+    return blocks
 
 
-def _columns(
-    run: Run, outs: Sequence[Tensor], j: int, push: Product, chunk: int | None
-) -> list[Tensor]:
+def _columns(run: Run, j: int, push: Product, chunk: int | None) -> list[Tensor]:
     """Derivatives of all outputs by one input, by forward passes."""
-    x, dim = run.inputs[j], run.dims[j]
+    x, dim, outs = run.inputs[j], run.dims[j], run.output.leaves
     row = row_shape(x, dim)
 
-    def forward() -> Iterator[tuple[int, list[Maybe]]]:
+    def passes() -> Iterator[tuple[int, list[Maybe]]]:
         for vectors in basis_chunks(x, row, run.call.batch, dim, chunk):
             tangents = of_each(push, vectors)  # (k, B, *out) -> (B, *out, k)
             yield vectors.shape[0], [None if t is None else t.movedim(0, -1) for t in tangents]
 
-    joined = join(forward(), row.numel(), -1, len(outs), create_graph=run.create_graph)
+    joined = join(passes(), row.numel(), -1, len(outs), create_graph=run.create_graph)
     pairs = zip(joined, outs)
     return [as_block(block, (*out.shape, *row), out, (x,)) for block, out in pairs]
 
@@ -122,6 +118,11 @@ def pushforwards(
     products", 2017), so that only torch's reverse formulas are used.
     """
     roots = [out for out in outs if out.requires_grad]
+    vjp = functools.partial(vector_jacobian, roots, retain=True, graph=True)
+    levels = has_levels()  # a tensor of another level must stand for the cotangent
+    with torch.set_grad_enabled(torch.is_grad_enabled() or not levels):
+        zeros = [torch.zeros_like(root, requires_grad=not levels) for root in roots]
+        grads = vjp(inputs, zeros) if roots else [None] * len(inputs)
 
     def product(transpose: Product | None, tangent: Tensor) -> Tensors:
         if transpose is None:
@@ -129,31 +130,15 @@ def pushforwards(
         pushed = iter(transpose(tangent))
         return [next(pushed) if out.requires_grad else None for out in outs]
 
-    transposes = _transposes(roots, inputs, create_graph) if roots else [None] * len(inputs)
-    return [functools.partial(product, transpose) for transpose in transposes]
-
-
-def _transposes(
-    roots: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool
-) -> list[Product | None]:
-    """The transpose of ``u -> J^T u`` for each input; ``None`` for zero."""
-    vjp = functools.partial(vector_jacobian, retain=True, graph=True)
-    if has_levels():  # a tensor of another level must stand for the cotangent
-        zeros = [torch.zeros_like(root) for root in roots]
-        products = [lambda *u, x=x: vjp(roots, [x], u)[0] for x in inputs]
-        grads = vjp(roots, inputs, zeros)
-        return [
-            None if grad is None else torch.func.vjp(product, *zeros)[1]
-            for product, grad in zip(products, grads)
-        ]
-    with torch.enable_grad():
-        zeros = [torch.zeros_like(root, requires_grad=True) for root in roots]
-        grads = vjp(roots, inputs, zeros)
-    product = functools.partial(backward, retain=True, graph=create_graph)
-    return [
-        functools.partial(product, grad, zeros) if grad is not None and grad.requires_grad else None
-        for grad in grads
-    ]
+    products = []
+    for x, grad in zip(inputs, grads):
+        transpose: Product | None = None
+        if levels and grad is not None:
+            transpose = torch.func.vjp(lambda *u, x=x: vjp([x], u)[0], *zeros)[1]
+        elif grad is not None and grad.requires_grad:
+            transpose = functools.partial(backward, grad, zeros, retain=True, graph=create_graph)
+        products.append(functools.partial(product, transpose))
+    return products
 
 
 # --- where a pass begins ---------------------------------------------------------------------
@@ -210,48 +195,47 @@ def column_root(out: Tensor, m: int) -> tuple[Any, Tensor]:
 def divergence(run: Run, route: Route, probes: Sequence[Tensor] | None) -> Tensor:
     """The trace ``(B,)``, or for each of ``probes`` ``(B, k, *in)`` the estimate ``(B, k)``."""
     total = None
-    for i, (out, x, dim) in enumerate(zip(run.output.leaves, run.inputs, run.dims)):
-        row, batch = out.shape[1:], run.call.batch
-        if not row.numel():
+    for i, (out, dim) in enumerate(zip(run.output.leaves, run.dims)):
+        if not out.shape[1:].numel():
             continue
-        like, at = (x, dim) if route.mode == "fwd" else (out, 0)
         if probes is None:
-            basis = basis_chunks(like, row, batch, at, route.chunk)
-            trace = contracted(run, out, i, route.mode, basis, row.numel(), None).sum(0)
+            trace = contracted(run, out, i, route).sum(0)
         else:
-            left = probes[i].movedim(1, 0)  # (k, B, *in)
-            placed = (left.movedim(1, at + 1) if at else left).to(like.dtype)
-            vectors = placed.split(route.chunk or len(left))
-            trace = contracted(
-                run, out, i, route.mode, vectors, len(left), flat_rows(left, 0, batch)
-            ).mT
+            rows = probes[i].movedim(1, 0)  # (k, B, *in)
+            vectors = rows.movedim(1, dim + 1) if dim else rows
+            left = flat_rows(rows, 0, run.call.batch)
+            trace = contracted(run, out, i, route, vectors, left).mT
         total = trace if total is None else total + trace
     assert total is not None
     return total
 
 
 def contracted(
-    run: Run,
-    out: Tensor,
-    j: int,
-    mode: str,
-    vectors: Iterable[Tensor],
-    count: int,
-    left: Tensor | None,
+    run: Run, out: Tensor, j: int, route: Route, vectors: Maybe = None, left: Maybe = None
 ) -> Tensor:
     """``(K, B)``: ``left`` times the Jacobian of ``out`` by input ``j`` times ``vectors``.
 
-    ``left`` is ``(K or 1, B, N)``; ``None`` for the standard basis.
+    ``left`` is ``(K or 1, B, N)`` and ``vectors`` are ``(K, *x.shape)``; ``None`` for the standard
+    basis. A reverse pass takes the two the other way around.
     """
     x, dim, batch, graph = run.inputs[j], run.dims[j], run.call.batch, run.create_graph
-    if mode == "fwd":
-        (product,), dim = pushforwards([out], [x], create_graph=graph), 0
+    if route.mode == "fwd":
+        (product,) = pushforwards([out], [x], create_graph=graph)
+        like, at, dim = x, dim, 0
     else:
         product = functools.partial(backward, out, [x], retain=True, graph=graph)
+        like, at = out, 0
+        vectors = None if vectors is None else batch_first(vectors, dim, batch, skip=1)
+    if vectors is None:
+        row = row_shape(like, at)
+        count, chunks = row.numel(), basis_chunks(like, row, batch, at, route.chunk)
+    else:
+        count = len(vectors)
+        chunks = vectors.to(like.dtype).split(route.chunk or count)
 
     def passes() -> Iterator[tuple[int, list[Maybe]]]:
         start = 0
-        for chunk in vectors:
+        for chunk in chunks:
             (rows,) = of_each(product, chunk)
             stop = start + chunk.shape[0]
             if rows is not None:

@@ -76,22 +76,20 @@ class Partials(SecondOrder):
         return [()] * len(self.indices)
 
     def compute(self, run: Run, route: Route) -> Derivatives:
-        pairs = zip(run.inputs, run.call.layout.diff_dims)
-        sizes = tuple([int(row_shape(x, dim).numel()) for x, dim in pairs])
+        sizes = tuple(map(int, row_sizes(run.inputs, run.call.layout.diff_dims)))
         places, names, distinct = _named(self.indices, sizes)
-        columns: list[Any] = []
+        columns: Sequence[Any] = [{}] * len(run.output.leaves)
         if distinct and route.mode == "taylor":
             columns = _by_taylor(run, distinct, places, route.chunk)
         elif distinct:
-            columns = nested_partials(run, distinct, places.__getitem__)
-        by_name = dict(zip(distinct, columns))
+            columns = nested_partials(run, distinct, places)
         rows: list[list[Tensor]] = [[] for _ in run.output.leaves]
         for e, name in enumerate(names):
             # One index twice, or the value, must not come as one tensor under two names.
             twice = name in names[:e] or (run.call.options.return_value and not name)
             x = run.inputs[places[name[0]][0] if name else 0]
             for i, out in enumerate(run.output.leaves):
-                block = as_block(by_name[name][i] if name else out, out.shape, out, [x])
+                block = as_block(columns[i][name] if name else out, out.shape, out, [x])
                 rows[i].append(block.clone() if twice else block)
         return Derivatives(rows, run.output)
 
@@ -146,8 +144,9 @@ class Partials(SecondOrder):
 
 
 def _by_taylor(run: Run, names: Sequence[Index], places: Places, chunk: int | None) -> list[Any]:
-    """For each index and output ``(B, *out)``, ``None`` for zero."""
-    columns, step = [], chunk or len(names)
+    """For each output and index ``(B, *out)``, ``None`` for zero."""
+    columns: list[Any] = [{} for _ in run.output.leaves]
+    step = chunk or len(names)
     recording = make_recording(run.recorder, run.output.leaves, create_graph=run.create_graph)
     for start in range(0, len(names), step):
         part = names[start : start + step]
@@ -159,9 +158,11 @@ def _by_taylor(run: Run, names: Sequence[Index], places: Places, chunk: int | No
         seeds = {j: take(stack, taken) for j, stack in stacks if j in live}
         pairs = sorted({index for index in indices if len(index) == scheme.order == 2})
         jets = along_directions(recording, seeds, scheme, pairs, min(map(len, indices)))
-        for index in indices:
-            stacks = [jet[len(index) - 1] for jet in jets]
-            columns.append([None if s is None else s[rows[index]] for s in stacks])
+        for (name, index), (column, jet) in itertools.product(
+            zip(part, indices), zip(columns, jets)
+        ):
+            stack = jet[len(index) - 1]
+            column[name] = None if stack is None else stack[rows[index]]
     return columns
 
 
@@ -184,7 +185,6 @@ def _named(
     return places, names, [name for name in dict.fromkeys(names) if name]
 
 
-@functools.lru_cache(1024)
 def _names(indices: tuple[Index, ...], total: int) -> tuple[Index, ...]:
     """Indices with their coordinates counted from 0, in order."""
     return tuple([tuple(sorted(entry % total for entry in index)) for index in indices])

@@ -93,12 +93,7 @@ def documented(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class Transform:
-    """A transformed function, which can be called, printed, copied and pickled.
-
-    Attributes:
-        func: what it transforms.
-        options: its keywords.
-    """
+    """A transformed function, which can be called, printed, copied and pickled."""
 
     def __init__(self, func: Callable[..., Any], options: Options) -> None:
         check_options(func, options)
@@ -176,16 +171,11 @@ def _copied(func: Any, memo: dict[int, Any]) -> Any:
 
 
 def _copied_cell(cell: types.CellType, memo: dict[int, Any]) -> types.CellType:
-    try:
-        content = cell.cell_contents
-    except ValueError:  # a name that is bound later
+    content = None if cell == types.CellType() else cell.cell_contents  # or bound later
+    if not isinstance(content, (types.FunctionType, nn.Module)) and id(content) not in memo:
         return cell
-    if isinstance(content, types.FunctionType):
-        copied = _copied(content, memo)
-        return cell if copied is content else types.CellType(copied)
-    if isinstance(content, nn.Module) or id(content) in memo:
-        return types.CellType(copy.deepcopy(content, memo))
-    return cell
+    copied = _copied(content, memo)
+    return cell if copied is content else types.CellType(copied)
 
 
 def transform_of(transformed: Any, name: str) -> Transform:
@@ -203,9 +193,8 @@ def transform_of(transformed: Any, name: str) -> Transform:
 
 
 def _is_inference(leaf: Any) -> bool:
-    if type(leaf) is not Tensor and (not isinstance(leaf, Tensor) or is_uninitialized(leaf)):
-        return False
-    return leaf.is_inference()
+    is_tensor = type(leaf) is Tensor or (isinstance(leaf, Tensor) and not is_uninitialized(leaf))
+    return is_tensor and leaf.is_inference()
 
 
 def looks(function: Callable[P, R]) -> Callable[P, R]:
