@@ -13,7 +13,7 @@ from funcjac.errors import VerificationError
 
 
 def check_attached(run: Run, modules: Iterable[nn.Module]) -> int:
-    """Raise if an output without a graph moves with the inputs; returns how often ``func`` ran."""
+    """Raise if most of an output without a graph moves with the inputs; return how often it ran."""
     outs, batch = run.output.leaves, run.call.batch
     loose = [i for i, out in enumerate(outs) if out.numel() and not out.requires_grad]
     # A transform has seen to it itself; one row alone cannot tell draws apart.
