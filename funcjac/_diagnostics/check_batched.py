@@ -100,8 +100,7 @@ def _with_others_in(call: Call, rows: Tensor) -> Call:
     order, leaves = torch.arange(call.batch, device="cpu"), list(call.leaves)
     source = torch.where(rows, order[~rows][0], order)
     for i in call.layout.batched:
-        index = source.to(leaves[i].device)
-        leaves[i] = leaves[i].index_select(call.layout.dims[i] or 0, index)
+        leaves[i] = leaves[i].index_select(call.layout.dims[i] or 0, source.to(leaves[i].device))
     return call._replace(leaves=leaves)
 
 

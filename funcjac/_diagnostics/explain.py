@@ -142,7 +142,6 @@ def explain(
     outcome, verified = Outcome(meter=Meter()), Transform(transform.func, always)
     with outcome.meter as meter:
         result = verified.evaluate(args, kwargs, outcome)
-    attempts = _measured(transform, args, kwargs) if measure else []
     sizes, route = outcome.sizes, outcome.route
     passes = transform.options.operator.passes(route.mode, sizes.outputs, sizes.inputs)
     return Explanation(
@@ -162,7 +161,7 @@ def explain(
         verified=outcome.verified,
         runs=outcome.runs,
         reasons=tuple(outcome.reasons),
-        attempts=tuple(attempts),
+        attempts=tuple(_measured(transform, args, kwargs)) if measure else (),
     )
 
 

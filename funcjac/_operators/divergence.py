@@ -160,7 +160,8 @@ def batch_divergence(  # noqa: D417  documented once, for all
     Cost: ``N`` passes, forward or backward, for all rows at once, or ``samples`` passes; memory of
     as many as are carried at once. A verified call takes as many again.
 
-    Sources: M. F. Hutchinson, 1989; W. Grathwohl et al., "FFJORD", 2019.
+    Sources: M. F. Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1989;
+    W. Grathwohl et al., "FFJORD", 2019.
 
     Example:
         >>> import torch, funcjac

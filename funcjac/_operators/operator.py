@@ -140,10 +140,7 @@ class Operator:
 
 @dataclass(frozen=True)
 class Hutchinson:
-    """Random probes that estimate the trace of each row, or none for the exact trace.
-
-    Source: M. F. Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1989.
-    """
+    """Random probes that estimate the trace of each row, or none for the exact trace."""
 
     samples: int | None = None
     probes: str = "rademacher"
