@@ -17,20 +17,97 @@ from torch import Tensor
 
 from funcjac._arguments.call import Call, with_extras
 from funcjac._arguments.check_tensors import check_arguments
-from funcjac._engines.nesting import Directions
-from funcjac._engines.rows import added, row_shape
-from funcjac._engines.run_func import Derivatives, Run
+from funcjac._engines import vmap
+from funcjac._engines.nesting import Along, Directions, along
+from funcjac._engines.rows import added, join, row_shape
+from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._environment.torch_private import is_traced, is_transformed
-from funcjac._operators.hessian_diagonal import HessianDiagonal, Maybe
-from funcjac._operators.operator import Dims, Hutchinson, Tensors
+from funcjac._operators.operator import Dims, Hutchinson, SecondOrder, Tensors
 from funcjac._operators.transform import documented, make_transform
-from funcjac._verification.central_differences import Pair
-from funcjac._verification.reference_vjp import Entry, Probe, row_factors
+from funcjac._taylor import Recording, along_directions, make_recording, on_one_row, second_order
+from funcjac._verification.central_differences import Pair, difference
+from funcjac._verification.reference_vjp import Entry, Probe, curvature, row_factors
 from funcjac.errors import refuse
+
+Maybe = Tensor | None
+# Derivatives of one tensor that are propagated together: 2**21 floats are 8 MiB.
+_PASS_ELEMENTS = 2**21
 
 
 @dataclass(frozen=True)
-class Laplacian(Hutchinson, HessianDiagonal):
+class AlongDirections(SecondOrder):
+    """Second derivatives along pairs of directions in each input, then first ones where returned.
+
+    Subclasses state the directions, and how their derivatives become blocks.
+    """
+
+    def directions(self, call: Call, xs: Tensors, dims: Dims, extras: Tensors) -> list[Directions]:
+        """Directions in each input; of one row if no input has a batch dimension."""
+        raise NotImplementedError
+
+    def adds_up(self) -> bool:
+        """Whether second derivatives are added up on the way, by weights."""
+        return False
+
+    def combine(self, seconds: Sequence[Maybe]) -> Sequence[Maybe]:
+        """Blocks, from second derivatives ``(K, ...)`` along the directions of each input."""
+        raise NotImplementedError
+
+    def derivatives(self, run: Run, route: Route) -> list[list[Any]]:
+        directions = self.directions(run.call, run.inputs, run.dims, run.call.extras)
+        if route.mode != "taylor":
+            pairs = zip(along(run, directions, route), directions)
+            return self._by_output([(f, self._summed(s, d.weights)) for (f, s), d in pairs])
+        outs, firsts, total = run.output.leaves, self.adds_jac(run.call), self.adds_up()
+        recording = make_recording(run.recorder, outs, create_graph=run.create_graph)
+        inputs = enumerate(directions)
+        columns = [_by_taylor(recording, j, d, route.chunk, firsts, total) for j, d in inputs]
+        return self._by_output(columns)
+
+    def row_derivatives(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
+        derivatives, come_along, chunk = [], None, call.options.chunk_size
+        for j, pairs in enumerate(self.directions(call, xs, [None] * len(xs), extras)):
+            slopes, seconds, come_along = vmap.along(f, xs, j, _both(pairs), mode, chunk)
+            derivatives.append((slopes, self._summed(seconds, pairs.weights)))
+        return self._by_output(derivatives), come_along
+
+    def _by_output(self, derivatives: Sequence[Any]) -> list[list[Any]]:
+        slopes, seconds = zip(*derivatives)
+        rows = zip(zip(*seconds), zip(*slopes))
+        return [[*self.combine(second), *map(axis_last, first)] for second, first in rows]
+
+    def _summed(self, seconds: Sequence[Maybe], weights: Tensor) -> list[Maybe]:
+        """Second derivatives ``(K, ...)``, or ``(1, ...)`` where they are added up."""
+        if not self.adds_up():
+            return list(seconds)
+        return [
+            None if s is None else torch.tensordot(weights.to(s.dtype), s, 1).unsqueeze(0)
+            for s in seconds
+        ]
+
+    def curvatures(self, run: Run, probe: Probe, factors: Tensor | None) -> Iterator[Tensor]:
+        """Weighted double backward along each direction of an input, ``(B, K)`` or ``(K,)``."""
+        directions = self.directions(run.call, run.inputs, run.dims, run.call.extras)
+        for j, pairs in enumerate(directions):
+            columns = curvature(run, probe.grads[j], j, *_both(pairs), factors)
+            yield columns.movedim(0, -1) * pairs.weights
+
+    def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
+        """Along each pair of directions."""
+        seconds = []
+        directions = self.directions(call, call.inputs, call.layout.diff_dims, call.extras)
+        for j, pairs in enumerate(directions):
+            rows = [difference(call, [{j: u}, {j: v}]) for u, v in zip(*_both(pairs))]
+            stacks = list(map(torch.stack, zip(*rows))) or [None] * len(result.blocks)
+            seconds.append(self._summed(stacks, pairs.weights))
+        for expected, blocks in zip(map(self.combine, zip(*seconds)), result.blocks):
+            for value, block in zip(expected, blocks):
+                if value is not None:
+                    yield [value.reshape(block.shape)], [block]
+
+
+@dataclass(frozen=True)
+class Laplacian(Hutchinson, AlongDirections):
     """``blocks[i]``: the Laplacian and its standard error, first derivatives where returned."""
 
     weight: Tensor | Callable[..., Tensor] | None = None
@@ -109,6 +186,45 @@ class Laplacian(Hutchinson, HessianDiagonal):
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
         """Along each pair of directions; of an estimate, without its error."""
         return itertools.islice(super().differences(call, result), 0, None, 1 + self.return_error)
+
+
+def _both(pairs: Directions) -> tuple[Tensor, Tensor]:
+    return pairs.left, pairs.left if pairs.right is None else pairs.right
+
+
+def axis_last(columns: Maybe) -> Maybe:
+    return None if columns is None else columns.movedim(0, -1)
+
+
+def _by_taylor(
+    recording: Recording, j: int, pairs: Directions, chunk: int | None, firsts: bool, total: bool
+) -> Along:
+    """Derivatives along directions in input ``j``; their weighted sum ``(1, B, *out)`` if total."""
+    count, graph = len(pairs.left), recording.create_graph
+    largest = max((value.numel() for value in recording.values), default=0)
+    step = chunk or max(_PASS_ELEMENTS // max(largest, 1), 1)
+    outputs = len(recording.slots)
+    sums: list[Maybe] = [None] * outputs
+
+    def passes() -> Iterator[tuple[int, list[Maybe]]]:
+        for start in range(0, max(count, 1), step):
+            part = pairs.narrow(start, min(start + step, count))
+            seeds, size = part.left, len(part.left)
+            left = right = slice(size)
+            if part.right is not None:
+                seeds = on_one_row(lambda *stacks: torch.cat(stacks), part.left, part.right)
+                right = slice(size, None)
+            scheme = second_order(left, right, part.weights if total else None)
+            each = [] if total else [(k, k + (right.start or 0)) for k in range(size)]
+            jets = along_directions(recording, {j: seeds}, scheme, each, 1 if firsts else 2)
+            slopes = [f[:size] if firsts and f is not None else None for f, _ in jets]
+            seconds = [second for _, second in jets]
+            if total:
+                sums[:] = map(added, sums, seconds)
+            yield size, slopes if total else [*slopes, *seconds]
+
+    joined = join(passes(), count, 0, outputs * (1 if total else 2), create_graph=graph)
+    return Along(joined[:outputs], sums if total else joined[outputs:])
 
 
 def _placed(rows: Tensor, x: Tensor, dim: int | None) -> Tensor:
