@@ -6,10 +6,8 @@ import enum
 import functools
 import itertools
 import operator
-import threading
 import types
 import weakref
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +19,6 @@ from funcjac._arguments.call import Call
 from funcjac._engines.rows import row_shape
 
 _MOST, _MOST_ROUTES = 1024, 256
-_TABLE: OrderedDict[Any, Decision] = OrderedDict()
-_LOCK = threading.Lock()
 
 
 @dataclass
@@ -52,24 +48,22 @@ class Decision:
 
     def is_due(self, check: bool | str, batch: int) -> bool:
         """Whether this call is verified: calls 1, 2, 4, 8, …, and the first with two rows."""
-        if check is not True and check != "auto":
-            return False
         power = self.calls & (self.calls - 1) == 0
-        return check is True or power or self.failed or (batch > 1 and not self.rows)
+        unseen = power or self.failed or (batch > 1 and not self.rows)
+        return check is True or (check == "auto" and unseen)
 
 
 def decision_of(key: Any) -> Decision:
-    """The decision of a key; a new one makes the oldest go."""
+    """The decision of a key; a new one makes go what was used longest ago."""
     try:
-        decision = _TABLE.get(key)
+        return _decision(key)
     except TypeError:  # something in it has no hash: nothing is remembered
         return Decision()
-    if decision is None:
-        with _LOCK:
-            decision = _TABLE.setdefault(key, Decision())
-            while len(_TABLE) > _MOST:
-                _TABLE.popitem(last=False)
-    return decision
+
+
+@functools.lru_cache(_MOST)
+def _decision(_: Any) -> Decision:
+    return Decision()
 
 
 # --- the key ---------------------------------------------------------------------------
@@ -175,9 +169,9 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
 
 
 def _children(module: nn.Module) -> tuple[list[nn.Module], bool]:
-    children = [child for child in module.modules() if child is not module]
+    children = list(module.modules())[1:]  # without the module itself, which would never go
     scripted = any(isinstance(m, torch.jit.ScriptModule) for m in (module, *children))
-    _CHILDREN[module] = children, scripted  # without the module itself, which would never go
+    _CHILDREN[module] = children, scripted
     return children, scripted
 
 

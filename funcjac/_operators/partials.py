@@ -14,7 +14,7 @@ from torch import Tensor
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
 from funcjac._engines.nesting import Index, by_order, nested_partials
-from funcjac._engines.rows import as_block, coordinates, row_shape, row_sizes
+from funcjac._engines.rows import as_block, batch_first, coordinates, row_shape, row_sizes
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._operators.hessian import stacked_coordinates
 from funcjac._operators.operator import SecondOrder, Tensors, by_output
@@ -168,10 +168,10 @@ def _by_taylor(run: Run, names: Sequence[Index], places: Places, chunk: int | No
 
 def _coordinate(run: Run, grads: Sequence[Tensor | None], j: int, n: int) -> Tensor | None:
     """Coordinate ``n`` of the gradient by input ``j``, ``(B,)``, or ``(1,)`` of a shared one."""
-    grad, dim = grads[j], run.dims[j]
+    grad = grads[j]
     if grad is None:
         return None
-    rows = grad.unsqueeze(0) if dim is None else grad.movedim(dim, 0)
+    rows = batch_first(grad, run.dims[j], 1)
     return rows.reshape(len(rows), -1)[:, n]
 
 
