@@ -16,25 +16,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funcjac._engines.rows import batch_first, coordinates, flat_rows, identity, row_shape
+from funcjac._engines.rows import (
+    Directions,
+    batch_first,
+    coordinates,
+    flat_rows,
+    identity,
+    row_shape,
+)
 from funcjac._engines.run_func import Route, Run
 from funcjac._engines.sum import Blocks, Maybe, column_root, contracted, jacobian, pushforwards
 from funcjac._environment.torch_private import backward, is_functional
 
 Index = tuple[int, ...]
-
-
-class Directions(NamedTuple):
-    """Pairs of directions in one input: ``(K, *x.shape)`` with the batch where the input has it."""
-
-    left: Tensor
-    right: Tensor | None  # None for the same ones
-    weights: Tensor
-    basis: bool  # whether ``left`` is the standard basis
-
-    def narrow(self, start: int, stop: int) -> Directions:
-        right = None if self.right is None else self.right[start:stop]
-        return Directions(self.left[start:stop], right, self.weights[start:stop], self.basis)
 
 
 class Along(NamedTuple):

@@ -1,9 +1,9 @@
-"""Rows of tensors: the standard basis of a row, and blocks joined from what passes gave."""
+"""Rows of tensors: the standard basis of a row, directions, blocks joined from what passes gave."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +68,19 @@ def coordinates(x: Tensor, dim: int | None) -> Tensor:
     """The standard basis of a row, the same in all rows: ``(N, *x.shape)``."""
     row = row_shape(x, dim)
     return spread(identity(row.numel(), x), row, x.shape[dim] if dim is not None else 0, dim)
+
+
+class Directions(NamedTuple):
+    """Pairs of directions in one input: ``(K, *x.shape)`` with the batch where the input has it."""
+
+    left: Tensor
+    right: Tensor | None  # None for the same ones
+    weights: Tensor
+    basis: bool  # whether ``left`` is the standard basis
+
+    def narrow(self, start: int, stop: int) -> Directions:
+        right = None if self.right is None else self.right[start:stop]
+        return Directions(self.left[start:stop], right, self.weights[start:stop], self.basis)
 
 
 def batch_first(x: Tensor, dim: int | None, batch: int, *, skip: int = 0) -> Tensor:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from funcjac._arguments.call import Call
-from funcjac._engines.nesting import Directions
-from funcjac._engines.rows import coordinates
+from funcjac._engines.rows import Directions, coordinates
 from funcjac._engines.run_func import Run
 from funcjac._operators.laplacian import AlongDirections, Maybe, axis_last
 from funcjac._operators.operator import Dims, Tensors

@@ -18,8 +18,8 @@ from torch import Tensor
 from funcjac._arguments.call import Call, with_extras
 from funcjac._arguments.check_tensors import check_arguments
 from funcjac._engines import vmap
-from funcjac._engines.nesting import Along, Directions, along
-from funcjac._engines.rows import added, join, row_shape
+from funcjac._engines.nesting import Along, along
+from funcjac._engines.rows import Directions, added, join, row_shape
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._environment.torch_private import is_traced, is_transformed
 from funcjac._operators.operator import Dims, Hutchinson, SecondOrder, Tensors
