@@ -34,7 +34,7 @@ from funcjac._engines.run_func import (
     split_tensors,
 )
 from funcjac._environment.torch_private import assert_async, bypassing_wrapper, nonstrict_trace
-from funcjac._taylor import Recorder, keeps_rows, make_recording
+from funcjac._taylor import Recorder, make_recording
 from funcjac._torch_faults import UseReplacements
 from funcjac._verification.reference_vjp import vjp
 from funcjac.errors import UntraceableError, brief
@@ -289,7 +289,7 @@ def _goes_by_adjoints(run: Run, outputs: int, inputs: int) -> bool:
     if operator.highest != 2 or seconds > _PAIRED * firsts:
         return False
     try:
-        return keeps_rows(make_recording(run.recorder, outs, create_graph=run.create_graph))
+        return make_recording(run.recorder, outs, create_graph=run.create_graph).keeps_rows()
     except UntraceableError:
         return False
 

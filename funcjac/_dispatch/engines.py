@@ -101,7 +101,7 @@ def by_vmap(attempt: Attempt) -> Derivatives:
 
     attempt.outcome.runs += 1
     with WrappedAttributes(attempt.function.modules):
-        result = vmap.in_result_type(call, vmap.by_vmap(call, compute))
+        result = vmap.by_vmap(call, compute)
     if attempt.is_due:
         verify(attempt, _with_draws_of_vmap(attempt), result, "vmap")
     attempt.outcome.route = Route(mode, attempt.options.chunk_size)

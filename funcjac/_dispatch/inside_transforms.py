@@ -25,7 +25,7 @@ from funcjac._engines.run_func import (
     join_derivatives,
     split_derivatives,
 )
-from funcjac._engines.vmap import by_vmap, in_result_type
+from funcjac._engines.vmap import by_vmap
 from funcjac._environment.state import WrappedAttributes
 from funcjac._environment.torch_private import CONTROL_FLOW, has_levels, is_traced, sees_values
 from funcjac._verification.forward_formulas import check_forward_formulas
@@ -39,7 +39,7 @@ def solve_inside(call: Call, token: Any) -> Derivatives:
     call = call._replace(replaced=True)
     if is_traced():
         if has_levels() or engines_of(call)[0][0] == "vmap":
-            return in_result_type(call, by_vmap(call, _row_compute(call)))
+            return by_vmap(call, _row_compute(call))
         from funcjac._dispatch.compiled import solve_traced  # noqa: PLC0415  it loads Dynamo
 
         return solve_traced(call)
@@ -85,7 +85,7 @@ def _by_rows(call: Call) -> Derivatives:
         check_forward_formulas(call, again=True)
     if call.options.engine != "loop":
         try:
-            return in_result_type(call, by_vmap(call, _row_compute(call)))
+            return by_vmap(call, _row_compute(call))
         except CONTROL_FLOW:
             raise
         except Exception:

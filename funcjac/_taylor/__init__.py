@@ -9,16 +9,22 @@ for higher-order derivatives in JAX", 2019; R. Li et al., "A computational frame
 network-based variational Monte Carlo with forward Laplacian", 2024.)
 """
 
-from funcjac._taylor.jets import mixed, on_one_row, rows_of, second_order, take
-from funcjac._taylor.propagation import along_directions, keeps_rows, make_recording
+from funcjac._taylor.propagation import (
+    Recording,
+    along_directions,
+    mixed,
+    on_one_row,
+    rows_of,
+    second_order,
+    take,
+)
 from funcjac._taylor.recorder import Recorder
-from funcjac._taylor.rules import Recording
+from funcjac._taylor.rules import make_recording
 
 __all__ = [
     "Recorder",
     "Recording",
     "along_directions",
-    "keeps_rows",
     "make_recording",
     "mixed",
     "on_one_row",

@@ -6,7 +6,7 @@ No derivatives are listed: those come from PyTorch's own reverse-mode formulas.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,39 +50,6 @@ OBSTINATE = frozenset(
     """logcumsumexp _weight_norm_interface native_layer_norm_backward native_group_norm_backward
     native_batch_norm_backward""".split()
 )
-
-
-def as_list(out: Any) -> list[Any]:
-    """Results of an operation."""
-    return list(out) if isinstance(out, (tuple, list)) else [out]
-
-
-def written(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Tensors that an operation writes into."""
-    targets = [args[i] if i < len(args) else kwargs.get(name) for i, name in _written(op)]
-    return [x for target in targets for x in as_list(target) if isinstance(x, Tensor)]
-
-
-@functools.cache
-def _written(op: Any) -> list[tuple[int, str]]:
-    arguments = enumerate(op._schema.arguments)
-    return [(i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write]
-
-
-@functools.cache
-def out_of_place(op: Any) -> Any:
-    """``aten.relu`` for ``aten.relu_``; ``None`` where there is none."""
-    space, name = op._schema.name.split("::")
-    packet = getattr(getattr(torch.ops, space), name.removesuffix("_"), None)
-    if packet is None or not name.endswith("_"):
-        return None
-    # By arguments, not by name: to pow_.Scalar belongs pow.Tensor_Scalar.
-    overloads = (getattr(packet, overload) for overload in packet.overloads())
-    return next((same for same in overloads if _arguments(same) == _arguments(op)), None)
-
-
-def _arguments(op: Any) -> list[tuple[str, str]]:
-    return [(argument.name, str(argument.type)) for argument in op._schema.arguments]
 
 
 @functools.cache

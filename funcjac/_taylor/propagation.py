@@ -1,54 +1,247 @@
-"""Propagation of jets through a recording, operation by operation."""
+"""Jets, and their propagation through a recording, operation by operation.
+
+A *jet* has one tensor for each order, ``(directions, *shape)``, ``(second derivatives, *shape)``
+and so on, with ``None`` for zero. Orders are never joined: each takes one matrix product.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from funcjac._engines.rows import added
 from funcjac._engines.sum import column_root, peel
-from funcjac._environment.torch_private import backward
-from funcjac._taylor.jets import Jet, Scheme, rows_of, second_order, take
-from funcjac._taylor.operations import decomposition
-from funcjac._taylor.recorder import Node, Recorder, filled, make_node
-from funcjac._taylor.rules import (
-    Derivative,
-    Recording,
-    Site,
-    is_linear,
-    node_keeps_rows,
-    rule_of,
-)
+from funcjac._environment.torch_private import backward, is_traced
+from funcjac._taylor.recorder import Node, filled
 from funcjac.errors import UntraceableError
 
+Tensors = Sequence["Tensor | None"]
+Jet = tuple["Tensor | None", ...]
+Jets = dict[int, Jet]  # by slot
+Terms = list[tuple[int, Tensor]]  # stacks, behind slots
+Index = tuple[int, ...]
+Rows = slice | Tensor
+# How often each product occurs; a factor is a variable, by its number, derived by part of an index.
+Products = Counter[tuple[tuple[int, Index], ...]]
+# Derivatives of one order: multi-indices, of all together or of each by itself, and by part of an
+# index, rows among the derivatives of the part's order.
+Level = tuple[Sequence[Index], dict[Index, Rows]]
+# Derivatives of the results of one operation, by order.
+Derivative = Callable[[int], Tensors]
 
-def make_recording(
-    recorder: Recorder, outputs: Sequence[Tensor], *, create_graph: bool
-) -> Recording:
-    """Prepares what a :class:`Recorder` saw for propagation to ``outputs``.
 
-    Raises:
-        UntraceableError: a gradient hook is at work, or something has a history that was not
-            recorded.
+class Scheme(NamedTuple):
+    """Derivatives that a jet holds: by order; ``weights`` add second ones up to one."""
+
+    levels: Sequence[Level]
+    weights: Tensor | None = None
+
+    @property
+    def order(self) -> int:
+        return len(self.levels)
+
+    def names(self, order: int, variables: int) -> list[Index]:
+        """Derivatives of ``f`` in those of ``f(*variables)``, by the numbers of variables."""
+        (index, *_), _ = self.levels[order - 1]
+        return [*[(i,) for i in range(variables)], *_products(index, variables)]
+
+    def coefficient(
+        self, order: int, name: Index, jets: Sequence[Jet], multiply: Callable[..., Tensor]
+    ) -> Tensor | None:
+        """What ``f``'s derivative has before it there, from ``variables`` (Faà di Bruno)."""
+        if len(name) == 1:
+            return jets[name[0]][order - 1]
+        indices, rows = self.levels[order - 1]
+        sums: list[Tensor | None] = []
+        for index in indices:
+            total: Tensor | None = None
+            for factors, times in _products(index, len(jets))[name].items():
+                parts = [(jets[i][len(part) - 1], rows[part]) for i, part in factors]
+                stacks = [take(stack, rows) for stack, rows in parts if stack is not None]
+                if len(stacks) == len(factors):
+                    product = self.weighted(functools.reduce(multiply, stacks))
+                    total = added(total, product if times == 1 else times * product)
+            sums.append(total)
+        stacks = _written_out(sums)
+        return torch.cat(stacks) if len(stacks) > 1 else sums[0]
+
+    def pairs(self, stack: Tensor) -> tuple[Tensor, Tensor]:
+        """First derivatives along the two directions of each second derivative."""
+        (index,), rows = self.levels[1]
+        left, right = (take(stack, rows[(k,)]) for k in index)
+        return left, right
+
+    def weighted(self, stack: Tensor) -> Tensor:
+        """Second derivatives themselves, or their weighted sum ``(1, *shape)``."""
+        if self.weights is None:
+            return stack
+        weights = self.weights.to(stack.dtype)
+        if is_traced():  # a compiler fuses a sum, not a product
+            weights = weights.view(-1, *[1] * (stack.ndim - 1))
+            return on_one_row(lambda stack: (weights * stack).sum(0, keepdim=True), stack)
+        return on_one_row(lambda stack: torch.tensordot(weights, stack, 1).unsqueeze(0), stack)
+
+
+def second_order(left: Rows, right: Rows, weights: Tensor | None = None) -> Scheme:
+    """Second derivatives along directions ``left`` and ``right``, which may be the same object."""
+    index = (0, 0) if left is right else (0, 1)
+    return Scheme([([(0,)], {}), ([index], {(0,): left, (1,): right})], weights)
+
+
+def _of_pairs(pairs: Sequence[Sequence[int]], device: torch.device) -> Scheme:
+    left = rows_of([i for i, _ in pairs], device)
+    is_twice = all(i == j for i, j in pairs)
+    return second_order(left, left if is_twice else rows_of([j for _, j in pairs], device))
+
+
+def mixed(indices: Sequence[Index], device: torch.device) -> tuple[Scheme, dict[Index, int]]:
+    """Mixed derivatives of any order with all that they need, and each one's row in its order.
+
+    The entries of a (sorted) index are directions, counted from 0, and each is in some index.
     """
-    if recorder.failure is not None:
-        raise recorder.failure
-    values, slots = recorder.values, [recorder.slot(out) for out in outputs]
-    used, curved = set[int](slot for slot in slots if slot is not None), set[int]()
-    steps: list[tuple[Node, set[int], bool]] = []
-    for node in reversed(recorder.nodes):
-        if used.isdisjoint(node.outs):
-            continue
-        if any(values[slot]._backward_hooks for slot in node.outs if slot is not None):
-            raise UntraceableError("a gradient hook changes derivatives on their way back")
-        is_curved = not curved.isdisjoint(node.outs)
-        steps.append((node, {*node.slots} - used, is_curved))
-        used.update(node.slots)
-        if is_curved or not is_linear(node):
-            curved.update(node.slots)
-    return Recording(values, slots, steps[::-1], create_graph, {})
+    levels = [
+        sorted({part for index in indices for part in itertools.combinations(index, n + 1)})
+        for n in range(max(map(len, indices)))
+    ]
+    numbers = {index: row for level in levels for row, index in enumerate(level)}
+    rows: dict[Index, Rows] = {index: slice(row, row + 1) for index, row in numbers.items()}
+    pairwise = _of_pairs(levels[1] if len(levels) > 1 else [], device)
+    # Of high order each by itself: a direction that repeats makes fewer different products.
+    rest: list[Level] = [(level, rows) for level in levels[2:]]
+    return Scheme([*pairwise.levels, *rest][: len(levels)]), numbers
+
+
+@functools.lru_cache(256)
+def _products(index: Index, variables: int) -> dict[Index, Products]:
+    """Products of two and more derivatives in the derivative of ``f(*variables)`` by ``index``."""
+    terms: Products = Counter({(): 1})
+    for entry in index:  # which derives f by each variable, and each factor once more
+        derived: Products = Counter()
+        for factors, times in terms.items():
+            for i in range(variables):
+                derived[tuple(sorted((*factors, (i, (entry,)))))] += times
+            for k, (i, part) in enumerate(factors):
+                longer = i, (*part, entry)
+                derived[tuple(sorted((*factors[:k], longer, *factors[k + 1 :])))] += times
+        terms = derived
+    result: dict[Index, Products] = {}
+    for factors, times in terms.items():
+        if len(factors) > 1:
+            result.setdefault(tuple([i for i, _ in factors]), Counter())[factors] = times
+    return result
+
+
+def rows_of(numbers: Sequence[int], device: torch.device) -> Rows:
+    """Rows as a slice, which copies nothing, where they follow one another."""
+    start = numbers[0] if numbers else 0
+    follow = list(numbers) == list(range(start, start + len(numbers)))
+    return slice(start, start + len(numbers)) if follow else torch.tensor(numbers, device=device)
+
+
+def take(stack: Tensor, rows: Rows) -> Tensor:
+    """Some of ``(K, ...)``, without a copy where that can be."""
+    if isinstance(rows, slice):
+        return stack if rows == slice(0, stack.shape[0]) else stack[rows]
+    return on_one_row(lambda stack: stack.index_select(0, rows), stack)
+
+
+def on_one_row(function: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
+    """``function`` of stacks ``(K, B, ...)``; of one row if all repeat one, as at the input."""
+    if any(s.ndim < 2 or s.shape[1] < 2 or s.stride(1) != 0 for s in stacks):
+        return function(*stacks)
+    result = function(*[stack[:, :1] for stack in stacks])
+    return result.expand(-1, stacks[0].shape[1], *result.shape[2:])
+
+
+def _written_out(stacks: Tensors) -> list[Tensor]:
+    """Stacks of one shape with zeros written out; nothing if all are zero."""
+    like = next((stack for stack in stacks if stack is not None), None)
+    return [torch.zeros_like(like) if s is None else s for s in stacks] if like is not None else []
+
+
+# --- recordings --------------------------------------------------------------------------------
+
+
+class Recording(NamedTuple):
+    """One run of ``func``, ready for propagation.
+
+    Attributes:
+        values: by slot.
+        slots: of the outputs; ``None`` for one that does not depend on the input.
+        steps: operations that the outputs need.
+        keeps_rows: whether rows stay in dimension 0 of all that is recorded.
+        partials: of elementwise operations, which serve all directions.
+    """
+
+    values: list[Tensor]
+    slots: Sequence[int | None]
+    steps: list[Step]
+    create_graph: bool
+    keeps_rows: Callable[[], bool]
+    partials: dict[Any, Any]
+
+    def value(self, slot: int) -> Tensor:
+        """Tensor in a slot, unless it is a copy of an overwritten one, to which no graph leads."""
+        value = self.values[slot]
+        if self.create_graph and not value.requires_grad:
+            raise UntraceableError("a tensor that depends on the input was overwritten later on")
+        return value
+
+
+class Site(NamedTuple):
+    """One operation, and the jets that reach it, by slot."""
+
+    node: Node
+    recording: Recording
+    jets: Jets
+    scheme: Scheme
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the first result."""
+        return self.recording.values[self.node.outs[0] or 0].shape
+
+    def stacks(self, order: int) -> dict[int, Tensor]:
+        """Derivatives of one order, zeros written out; nothing if all are zero."""
+        stacks = {slot: jet[order - 1] for slot, jet in self.jets.items()}
+        counts = [len(stack) for stack in stacks.values() if stack is not None]
+        for slot in [slot for slot, stack in stacks.items() if stack is None and counts]:
+            value = self.recording.values[slot]
+            stacks[slot] = value.new_zeros((counts[0], *value.shape))
+        return {slot: stack for slot, stack in stacks.items() if stack is not None}
+
+    def variables(self) -> dict[int, Tensor]:
+        """Values, cut off from the operations that made them unless a graph is wanted."""
+        values = {slot: self.recording.value(slot) for slot in self.jets}
+        if not self.recording.create_graph:
+            return {slot: value.detach().requires_grad_() for slot, value in values.items()}
+        with torch.enable_grad():
+            return {slot: value.view_as(value) for slot, value in values.items()}
+
+
+class Step(NamedTuple):
+    """One operation of a recording.
+
+    Attributes:
+        rule: gives the derivatives of its results.
+        done: slots that nobody uses after it.
+        is_curved: whether it leads to an operation that is not linear. Elsewhere, lower derivatives
+            serve nothing but themselves.
+    """
+
+    node: Node
+    rule: Callable[[Site], Derivative]
+    done: set[int]
+    is_curved: bool
+
+
+# --- propagation -------------------------------------------------------------------------------
 
 
 def along_directions(
@@ -69,26 +262,49 @@ def along_directions(
     """
     jets = by_adjoints(recording, seeds, pairs) if pairs else None
     zeros = [None] * (scheme.order - 1)
-    inputs: dict[int, Jet] = {j: (seed, *zeros) for j, seed in seeds.items()}
+    inputs: Jets = {j: (seed, *zeros) for j, seed in seeds.items()}
     return jets or propagate(recording, inputs, scheme, lowest)
 
 
 def propagate(
-    recording: Recording, jets: dict[int, Jet], scheme: Scheme, lowest: int = 1
+    recording: Recording, jets: Jets, scheme: Scheme, lowest: int = 1, sources: Terms | None = None
 ) -> list[Jet]:
     """Jets of the outputs, from jets of inputs by their number.
 
-    Derivatives of an order below ``lowest`` may be missing.
+    Derivatives of an order below ``lowest`` may be missing. Second ones that operations make of
+    first ones are added to ``sources``, where that is a list, and go no further.
     """
     live, zero = dict(jets), (None,) * scheme.order
     with torch.set_grad_enabled(recording.create_graph):
-        for node, done, is_curved in recording.steps:
-            if not live.keys().isdisjoint(node.slots):
-                site = _site(recording, node, live, scheme)
-                live.update(_results(site, 1 if is_curved else lowest))
-            for slot in done:
+        for step in recording.steps:
+            if not live.keys().isdisjoint(step.node.slots):
+                results = _results(recording, step, live, scheme, lowest)
+                if sources is not None:
+                    sources += [(slot, s) for slot, (_, s) in results.items() if s is not None]
+                    results = {slot: (first, None) for slot, (first, _) in results.items()}
+                live.update(results)
+            for slot in step.done:
                 live.pop(slot, None)
     return [zero if slot is None else live.get(slot, zero) for slot in recording.slots]
+
+
+def _results(recording: Recording, step: Step, live: Jets, scheme: Scheme, lowest: int) -> Jets:
+    """Jets of the results of an operation, by slot, in the dtypes of their values."""
+    node, lowest = step.node, 1 if step.is_curved else lowest
+    jets = {slot: live[slot] for slot in node.slots if slot in live}
+    constants = {slot: recording.value(slot) for slot in node.slots if slot not in live}
+    if constants:
+        slots = tuple([slot for slot in node.slots if slot in live])
+        node = node._replace(args=filled(node.args, constants), slots=slots)
+    derivative = step.rule(Site(node, recording, jets, scheme))
+    orders = [derivative(order) for order in range(lowest, scheme.order + 1)]
+    results: Jets = {}
+    for slot, *stacks in zip(node.outs, *orders):
+        if slot is not None and any(stack is not None for stack in stacks):
+            dtype = recording.values[slot].dtype
+            cast = [None if stack is None else stack.to(dtype) for stack in stacks]
+            results[slot] = (*[None] * (lowest - 1), *cast)
+    return results
 
 
 # NOTE [second derivatives by adjoints]
@@ -99,20 +315,13 @@ def propagate(
 # they need its place in each result, which is known where it stays in dimension 0.
 
 
-def keeps_rows(recording: Recording) -> bool:
-    """Whether rows stay in dimension 0 of all that is recorded."""
-    return all(node_keeps_rows(node, recording.values) for node, _, _ in recording.steps)
-
-
 def by_adjoints(
     recording: Recording, seeds: dict[int, Tensor], pairs: Sequence[tuple[int, ...]]
 ) -> list[Jet] | None:
     """First derivatives along all seeds, and second ones along pairs of them.
 
+    ``None`` where that takes no less than propagation, or cannot be done.
     See NOTE [second derivatives by adjoints].
-
-    Returns:
-        Jets of the outputs; ``None`` where it takes no less than propagation, or cannot be done.
     """
     if None in recording.slots:
         return None
@@ -120,15 +329,13 @@ def by_adjoints(
     moving = sorted({direction for pair in pairs for direction in pair})
     count = sum(out.shape[1:].numel() for out in outs)
     total = len(next(iter(seeds.values())))
-    if count + len(moving) >= total + len(pairs) or not keeps_rows(recording):
+    if count + len(moving) >= total + len(pairs) or not recording.keeps_rows():
         return None
-    left, right = ([moving.index(pair[k]) for pair in pairs] for k in (0, 1))
-    device = outs[0].device
-    rows = rows_of(left, device)
-    scheme = second_order(rows, rows if left == right else rows_of(right, device))
-    moved = rows_of(moving, device)
-    jets: dict[int, Jet] = {j: (take(seed, moved), None) for j, seed in seeds.items()}
-    sources = _sources(recording, jets, scheme)
+    sources: Terms = []
+    scheme = _of_pairs([[moving.index(k) for k in pair] for pair in pairs], outs[0].device)
+    moved = rows_of(moving, outs[0].device)
+    jets: Jets = {j: (take(seed, moved), None) for j, seed in seeds.items()}
+    propagate(recording, jets, scheme, 2, sources)
     if not all(recording.values[slot].requires_grad for slot, _ in sources):
         return None  # overwritten later on
     terms = [*seeds.items(), *sources]
@@ -136,83 +343,25 @@ def by_adjoints(
         return [_contracted(recording, out, terms, len(seeds)) for out in outs]
 
 
-def _sources(
-    recording: Recording, live: dict[int, Jet], scheme: Scheme
-) -> list[tuple[int, Tensor]]:
-    """Second derivatives that each operation makes of first ones, by slot of its result."""
-    sources: list[tuple[int, Tensor]] = []
-    with torch.set_grad_enabled(recording.create_graph):
-        for node, done, is_curved in recording.steps:
-            if not live.keys().isdisjoint(node.slots):
-                site = _site(recording, node, live, scheme)
-                for slot, (first, second) in _results(site, 1 if is_curved else 2).items():
-                    live[slot] = (first, None)
-                    sources += [] if second is None else [(slot, second)]
-            for slot in done:
-                live.pop(slot, None)
-    return sources
-
-
-def _contracted(
-    recording: Recording, out: Tensor, terms: Sequence[tuple[int, Tensor]], firsts: int
-) -> Jet:
+def _contracted(recording: Recording, out: Tensor, terms: Terms, firsts: int) -> Jet:
     """Sums over each row of gradients times stacks: of the first terms, and of the others."""
     values, graph = [recording.values[slot] for slot, _ in terms], recording.create_graph
-    columns: list[tuple[Tensor | None, ...]] = []
+    columns: list[list[Tensor | None]] = []
     peeled = peel(out, recording.values[:firsts])
     for m in range(out.shape[1:].numel()):
-        root, cotangent = column_root(out, m) if peeled is None else (peeled[0], peeled[1][m])
-        cotangent = cotangent if peeled is None else cotangent.expand(out.shape[0], -1)
+        if peeled is None:
+            root, cotangent = column_root(out, m)
+        else:
+            root, cotangent = peeled[0], peeled[1][m].expand(out.shape[0], -1)
         grads = backward(root, values, cotangent, retain=True, graph=graph)
         sums: list[Tensor | None] = [None, None]
         for n, ((_, stack), grad) in enumerate(zip(terms, grads)):
             if grad is not None:
                 product = (stack * grad).unsqueeze(-1).flatten(2).sum(2)
                 sums[n >= firsts] = added(sums[n >= firsts], product)
-        columns.append(tuple(sums))
-    return tuple([_joined(stacks, out) for stacks in zip(*(columns or [(None, None)]))])
-
-
-def _joined(stacks: Sequence[Tensor | None], out: Tensor) -> Tensor | None:
-    """``(K, B, *out)`` from ``(K, B)`` for each output of a row; ``None`` for zero."""
-    like = next((stack for stack in stacks if stack is not None), None)
-    if like is None:
-        return None
-    columns = [torch.zeros_like(like) if stack is None else stack for stack in stacks]
-    return torch.stack(columns, -1).reshape(like.shape[0], *out.shape).to(out.dtype)
-
-
-def _site(recording: Recording, node: Node, live: dict[int, Jet], scheme: Scheme) -> Site:
-    """A node with jets for all of its slots; arguments without one become constants."""
-    jets = {slot: live[slot] for slot in node.slots if slot in live}
-    rest = {slot: recording.value(slot) for slot in node.slots if slot not in live}
-    if rest:
-        node = make_node(node.op, filled(node.args, rest), node.kwargs)._replace(outs=node.outs)
-    return Site(node, recording, jets, scheme)
-
-
-def _results(site: Site, lowest: int) -> dict[int, Jet]:
-    """Jets of the results, by slot, in the dtypes of their values."""
-    derivative = (rule_of(site.node.op) or _taken_apart)(site)
-    levels = [derivative(order) for order in range(lowest, site.scheme.order + 1)]
-    jets: dict[int, Jet] = {}
-    for slot, *stacks in zip(site.node.outs, *levels):
-        if slot is not None and any(stack is not None for stack in stacks):
-            dtype = site.recording.values[slot].dtype
-            cast = [None if stack is None else stack.to(dtype) for stack in stacks]
-            jets[slot] = (*[None] * (lowest - 1), *cast)
-    return jets
-
-
-def _taken_apart(site: Site) -> Derivative:
-    """Propagates through the decomposition of an operation."""
-    values = site.variables()
-    recorder = Recorder(list(values.values()))
-    with torch.enable_grad(), recorder:
-        outs = site.node._replace(op=decomposition(site.node.op)).run(values)
-    if len(outs) != len(site.node.outs):
-        raise UntraceableError(f"{site.node.op} does not return what its decomposition does")
-    inner = make_recording(recorder, outs, create_graph=site.recording.create_graph)
-    seeds = {number: site.jets[slot] for number, slot in enumerate(values)}
-    jets = propagate(inner, seeds, site.scheme)
-    return lambda order: [jet[order - 1] for jet in jets]
+        columns.append(sums)
+    jet: list[Tensor | None] = []
+    for stacks in map(_written_out, zip(*(columns or [(None, None)]))):  # (K, B) for each output
+        whole = torch.stack(stacks, -1) if stacks else None
+        jet.append(None if whole is None else whole.reshape(len(whole), *out.shape).to(out.dtype))
+    return tuple(jet)

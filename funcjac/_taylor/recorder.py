@@ -13,6 +13,7 @@ extension).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from funcjac._engines.run_func import graph_nodes
 from funcjac._environment.torch_private import EagerMode, with_memory
-from funcjac._taylor.operations import as_list, out_of_place, written
 from funcjac.errors import UntraceableError
 
+Note = Callable[[list[Any]], Any]  # of the results
 _DETACH = torch.ops.aten.detach.default
 
 
@@ -54,10 +55,8 @@ class Node(NamedTuple):
         return as_list(self.op(*filled(self.args, values), **self.kwargs))
 
 
-def make_node(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Node:
-    """A node before its results are known."""
-    items = [item for arg in args for item in as_list(arg)]
-    return Node(op, args, kwargs, tuple([item for item in items if type(item) is Slot]))
+def as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
 def filled(arg: Any, values: dict[int, Any]) -> Any:
@@ -95,21 +94,19 @@ class Recorder(EagerMode):
             self._new(x)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        args, kwargs = with_memory(args), kwargs or {}
-        if self.failure is not None:
-            return func(*args, **kwargs)
+        args, kwargs, note = with_memory(args), kwargs or {}, None
         # What cannot be recorded must not stop func, which runs just this once.
-        try:
-            note = self._before(func, args, kwargs)
-        except Exception as error:
-            self._fail(error)
-            return func(*args, **kwargs)
+        if self.failure is None:
+            try:
+                note = self._before(func, args, kwargs)
+            except Exception as error:
+                self._fail(error)
         out = func(*args, **kwargs)
-        try:
-            if note is not None:
+        if note is not None:
+            try:
                 note(as_list(out))
-        except Exception as error:
-            self._fail(error)
+            except Exception as error:
+                self._fail(error)
         return out
 
     def _fail(self, error: Exception) -> None:
@@ -117,17 +114,19 @@ class Recorder(EagerMode):
         self.failure = UntraceableError(text)
         self._tensors.clear()
 
-    def _before(self, op: Any, args: Any, kwargs: Any) -> Callable[[Any], Any] | None:
+    def _before(self, op: Any, args: Any, kwargs: Any) -> Note | None:
         """What to note of an operation once it has run."""
         if op is _DETACH:  # autograd's copies of results, which get their history back later
             _, slot = self._tensors.get(id(args[0]), (None, None))
             return None if slot is None else lambda out: self._name(out[0], slot)
         if any(self.slot(value) is not None for value in kwargs.values()):
             raise UntraceableError(f"{op} depends on the input by keyword")
-        node = make_node(op, self._with_slots(args), kwargs)
-        is_active = bool(node.slots) and torch.is_grad_enabled()
-        if targets := written(op, args, kwargs):
-            return self._in_place(node, targets, is_active=is_active)
+        slots: list[int] = []
+        node = Node(op, self._with_slots(args, slots), kwargs, tuple(slots))
+        is_active = bool(slots) and torch.is_grad_enabled()
+        targets = [args[i] if i < len(args) else kwargs.get(name) for i, name in _written(op)]
+        if tensors := [x for item in targets for x in as_list(item) if isinstance(x, Tensor)]:
+            return self._in_place(node, tensors, is_active=is_active)
         if is_active:
             return lambda out: self._record(node, out)
         return self._note_constants if torch.is_grad_enabled() else None
@@ -136,13 +135,16 @@ class Recorder(EagerMode):
         """Keep what was made of constants alone, whatever history it gets (tangents of a jvp)."""
         self._constants.update({id(x): x for x in results if isinstance(x, Tensor)})
 
-    def _with_slots(self, args: Sequence[Any]) -> list[Any]:
-        """Arguments, with slots in the place of tensors that depend on the input."""
+    def _with_slots(self, args: Sequence[Any], slots: list[int]) -> list[Any]:
+        """Arguments with slots, which are noted, in the place of what depends on the input."""
         result: list[Any] = []
         for arg in args:
-            is_list = type(arg) in (list, tuple)
-            slot = None if is_list else self.slot(arg)
-            result.append(self._with_slots(arg) if is_list else arg if slot is None else slot)
+            if type(arg) in (list, tuple):
+                result.append(self._with_slots(arg, slots))
+                continue
+            slot = self.slot(arg)
+            result.append(arg if slot is None else slot)
+            slots += [] if slot is None else [slot]
         return result
 
     def slot(self, value: Any) -> Slot | None:
@@ -168,15 +170,15 @@ class Recorder(EagerMode):
         return None
 
     def _record(self, node: Node, results: list[Any]) -> None:
-        for item in (item for arg in node.args for item in as_list(arg)):
+        for item in [item for arg in node.args for item in as_list(arg)]:
             if isinstance(item, Tensor):  # a constant, where it is new
                 self._tensors.setdefault(id(item), (item, None))
         outs: list[Slot | None] = []
-        for tensor in results:
-            if isinstance(tensor, Tensor) and tensor.is_complex():
+        for x in results:
+            if isinstance(x, Tensor) and x.is_complex():
                 raise UntraceableError(f"{node.op} returns complex numbers")
-            is_real = isinstance(tensor, Tensor) and tensor.is_floating_point()
-            outs.append(self._new(tensor) if is_real else None)
+            is_real = isinstance(x, Tensor) and x.is_floating_point()
+            outs.append(self._new(x) if is_real else None)
         self.nodes.append(node._replace(outs=tuple(outs)))
 
     def _new(self, tensor: Tensor) -> Slot:
@@ -187,9 +189,7 @@ class Recorder(EagerMode):
         self._tensors[id(tensor)] = tensor, slot
         return slot
 
-    def _in_place(
-        self, node: Node, targets: list[Tensor], *, is_active: bool
-    ) -> Callable[[Any], None] | None:
+    def _in_place(self, node: Node, targets: list[Tensor], *, is_active: bool) -> Note | None:
         """Record an operation on a tensor that nothing shares as its version out of place."""
         first, target = node.args[0], targets[0]
         is_value = is_active and type(first) is Slot
@@ -197,7 +197,7 @@ class Recorder(EagerMode):
             raise UntraceableError(f"{node.op} overwrites what other operations have used")
         if not is_active:
             return None
-        functional = out_of_place(node.op)
+        functional = _out_of_place(node.op)
         if functional is None or not (is_value or first is target):
             raise UntraceableError(f"{node.op} writes into several tensors")
         old = target.detach().clone()
@@ -213,5 +213,25 @@ class Recorder(EagerMode):
         if slot is not None:
             itself = itself and any(slot in node.slots for node in self.nodes)
         used = [t for t, _ in self._tensors.values() if itself or t is not target]
-        used = [t.untyped_storage() for t in used if t.layout == torch.strided]
-        return any(memory.data_ptr() == storage for memory in used)
+        strided = [t for t in used if t.layout == torch.strided]
+        return any(t.untyped_storage().data_ptr() == storage for t in strided)
+
+
+@functools.cache
+def _written(op: Any) -> list[tuple[int, str]]:
+    """Places and names of the arguments that an operation writes into."""
+    arguments = enumerate(op._schema.arguments)
+    return [(i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write]
+
+
+@functools.cache
+def _out_of_place(op: Any) -> Any:
+    """``aten.relu`` for ``aten.relu_``; ``None`` where there is none."""
+    space, name = op._schema.name.split("::")
+    packet = getattr(getattr(torch.ops, space), name[:-1], None) if name.endswith("_") else None
+    overloads = [] if packet is None else [getattr(packet, name) for name in packet.overloads()]
+
+    def arguments(op: Any) -> list[tuple[str, str]]:  # as to pow_.Scalar belongs pow.Tensor_Scalar
+        return [(argument.name, str(argument.type)) for argument in op._schema.arguments]
+
+    return next((same for same in overloads if arguments(same) == arguments(op)), None)

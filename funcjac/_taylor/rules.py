@@ -7,15 +7,15 @@ formulas are not used, so none of their errors can enter.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcjac._engines.rows import added
 from funcjac._environment.torch_private import backward, over_basis, vector_jacobian
-from funcjac._taylor.jets import Index, Jet, Scheme, on_one_row, spread
 from funcjac._taylor.operations import (
     AFFINE,
     ALONG_DIMENSIONS,
@@ -26,77 +26,51 @@ from funcjac._taylor.operations import (
     PRODUCTS,
     decomposition,
 )
-from funcjac._taylor.recorder import Node, Slot
+from funcjac._taylor.propagation import (
+    Derivative,
+    Index,
+    Jet,
+    Recording,
+    Site,
+    Step,
+    Tensors,
+    on_one_row,
+    propagate,
+)
+from funcjac._taylor.recorder import Node, Recorder, Slot
 from funcjac.errors import UntraceableError
 
-Tensors = Sequence["Tensor | None"]
-# Derivatives of the results of one operation, by order.
-Derivative = Callable[[int], Tensors]
 
+def make_recording(
+    recorder: Recorder, outputs: Sequence[Tensor], *, create_graph: bool
+) -> Recording:
+    """Prepares what a :class:`Recorder` saw for propagation to ``outputs``.
 
-class Recording(NamedTuple):
-    """One run of ``func``, ready for propagation.
-
-    Attributes:
-        values: by slot.
-        slots: of the outputs; ``None`` for one that does not depend on the input.
-        steps: operations that the outputs need, each with the slots that nobody uses after it, and
-            whether it leads to an operation that is not linear. Elsewhere, lower derivatives serve
-            nothing but themselves.
-        partials: of elementwise operations, which serve all directions.
+    Raises:
+        UntraceableError: a gradient hook is at work, or something has a history that was not
+            recorded.
     """
-
-    values: list[Tensor]
-    slots: Sequence[int | None]
-    steps: list[tuple[Node, set[int], bool]]
-    create_graph: bool
-    partials: dict[Any, Any]
-
-    def value(self, slot: int) -> Tensor:
-        """Tensor in a slot, unless it is a copy of an overwritten one, to which no graph leads."""
-        value = self.values[slot]
-        if self.create_graph and not value.requires_grad:
-            raise UntraceableError("a tensor that depends on the input was overwritten later on")
-        return value
-
-
-class Site(NamedTuple):
-    """One operation, and the jets that reach it, by slot."""
-
-    node: Node
-    recording: Recording
-    jets: dict[int, Jet]
-    scheme: Scheme
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the first result."""
-        return self.recording.values[self.node.outs[0] or 0].shape
-
-    def stacks(self, order: int) -> dict[int, Tensor]:
-        """Derivatives of one order, zeros written out; nothing if all are zero."""
-        stacks = {slot: jet[order - 1] for slot, jet in self.jets.items()}
-        count = next((len(stack) for stack in stacks.values() if stack is not None), None)
-        if count is None:
-            return {}
-        values = self.recording.values
-        return {
-            slot: values[slot].new_zeros((count, *values[slot].shape)) if stack is None else stack
-            for slot, stack in stacks.items()
-        }
-
-    def variables(self) -> dict[int, Tensor]:
-        """Values, cut off from the operations that made them unless a graph is wanted."""
-        values = {slot: self.recording.value(slot) for slot in self.jets}
-        if not self.recording.create_graph:
-            return {slot: value.detach().requires_grad_() for slot, value in values.items()}
-        with torch.enable_grad():
-            return {slot: value.view_as(value) for slot, value in values.items()}
+    if recorder.failure is not None:
+        raise recorder.failure
+    values, slots = recorder.values, [recorder.slot(out) for out in outputs]
+    used, curved = set[int](slot for slot in slots if slot is not None), set[int]()
+    steps: list[Step] = []
+    for node in reversed(recorder.nodes):
+        if used.isdisjoint(node.outs):
+            continue
+        if any(values[slot]._backward_hooks for slot in node.outs if slot is not None):
+            raise UntraceableError("a gradient hook changes derivatives on their way back")
+        is_curved = not curved.isdisjoint(node.outs)
+        steps.append(Step(node, rule_of(node.op), {*node.slots} - used, is_curved))
+        used.update(node.slots)
+        if is_curved or not _is_linear(node):
+            curved.update(node.slots)
+    keeps_rows = lambda: all(_keeps_rows(step.node, values) for step in steps)  # noqa: E731
+    return Recording(values, slots, steps[::-1], create_graph, keeps_rows, {})
 
 
 @functools.cache
-def rule_of(op: Any) -> Callable[[Site], Derivative] | None:
-    """Rule of an operation; ``None`` for one that is taken apart by its decomposition."""
+def rule_of(op: Any) -> Callable[[Site], Derivative]:
     name = op.overloadpacket.__name__
     if op.namespace != "aten":
         return _opaque
@@ -111,10 +85,10 @@ def rule_of(op: Any) -> Callable[[Site], Derivative] | None:
             return _product
     if torch.Tag.pointwise in op.tags or name in ELEMENTWISE:
         return _elementwise
-    return _opaque if decomposition(op) is None else None
+    return _opaque if decomposition(op) is None else _taken_apart
 
 
-def is_linear(node: Node) -> bool:
+def _is_linear(node: Node) -> bool:
     """Whether an operation is linear in all of its arguments that depend on the input."""
     rule = rule_of(node.op)
     if rule is _product:
@@ -122,7 +96,7 @@ def is_linear(node: Node) -> bool:
     return rule in (_linear, _sum)
 
 
-def node_keeps_rows(node: Node, values: Sequence[Tensor]) -> bool:
+def _keeps_rows(node: Node, values: Sequence[Tensor]) -> bool:
     """Whether rows stay in dimension 0, each by itself; ``False`` where nobody has looked."""
     xs, outs = ([values[s] for s in slots if s is not None] for slots in (node.slots, node.outs))
     if not outs or not all(t.ndim and t.shape[0] == outs[0].shape[0] for t in (*outs, *xs)):
@@ -180,12 +154,19 @@ def _sum(site: Site) -> Derivative:
     alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
     factors = (1, -alpha if node.name == "sub" else alpha)
     terms = [(f, arg) for f, arg in zip(factors, node.args) if type(arg) is Slot]
-    jets = [(factor, spread(site.jets[slot], site.shape)) for factor, slot in terms]
+    jets = [(factor, _spread(site.jets[slot], site.shape)) for factor, slot in terms]
 
     def derivative(order: int) -> Tensors:
         return [functools.reduce(added, [_scaled(f, jet[order - 1]) for f, jet in jets])]
 
     return derivative
+
+
+def _spread(jet: Jet, shape: torch.Size) -> Jet:
+    """A jet expanded to the shape of a result, as its value is."""
+    ones = [1] * len(shape)
+    views = [s if s is None else s.reshape(len(s), *ones[s.ndim - 1 :], *s.shape[1:]) for s in jet]
+    return tuple([view if view is None else view.expand(-1, *shape) for view in views])
 
 
 def _scaled(factor: Any, stack: Tensor | None) -> Tensor | None:
@@ -202,8 +183,8 @@ def _product(site: Site) -> Derivative:
     zero: Jet = (None,) * scheme.order
     a, b, c = (site.jets[arg] if type(arg) is Slot else zero for arg in (first, second, offset))
     if node.name == "mul":
-        a, b = spread(a, shape), spread(b, shape)
-    c = spread(c, shape)
+        a, b = _spread(a, shape), _spread(b, shape)
+    c = _spread(c, shape)
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
     multiply = _multiplication(site, first, second, rest)
 
@@ -211,8 +192,8 @@ def _product(site: Site) -> Derivative:
         x, y = a[order - 1], b[order - 1]
         total = None if x is None else multiply(x, None)
         total = added(total, None if y is None else multiply(None, y))
-        for _, stack in scheme.higher(order, (a, b), multiply, lambda numbers: numbers != (0, 1)):
-            total = added(total, stack)
+        if order > 1:
+            total = added(total, scheme.coefficient(order, (0, 1), (a, b), multiply))
         return [added(_scaled(alpha, total), _scaled(beta, c[order - 1]))]
 
     return derivative
@@ -226,7 +207,7 @@ def _multiplication(site: Site, first: Any, second: Any, rest: list[Any]) -> Any
     def value(arg: Any) -> Any:
         return site.recording.value(arg) if type(arg) is Slot else arg
 
-    def multiply(x: Tensor | None, y: Tensor | None) -> Tensor:
+    def multiply(x: Tensor | None, y: Tensor | None) -> Any:
         a, b = value(first) if x is None else x, value(second) if y is None else y
         if node.name == "mul":
             return a * b
@@ -237,9 +218,7 @@ def _multiplication(site: Site, first: Any, second: Any, rest: list[Any]) -> Any
         def run(*rows: Tensor) -> list[Tensor]:
             return [node.op(a if x is None else rows[0], b if y is None else rows[-1], *rest)]
 
-        (product,) = over_basis(run, *[stack for stack in (x, y) if stack is not None])
-        assert product is not None
-        return product
+        return over_basis(run, *[stack for stack in (x, y) if stack is not None])[0]
 
     return multiply
 
@@ -252,15 +231,14 @@ def _elementwise(site: Site) -> Derivative:
     scheme, of_nodes = site.scheme, site.recording.partials
     key = site.node.outs, site.node.slots, scheme.order
     partials = of_nodes[key] = of_nodes.get(key) or _Partials(site)
-    jets = [spread(jet, site.shape) for jet in site.jets.values()]
+    jets = [_spread(jet, site.shape) for jet in site.jets.values()]
     multiply = functools.partial(on_one_row, torch.mul)
 
     def derivative(order: int) -> Tensors:
-        terms: list[Any] = [((i,), jet[order - 1]) for i, jet in enumerate(jets)]
-        terms += scheme.higher(order, jets, multiply, lambda numbers: partials(numbers) is None)
         total: Tensor | None = None
-        for numbers, stack in terms:
-            partial = partials(numbers)
+        for name in scheme.names(order, len(jets)):
+            partial = partials[name]
+            stack = None if partial is None else scheme.coefficient(order, name, jets, multiply)
             if partial is not None and stack is not None:
                 total = partial * stack if total is None else torch.addcmul(total, partial, stack)
         return [total]
@@ -268,7 +246,7 @@ def _elementwise(site: Site) -> Derivative:
     return derivative
 
 
-class _Partials:
+class _Partials(dict[Index, "Tensor | None"]):
     """Partial derivatives of an elementwise operation, by the numbers of its variables.
 
     They are tensors of the result's shape: plain autograd gives them by differentiating the sum
@@ -286,19 +264,19 @@ class _Partials:
             with torch.enable_grad():
                 copies = {slot: x.expand(site.shape) for slot, x in site.variables().items()}
                 self.inputs, (out, *_) = list(copies.values()), node.run(copies)
-        self.known: dict[Index, Tensor | None] = {(): out}
+        self[()] = out
 
-    def __call__(self, numbers: Index) -> Tensor | None:
-        if numbers not in self.known:
-            lower, grads = self(numbers[:-1]), [None] * len(self.inputs)
-            graph = self.create_graph or len(numbers) < self.order
-            if lower is not None:
-                ones = lower.new_ones(()).expand(lower.shape)
+    def __missing__(self, name: Index) -> Tensor | None:
+        """All of one order, which are needed together."""
+        count, graph = len(self.inputs), self.create_graph or len(name) < self.order
+        for lower in itertools.combinations_with_replacement(range(count), len(name) - 1):
+            partial, grads = self[lower], [None] * count
+            if partial is not None:
+                ones = partial.new_ones(()).expand(partial.shape)
                 with torch.set_grad_enabled(graph):
-                    grads = backward(lower, self.inputs, ones, retain=True, graph=graph)
-            for i, grad in enumerate(grads):
-                self.known[tuple(sorted((*numbers[:-1], i)))] = grad
-        return self.known[numbers]
+                    grads = backward(partial, self.inputs, ones, retain=True, graph=graph)
+            self.update({tuple(sorted((*lower, i))): grad for i, grad in enumerate(grads)})
+        return self[name]
 
 
 # --- operations of unknown structure -----------------------------------------------------------
@@ -312,11 +290,12 @@ def _opaque(site: Site) -> Derivative:
     """
     if site.scheme.order > 2:
         raise UntraceableError(f"{site.node.op} has no rule for derivatives of order three")
-    variables, graph = site.variables(), site.recording.create_graph
+    variables = site.variables()
     with torch.enable_grad():
         results = site.node.run(variables)
         places = [i for i, out in enumerate(results) if getattr(out, "requires_grad", False)]
         cotangents, grads = _pulled([results[i] for i in places], list(variables.values()))
+    graph = site.recording.create_graph
 
     def pushed(*tangents: Tensor) -> Tensors:
         return _contracted(grads, tangents, cotangents, graph=graph)
@@ -328,16 +307,15 @@ def _opaque(site: Site) -> Derivative:
             if order == 2 and slopes:
                 curvature = _curvature(site, places, slopes)
                 stacks = [added(a, b) for a, b in zip(stacks, curvature)]
-        by_place = dict(zip(places, stacks))
-        return [by_place.get(place) for place in range(len(results))]
+        return list(map(dict(zip(places, stacks)).get, range(len(results))))
 
     return derivative
 
 
 def _curvature(site: Site, places: list[int], slopes: dict[int, Tensor]) -> Tensors:
     """Second derivatives of the results, each pair of directions with copies of its own."""
-    scheme, variables = site.scheme, site.variables()
-    left, right = zip(*map(scheme.pairs, slopes.values()))
+    variables = site.variables()
+    left, right = zip(*map(site.scheme.pairs, slopes.values()))
     copies = [x.expand(len(stack), *x.shape) for x, stack in zip(variables.values(), left)]
 
     def run(*rows: Tensor) -> Tensors:
@@ -347,7 +325,7 @@ def _curvature(site: Site, places: list[int], slopes: dict[int, Tensor]) -> Tens
     cotangents, grads = _pulled(over_basis(run, *copies), copies)
     along_left = _contracted(grads, left, copies, graph=True)
     seconds = _contracted(along_left, right, cotangents, graph=site.recording.create_graph)
-    return [None if second is None else scheme.weighted(second) for second in seconds]
+    return [None if second is None else site.scheme.weighted(second) for second in seconds]
 
 
 def _pulled(outs: Sequence[Any], inputs: list[Tensor]) -> tuple[list[Tensor], Tensors]:
@@ -365,3 +343,17 @@ def _contracted(
         return [None] * len(inputs)
     live, vectors = zip(*pairs)
     return vector_jacobian(live, inputs, vectors, retain=True, graph=graph)
+
+
+def _taken_apart(site: Site) -> Derivative:
+    """Propagates through the decomposition of an operation."""
+    values = site.variables()
+    recorder = Recorder(list(values.values()))
+    with torch.enable_grad(), recorder:
+        outs = site.node._replace(op=decomposition(site.node.op)).run(values)
+    if len(outs) != len(site.node.outs):
+        raise UntraceableError(f"{site.node.op} does not return what its decomposition does")
+    inner = make_recording(recorder, outs, create_graph=site.recording.create_graph)
+    seeds = {number: site.jets[slot] for number, slot in enumerate(values)}
+    jets = propagate(inner, seeds, site.scheme)
+    return lambda order: [jet[order - 1] for jet in jets]
