@@ -31,6 +31,7 @@ from funcjac._environment.torch_private import (
     Tensors,
     backward,
     has_levels,
+    is_traced,
     over_basis,
     vector_jacobian,
 )
@@ -38,7 +39,7 @@ from funcjac._environment.torch_private import (
 Product = Callable[[Tensor], Tensors]
 Maybe = Tensor | None
 Blocks = list[list[Tensor]]
-# Below this many outputs, starting behind the last layer costs more than it saves.
+# Up to this many outputs, starting behind the last layer costs plain code more than it saves.
 _FEWEST_PEELED = 16
 
 
@@ -66,7 +67,7 @@ def _reverse(run: Run, out: Tensor, chunk: int | None) -> Iterator[tuple[int, li
     """Gradients ``(B, k, *in)`` by all inputs, from one chunk of cotangents after the other."""
     call, inputs, _, graph, _ = run
     row, root = out.shape[1:], out
-    peeled = peel(out, inputs) if row.numel() > _FEWEST_PEELED else None
+    peeled = peel(out, inputs) if row.numel() > _FEWEST_PEELED or is_traced() else None
     if peeled is None:
         cotangents = basis_chunks(out, row, call.batch, 0, chunk)
     else:

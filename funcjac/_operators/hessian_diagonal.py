@@ -153,7 +153,8 @@ def _by_taylor(
             scheme = second_order(every, other, part.weights if total else None)
             shift = 0 if part.right is None else size
             each = [(k, k + shift) for k in range(0 if total else size)]
-            jets = along_directions(recording, {j: seeds}, scheme, each, 1 if firsts else 2)
+            lowest, basis = 1 if firsts else 2, part.basis and part.right is None
+            jets = along_directions(recording, {j: seeds}, scheme, each, lowest, basis=basis)
             slopes = [f[:size] if firsts and f is not None else None for f, _ in jets]
             seconds = [second for _, second in jets]
             if total:

@@ -161,8 +161,8 @@ def spread(jet: Jet, shape: torch.Size) -> Jet:
     """A jet expanded to the shape of a result, as its value is."""
     ones = [1] * len(shape)
     return tuple(
-        None
-        if s is None
+        s
+        if s is None or s.shape[1:] == shape
         else s.reshape(len(s), *ones[s.ndim - 1 :], *s.shape[1:]).expand(-1, *shape)
         for s in jet
     )

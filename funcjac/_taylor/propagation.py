@@ -57,6 +57,8 @@ def along_directions(
     scheme: Scheme,
     pairs: Sequence[tuple[int, ...]] = (),
     lowest: int = 1,
+    *,
+    basis: bool = False,
 ) -> list[Jet]:
     """Jets of the outputs, from directions ``(K, *x.shape)`` by the numbers of inputs.
 
@@ -66,7 +68,9 @@ def along_directions(
         scheme: what the jets hold.
         pairs: of directions, where these make up all of the second derivatives, the highest.
         lowest: the order below which derivatives may be missing.
+        basis: whether the directions, of one input, are of its standard basis.
     """
+    recording = recording._replace(basis=next(iter(seeds.values())) if basis else None)
     jets = by_adjoints(recording, seeds, pairs) if pairs else None
     zeros = [None] * (scheme.order - 1)
     inputs: dict[int, Jet] = {j: (seed, *zeros) for j, seed in seeds.items()}

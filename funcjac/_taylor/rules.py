@@ -44,6 +44,7 @@ class Recording(NamedTuple):
             whether it leads to an operation that is not linear. Elsewhere, lower derivatives serve
             nothing but themselves.
         partials: of elementwise operations, which serve all directions.
+        basis: first derivatives of the input, where they are its standard basis in each row.
     """
 
     values: list[Tensor]
@@ -51,6 +52,7 @@ class Recording(NamedTuple):
     steps: list[tuple[Node, set[int], bool]]
     create_graph: bool
     partials: dict[Any, Any]
+    basis: Tensor | None = None
 
     def value(self, slot: int) -> Tensor:
         """Tensor in a slot, unless it is a copy of an overwritten one, to which no graph leads."""
@@ -103,7 +105,7 @@ def rule_of(op: Any) -> Callable[[Site], Derivative] | None:
     if torch.Tag.nondeterministic_seeded in op.tags or name in OBSTINATE:
         return _impassable
     if op._overloadname not in NUMBERED:
-        if name in ("_to_copy", "add", "sub"):
+        if name in ("_to_copy", "clone", "add", "sub"):
             return _sum
         if name in LINEAR:
             return _linear
@@ -175,7 +177,7 @@ def _bare(arg: Any) -> Any:
 
 
 def _sum(site: Site) -> Derivative:
-    """``a + alpha b`` or ``a - alpha b``; of one argument, a change of dtype."""
+    """``a + alpha b`` or ``a - alpha b``; of one argument, a copy."""
     node = site.node
     alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
     factors = (1, -alpha if node.name == "sub" else alpha)
@@ -231,8 +233,12 @@ def _multiplication(site: Site, first: Any, second: Any, rest: list[Any]) -> Any
         if node.name == "mul":
             return a * b
         if node.name in ("mm", "bmm", *AFFINE):
-            is_layer = y is None and b.ndim == 2
-            return on_one_row(lambda stack: stack @ b, a) if is_layer else a @ b
+            if y is not None or b.ndim != 2:
+                return a @ b
+            if a is site.recording.basis and len(a) == len(b) and a.shape[1] > 1:
+                rows = b.clone(memory_format=torch.contiguous_format)  # a view would spoil strides
+                return rows.unsqueeze(1).expand(-1, a.shape[1], -1)
+            return on_one_row(lambda stack: stack @ b, a)
 
         def run(*rows: Tensor) -> list[Tensor]:
             return [node.op(a if x is None else rows[0], b if y is None else rows[-1], *rest)]
