@@ -8,10 +8,12 @@ plain operations of it. Imported where a compiler is at work: it loads Dynamo.
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from funcjac._engines.run_func import (
     graph_nodes,
     join_tensors,
     retire,
+    split_derivatives,
     split_tensors,
 )
 from funcjac._environment.torch_private import assert_async, bypassing_wrapper, nonstrict_trace
@@ -55,91 +58,74 @@ def solve_traced(call: Call) -> Derivatives:
     Nothing is verified: there are no values to look at.
     """
     graph = torch.is_grad_enabled()
-    inputs = _enter(call.inputs, graph)
-
-    plain = call._replace(replaced=False)
+    inputs = list(_enter(graph, *call.inputs))
 
     def run(*inputs: Tensor) -> Output:
-        return plain([x.clone() for x in inputs])  # func may write into them
+        return call([x.clone() for x in inputs])  # func may write into them
 
     # Around a recorded run it does nothing but let inner ones push a mode of their own.
     with torch.enable_grad(), UseReplacements():
-        if _is_recorded(call):
+        mode, modes = call.options.mode, call.options.operator.modes
+        if _RECORDED is not None and "taylor" in modes and mode in ("auto", "taylor"):
             output = _RECORDED(_under_recorder, run, *inputs)
         else:
             output = run(*inputs)
     call.options.operator.check_output(call, output.leaves)
     aux, kept = split_tensors(output.aux)
     weighs = [x for x in (*call.inputs, *call.extras) if x.requires_grad]
-    request = _as_request(call, graph, bool(weighs))
-    blocks, outs, aux = _leave(request, call.batch, inputs, call.extras, output.leaves, aux)
-    _check(blocks)
+    blocks, outs, aux = _derivatives(call, (graph, bool(weighs)), inputs, output.leaves, aux)
     return Derivatives(blocks, Output(outs, output.spec, join_tensors(kept, aux)))
 
 
 def solve_existing(call: Call, output: Output, *, graph: bool) -> Derivatives:
     """The derivatives of tensors that exist in the graph that is being traced."""
-    request = _as_request(call, graph, True)
-    blocks, outs, _ = _leave(request, call.batch, call.inputs, [], output.leaves, [])
-    _check(blocks)
+    blocks, outs, _ = _derivatives(call, (graph, True), call.inputs, output.leaves, [])
     return Derivatives(blocks, output._replace(leaves=outs))
 
 
-def _is_recorded(call: Call) -> bool:
-    """Whether operations are recorded for Taylor propagation."""
-    options = call.options
-    asked = options.mode in ("auto", "taylor") and "taylor" in options.operator.modes
-    return asked and _RECORDED is not None
-
-
 class _Failure:
-    """Why the last derivatives could not be traced: Dynamo hides what ``_leave`` raises.
-
-    Dynamo traces one function at a time in all threads, so that no other one comes between.
-    """
+    """Why ``_leave`` failed last, which Dynamo hides; it traces one function at a time."""
 
     text = ""
 
 
-def _check(blocks: list[list[Tensor]]) -> None:
-    if not blocks:
+def _derivatives(
+    call: Call, graph: tuple[bool, bool], inputs: Any, outs: list[Tensor], aux: list[Tensor]
+) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:
+    """Blocks of each output, the outputs and the aux, by ``_leave``, which takes no tree."""
+    request = _as_request(call, graph, len(inputs), len(outs))
+    results = list(_leave(request, call.batch, *inputs, *call.extras, *outs, *aux))
+    if not results:
         raise RuntimeError(_Failure.text)
+    end = len(results) - len(outs) - len(aux)
+    width = end // len(outs)
+    rows = [results[i : i + width] for i in range(0, end, width)]
+    return rows, results[end : end + len(outs)], results[end + len(outs) :]
 
 
-# --- what Dynamo passes on: numbers and strings ------------------------------------------------
+# --- what Dynamo passes on: a string -----------------------------------------------------------
 
 
-def _as_request(call: Call, graph: bool, weighs: bool) -> tuple[Any, ...]:
+def _as_request(call: Call, graph: tuple[bool, bool], inputs: int, outs: int) -> str:
+    """What ``_leave`` reads of a call, in one constant: Dynamo traces each leaf of a tree."""
     options, operator = call.options, call.options.operator
     kind = type(operator)
-    first = len(call.leaves) - call.extra
-    dims = (*call.layout.diff_dims, *call.layout.dims[first:])
-    return (
-        (options.name, options.mode, options.engine, options.chunk_size or 0),
-        (options.return_value, graph, weighs, options.check is True),
-        tuple([-1 if dim is None else dim for dim in dims]),
-        (kind.__module__, kind.__name__, operator.as_numbers()),
-    )
+    dims = (*call.layout.diff_dims, *call.layout.dims[len(call.leaves) - call.extra :])
+    keywords = options.name, options.mode, options.engine, options.chunk_size
+    flags = options.return_value, *graph, options.check is True
+    class_of = kind.__module__, kind.__name__, operator.as_numbers()
+    return repr((keywords, flags, (dims, inputs, outs), class_of))
 
 
-def _as_call(request: Any, batch: Any, inputs: list[Tensor], extras: list[Tensor]) -> Call:
-    (name, mode, engine, chunk), (return_value, *_), dims, (module, kind, numbers) = request
+def _as_call(request: Any, batch: Any, leaves: list[Tensor]) -> Call:
+    (name, mode, engine, chunk), (value, *_), (every, count, _), (module, kind, numbers) = request
     operator = getattr(sys.modules[module], kind).from_numbers(numbers)
-    options = Options(
-        name=name,
-        mode=mode,
-        engine=engine,
-        chunk_size=chunk or None,
-        return_value=return_value,
-        operator=operator,
-    )
-    every = tuple([None if dim < 0 else dim for dim in dims])
+    keywords: Any = {"mode": mode, "engine": engine, "chunk_size": chunk}
+    options = Options(name, return_value=value, operator=operator, **keywords)
     batched = tuple([i for i, dim in enumerate(every) if dim is not None])
-    count = len(inputs)
     spec: Any = None
     layout = Layout(spec, every, batched, tuple(range(count)), spec, True, every[:count])
-    leaves = [*inputs, *extras]
-    return Call(_as_call, options, layout, leaves, {}, batch, extra=len(extras))
+    return Call(_as_call, options, layout, leaves, {}, batch, extra=len(leaves) - count)
 
 
 # --- what Dynamo does not look into ------------------------------------------------------------
@@ -153,14 +139,14 @@ class _Mark:
 
 
 @nonstrict_trace
-def _enter(inputs: list[Tensor], graph: bool) -> list[Tensor]:
+def _enter(graph: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Inputs to differentiate by: copies in the caller's graph, or leaves of their own."""
     mark, entered = _Mark(), []
     for j, x in enumerate(inputs):
         copy = x.clone() if graph and x.requires_grad else x.detach().requires_grad_()
         vars(copy)[_MARK] = (mark, j)
         entered.append(copy)
-    return entered
+    return tuple(entered)
 
 
 def _under_recorder(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,17 +169,13 @@ def _under_recorder(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @nonstrict_trace
-def _leave(
-    request: Any,
-    batch: Any,
-    inputs: list[Tensor],
-    extras: list[Tensor],
-    outs: list[Tensor],
-    aux: list[Tensor],
-) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:
-    """Derivatives of ``outs``, through the graph or the record that leads to them."""
-    call = _as_call(request, batch, inputs, extras)
-    _, (_, graph, weighs, check), _, _ = request
+def _leave(request: str, batch: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """From inputs, extras, outputs and aux: blocks, outputs and aux, or nothing for a failure."""
+    parts = ast.literal_eval(request)
+    _, (_, graph, weighs, check), (every, _, count), _ = parts
+    call = _as_call(parts, batch, list(tensors[: len(every)]))
+    inputs, outs = call.inputs, list(tensors[len(every) :][:count])
+    aux = tensors[len(every) + count :]
     mark: _Mark = vars(inputs[0]).get(_MARK, (_Mark(), 0))[0]
     recorder, mark.recorder = mark.recorder, None  # which would keep the run alive
     output = Output(outs, None, list(aux))
@@ -209,14 +191,14 @@ def _leave(
             f"{call.options.name}: cannot differentiate func in compiled code: {brief(result)}. "
             "Call it outside of torch.compile, or pass another mode."
         )
-        return [], outs, aux
+        return ()
     if check:
         _assert_rows(run)
     if not create_graph:
         result = detached(result)
     elif _MARK in vars(inputs[0]):
         retire(run)
-    return result.blocks, result.output.leaves, result.output.aux
+    return tuple(split_derivatives(result)[0])
 
 
 def _assert_rows(run: Run) -> None:
@@ -253,29 +235,33 @@ def _has_leaves(outs: Sequence[Tensor], inputs: list[Tensor]) -> bool:
 def _widest(outs: Sequence[Tensor], inputs: list[Tensor]) -> Any:
     """Elements of the widest tensor that leads to ``outs``; which one that is adds no guard."""
     shapes = [meta.shape for node in graph_nodes(outs, inputs) for meta in node._input_metadata]
-    return max([math.prod(shape) for shape in shapes], key=_hint, default=1)
-
-
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else size.node.hint or 1
+    sizes = [math.prod(shape) for shape in shapes]
+    return max(sizes, key=lambda n: n if isinstance(n, int) else n.node.hint or 1, default=1)
 
 
 def _first_that_works(run: Run, sizes: Sizes) -> Derivatives | Exception:
     error: Exception | None = None
     options, operator = run.call.options, run.call.options.operator
     again = run.create_graph or operator.is_second_order
-    if again and any(n.name() == _CUSTOM for n in graph_nodes(run.output.leaves, run.inputs)):
-        return RuntimeError("Dynamo takes second derivatives of an autograd.Function wrongly")
+    if any(n.name() == _CUSTOM for n in graph_nodes(run.output.leaves, run.inputs)):
+        if again or options.mode == "fwd":  # which differentiates a reverse pass
+            return RuntimeError("Dynamo takes second derivatives of an autograd.Function wrongly")
+        options = replace(options, mode="rev")
+        run = run._replace(call=run.call._replace(options=options))
     firsts = operator.count(run.call, sizes.outputs, sizes.inputs)[0]
     chunk_size = options.chunk_size or chunk(firsts, sizes) or _ALL
     routes = routes_of(run, sizes, chunk_size)
-    if _goes_by_adjoints(run, sizes.outputs, sizes.inputs):
-        routes = itertools.chain([Route("taylor", chunk_size)], routes)
+    # A compiler drops the pass that is transposed. Reverse mode takes no more behind a last layer.
+    forward = sizes.outputs > sizes.inputs and sizes.widest > sizes.batch * sizes.outputs
+    forward = forward and options.mode == "auto" and "fwd" in operator.modes
+    if forward or _goes_by_adjoints(run, sizes.outputs, sizes.inputs):
+        routes = itertools.chain([Route("fwd" if forward else "taylor", chunk_size)], routes)
     for route in routes:
-        result = _tried(run, route)
-        if isinstance(result, Derivatives):
-            return result
-        error = error or result
+        try:
+            with torch.set_grad_enabled(again):
+                return operator.compute(run, route)
+        except Exception as failure:  # noqa: PERF203  traced once
+            error = error or lean(failure)
     assert error is not None
     return error
 
@@ -292,12 +278,3 @@ def _goes_by_adjoints(run: Run, outputs: int, inputs: int) -> bool:
         return make_recording(run.recorder, outs, create_graph=run.create_graph).keeps_rows()
     except UntraceableError:
         return False
-
-
-def _tried(run: Run, route: Route) -> Derivatives | Exception:
-    operator = run.call.options.operator
-    try:
-        with torch.set_grad_enabled(run.create_graph or operator.is_second_order):
-            return operator.compute(run, route)
-    except Exception as error:
-        return lean(error)

@@ -36,13 +36,14 @@ from funcjac.errors import BatchMixingError, VerificationError
 def solve_inside(call: Call, token: Any) -> Derivatives:
     """The derivatives of ``call``, which outer transforms may differentiate again."""
     call.options.operator.check_inputs(call)
-    call = call._replace(replaced=True)
-    if is_traced():
-        if has_levels() or engines_of(call)[0][0] == "vmap":
-            return by_vmap(call, _row_compute(call))
+    traced = is_traced()
+    if traced and not has_levels() and engines_of(call)[0][0] != "vmap":
         from funcjac._dispatch.compiled import solve_traced  # noqa: PLC0415  it loads Dynamo
 
         return solve_traced(call)
+    call = call._replace(replaced=True)
+    if traced:
+        return by_vmap(call, _row_compute(call))
     function = FunctionKey(call.func)
     if function.scripted:
         raise RuntimeError(

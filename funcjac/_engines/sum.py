@@ -32,6 +32,7 @@ from funcjac._environment.torch_private import (
     Tensors,
     backward,
     has_levels,
+    is_traced,
     over_basis,
     vector_jacobian,
 )
@@ -39,7 +40,7 @@ from funcjac._environment.torch_private import (
 Product = Callable[[Tensor], Tensors]
 Maybe = Tensor | None
 Blocks = list[list[Tensor]]
-# Below this many outputs, starting behind the last layer costs more than it saves.
+# Up to this many outputs, starting behind the last layer costs plain code more than it saves.
 _FEWEST_PEELED = 16
 
 
@@ -57,7 +58,7 @@ def _rows(run: Run, chunk: int | None, out: Tensor) -> list[Tensor]:
     """Derivatives of one output by all inputs, by reverse passes."""
     inputs, dims, batch = run.inputs, run.call.layout.diff_dims, run.call.batch
     row, root = out.shape[1:], out
-    peeled = peel(out, inputs) if row.numel() > _FEWEST_PEELED else None
+    peeled = peel(out, inputs) if row.numel() > _FEWEST_PEELED or is_traced() else None
     if peeled is None:
         cotangents = basis_chunks(out, row, batch, 0, chunk)
     else:

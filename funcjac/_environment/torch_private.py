@@ -81,6 +81,12 @@ def nonstrict_trace(function: Callable[..., Any]) -> Callable[..., Any]:
     return (trace or importlib.import_module("torch._dynamo").nonstrict_trace)(function)
 
 
+def assumed_constant(function: Any) -> Any:
+    """``torch.compiler.assume_constant_result``, which loads Dynamo; without, it is traced."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def bypassing_wrapper() -> Any:
     """Lets a dispatch mode see into a graph of Dynamo; without it no Taylor in compiled code."""
     wraps = importlib.import_module("torch._higher_order_ops.wrap")

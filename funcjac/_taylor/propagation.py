@@ -177,6 +177,7 @@ class Recording(NamedTuple):
         steps: operations that the outputs need.
         keeps_rows: whether rows stay in dimension 0 of all that is recorded.
         partials: of elementwise operations, which serve all directions.
+        basis: first derivatives of the input, where they are its standard basis in each row.
     """
 
     values: list[Tensor]
@@ -185,6 +186,7 @@ class Recording(NamedTuple):
     create_graph: bool
     keeps_rows: Callable[[], bool]
     partials: dict[Any, Any]
+    basis: Tensor | None = None
 
     def value(self, slot: int) -> Tensor:
         """Tensor in a slot, unless it is a copy of an overwritten one, to which no graph leads."""
@@ -250,6 +252,8 @@ def along_directions(
     scheme: Scheme,
     pairs: Sequence[tuple[int, ...]] = (),
     lowest: int = 1,
+    *,
+    basis: bool = False,
 ) -> list[Jet]:
     """Jets of the outputs, from directions ``(K, *x.shape)`` by the numbers of inputs.
 
@@ -259,7 +263,9 @@ def along_directions(
         scheme: what the jets hold.
         pairs: of directions, where these make up all of the second derivatives, the highest.
         lowest: the order below which derivatives may be missing.
+        basis: whether the directions, of one input, are of its standard basis.
     """
+    recording = recording._replace(basis=next(iter(seeds.values())) if basis else None)
     jets = by_adjoints(recording, seeds, pairs) if pairs else None
     zeros = [None] * (scheme.order - 1)
     inputs: Jets = {j: (seed, *zeros) for j, seed in seeds.items()}

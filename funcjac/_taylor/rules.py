@@ -77,7 +77,7 @@ def rule_of(op: Any) -> Callable[[Site], Derivative]:
     if torch.Tag.nondeterministic_seeded in op.tags or name in OBSTINATE:
         return _impassable
     if op._overloadname not in NUMBERED:
-        if name in ("_to_copy", "add", "sub"):
+        if name in ("_to_copy", "clone", "add", "sub"):
             return _sum
         if name in LINEAR:
             return _linear
@@ -149,7 +149,7 @@ def _bare(arg: Any) -> Any:
 
 
 def _sum(site: Site) -> Derivative:
-    """``a + alpha b`` or ``a - alpha b``; of one argument, a change of dtype."""
+    """``a + alpha b`` or ``a - alpha b``; of one argument, a copy."""
     node = site.node
     alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
     factors = (1, -alpha if node.name == "sub" else alpha)
@@ -165,8 +165,12 @@ def _sum(site: Site) -> Derivative:
 def _spread(jet: Jet, shape: torch.Size) -> Jet:
     """A jet expanded to the shape of a result, as its value is."""
     ones = [1] * len(shape)
-    views = [s if s is None else s.reshape(len(s), *ones[s.ndim - 1 :], *s.shape[1:]) for s in jet]
-    return tuple([view if view is None else view.expand(-1, *shape) for view in views])
+    return tuple(
+        s
+        if s is None or s.shape[1:] == shape
+        else s.reshape(len(s), *ones[s.ndim - 1 :], *s.shape[1:]).expand(-1, *shape)
+        for s in jet
+    )
 
 
 def _scaled(factor: Any, stack: Tensor | None) -> Tensor | None:
@@ -212,8 +216,12 @@ def _multiplication(site: Site, first: Any, second: Any, rest: list[Any]) -> Any
         if node.name == "mul":
             return a * b
         if node.name in ("mm", "bmm", *AFFINE):
-            is_layer = y is None and b.ndim == 2
-            return on_one_row(lambda stack: stack @ b, a) if is_layer else a @ b
+            if y is not None or b.ndim != 2:
+                return a @ b
+            if a is site.recording.basis and len(a) == len(b) and a.shape[1] > 1:
+                rows = b.clone(memory_format=torch.contiguous_format)  # a view would spoil strides
+                return rows.unsqueeze(1).expand(-1, a.shape[1], -1)
+            return on_one_row(lambda stack: stack @ b, a)
 
         def run(*rows: Tensor) -> list[Tensor]:
             return [node.op(a if x is None else rows[0], b if y is None else rows[-1], *rest)]

@@ -10,15 +10,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from funcjac._environment.torch_private import assumed_constant
 from funcjac._torch_faults.table import FAULTS
 
 _REPLACEMENTS = {call: run for row in FAULTS for call, run in row.replacements.items()}
-# The compiler cannot look up what Python defines in classes, such as x ** y.
-_COMPILED = {
-    call: run
-    for call, run in _REPLACEMENTS.items()
-    if not (isinstance(call, types.FunctionType) and call.__qualname__.startswith("Tensor"))
-}
 # Names of the first argument of torch's operations.
 _FIRST_ARGUMENTS = ("input", "self", "A")
 
@@ -37,6 +32,13 @@ _FORWARD_ONCE = _ops("forward", "forward_vmap")
 _FORWARD_AGAIN = _FORWARD_ONCE | _ops("forward_again")
 
 
+@assumed_constant  # each look-up makes all keys of the table guards of a call
+def _is_replaced(call: Any) -> bool:
+    """Asked by the compiler, which cannot look up what Python defines in classes: ``x ** y``."""
+    is_method = isinstance(call, types.FunctionType) and call.__qualname__.startswith("Tensor")
+    return call in _REPLACEMENTS and not is_method
+
+
 class UseReplacements(TorchFunctionMode):
     """Runs simpler operations, of which all derivatives are right, for those on the table.
 
@@ -45,8 +47,8 @@ class UseReplacements(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        known = _COMPILED if torch.compiler.is_dynamo_compiling() else _REPLACEMENTS
-        run = known.get(func)
+        is_known = not torch.compiler.is_dynamo_compiling() or _is_replaced(func)
+        run = _REPLACEMENTS.get(func) if is_known else None
         if run is None or "out" in kwargs:
             return func(*args, **kwargs)
         first = [kwargs[name] for name in _FIRST_ARGUMENTS if name in kwargs]

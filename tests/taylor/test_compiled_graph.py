@@ -1,0 +1,96 @@
+"""The graph that compilers get of a transform, and what Dynamo guards."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+
+from funcjac import batch_jacobian, batch_laplacian
+from tests.dispatch.test_compiled import B, compiled, network, randn
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def traced(function, *args):
+    """The operations of the forward graph, as its compiler gets it."""
+    return [node.target.overloadpacket.__name__ for node in traced_nodes(function, *args)]
+
+
+def traced_nodes(function, *args):
+    found = []
+
+    def collect(graph_module, inputs):
+        found.extend(nodes(graph_module))
+        return graph_module
+
+    def nodes(graph_module):
+        calls = (n for n in graph_module.graph.nodes if n.op == "call_function")
+        return [n for n in calls if hasattr(n.target, "overloadpacket")]
+
+    with torch.no_grad():
+        compiled(function, aot_autograd(fw_compiler=collect))(*args)
+    return found
+
+
+def test_taylor_propagation_makes_a_flat_graph():
+    """One product for each layer and order, and no gradient differentiated once more."""
+    net = network()
+    names = traced(batch_laplacian(net), randn(B, 3))
+    products = [name for name in names if name in ("mm", "addmm", "bmm")]
+    # Value of the first layer, whose slopes are its weights, and what the second adds.
+    assert len(products) == 1 + 1
+    nested = traced(batch_laplacian(net, mode="rev_over_rev"), randn(B, 3))
+    assert len(names) < 0.5 * len(nested)
+
+
+def test_directions_that_rows_share_pass_the_first_layer_once():
+    """Also those that are not the standard basis, which needs no product at all."""
+    weight = torch.tensor([[2.0, 1, 0], [1, 3, 0], [0, 0, 1]], dtype=torch.float64)
+    net = network()
+    nodes = traced_nodes(batch_laplacian(net, weight=weight), randn(B, 3))
+    rows = [node.meta["val"].shape[0] for node in nodes if node.target is torch.ops.aten.mm.default]
+    assert rows == [2 * 3, B]  # the pairs of directions; what the last layer adds
+
+
+def test_the_rule_chooses_the_mode():
+    """Forward mode for a wide output: rows of the basis of the input go through the graph."""
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 40)).double()
+    assert "eye" in traced(batch_jacobian(net), randn(B, 2))
+    wide = traced(batch_jacobian(net, mode="rev"), randn(B, 2))
+    assert wide != traced(batch_jacobian(net), randn(B, 2))
+    assert traced(batch_jacobian(net, mode="fwd"), randn(B, 2)) == traced(
+        batch_jacobian(net), randn(B, 2)
+    )
+
+
+@pytest.mark.parametrize(("widths", "mode"), [((3, 8, 5), "fwd"), ((5, 2, 10), "rev")])
+def test_few_more_outputs_than_inputs(widths, mode):
+    """Forward mode, but where reverse mode passes nothing wider than the output behind a layer."""
+    first, hidden, last = widths
+    net = nn.Sequential(nn.Linear(first, hidden), nn.Tanh(), nn.Linear(hidden, last)).double()
+    names = traced(batch_jacobian(net), randn(B, first))
+    other = "rev" if mode == "fwd" else "fwd"
+    assert names == traced(batch_jacobian(net, mode=mode), randn(B, first))
+    assert names != traced(batch_jacobian(net, mode=other), randn(B, first))
+
+
+def test_a_last_layer_takes_no_product():
+    net = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+    names = traced(batch_jacobian(net), randn(B, 7))
+    products = [name for name in names if name in ("mm", "addmm", "bmm")]
+    assert len(products) == 2  # value of the first layer, and back through it
+
+
+def test_guards_do_not_compare_the_table_of_replacements():
+    transform = batch_jacobian(network())
+    function = lambda x: transform(x)
+    compiled(function)(randn(B, 3))
+    entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)
+    (guards,) = [str(entry.guard_manager) for entry in entries]
+    assert "check_tensors" in guards
+    assert "_REPLACEMENTS" not in guards
