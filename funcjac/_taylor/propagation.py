@@ -47,14 +47,14 @@ class Scheme(NamedTuple):
         return len(self.levels)
 
     def names(self, order: int, variables: int) -> list[Index]:
-        """Derivatives of ``f`` in those of ``f(*variables)``, by the numbers of variables."""
+        """Derivatives of ``f`` that occur in ``f(*variables)``'s, by numbers of variables."""
         (index, *_), _ = self.levels[order - 1]
         return [*[(i,) for i in range(variables)], *_products(index, variables)]
 
     def coefficient(
         self, order: int, name: Index, jets: Sequence[Jet], multiply: Callable[..., Tensor]
     ) -> Tensor | None:
-        """What ``f``'s derivative has before it there, from ``variables`` (Faà di Bruno)."""
+        """Factor of ``f``'s derivative ``name`` in one of ``f(*variables)`` (Faà di Bruno)."""
         if len(name) == 1:
             return jets[name[0]][order - 1]
         indices, rows = self.levels[order - 1]
