@@ -122,9 +122,8 @@ def _as_call(request: Any, batch: Any, leaves: list[Tensor]) -> Call:
     operator = getattr(sys.modules[module], kind).from_numbers(numbers)
     keywords: Any = {"mode": mode, "engine": engine, "chunk_size": chunk}
     options = Options(name, return_value=value, operator=operator, **keywords)
-    batched = tuple([i for i, dim in enumerate(every) if dim is not None])
-    spec: Any = None
-    layout = Layout(spec, every, batched, tuple(range(count)), spec, True, every[:count])
+    diff, batched = range(count), [i for i, dim in enumerate(every) if dim is not None]
+    layout: Any = Layout(None, every, tuple(batched), tuple(diff), None, True, every[:count])
     return Call(_as_call, options, layout, leaves, {}, batch, extra=len(leaves) - count)
 
 
@@ -235,8 +234,11 @@ def _has_leaves(outs: Sequence[Tensor], inputs: list[Tensor]) -> bool:
 def _widest(outs: Sequence[Tensor], inputs: list[Tensor]) -> Any:
     """Elements of the widest tensor that leads to ``outs``; which one that is adds no guard."""
     shapes = [meta.shape for node in graph_nodes(outs, inputs) for meta in node._input_metadata]
-    sizes = [math.prod(shape) for shape in shapes]
-    return max(sizes, key=lambda n: n if isinstance(n, int) else n.node.hint or 1, default=1)
+    return max([math.prod(shape) for shape in shapes], key=_hint, default=1)
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else size.node.hint or 1
 
 
 def _first_that_works(run: Run, sizes: Sizes) -> Derivatives | Exception:
@@ -252,8 +254,8 @@ def _first_that_works(run: Run, sizes: Sizes) -> Derivatives | Exception:
     chunk_size = options.chunk_size or chunk(firsts, sizes) or _ALL
     routes = routes_of(run, sizes, chunk_size)
     # A compiler drops the pass that is transposed. Reverse mode takes no more behind a last layer.
-    forward = sizes.outputs > sizes.inputs and sizes.widest > sizes.batch * sizes.outputs
-    forward = forward and options.mode == "auto" and "fwd" in operator.modes
+    may = options.mode == "auto" and "fwd" in operator.modes and sizes.outputs > sizes.inputs
+    forward = may and _hint(sizes.widest) > _hint(sizes.batch * sizes.outputs)
     if forward or _goes_by_adjoints(run, sizes.outputs, sizes.inputs):
         routes = itertools.chain([Route("fwd" if forward else "taylor", chunk_size)], routes)
     for route in routes:
