@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from funcjac._arguments.call import Call
+from funcjac._arguments.call import Call, is_plain
 from funcjac._dispatch.choose_engine_mode_chunk import Sizes, sizes_of
 from funcjac._dispatch.decisions import Decision, FunctionKey, forget_children
 from funcjac._engines.run_func import (
@@ -38,6 +38,7 @@ from funcjac._verification.verify_result import problem_of
 from funcjac.errors import BatchMixingError, VerificationError
 
 NO_ROUTE, NO_SIZES = Route(""), Sizes(0, 0, 0, 1, False, True)
+_MOST_RESTORED = 2**16  # elements of a tensor that func closes over
 NOT_CAUGHT = (BatchMixingError, *CONTROL_FLOW)
 
 
@@ -140,7 +141,9 @@ class Attempt:
         """Another run, of replacements, if they give the same values."""
         call, after = run.call._replace(replaced=True), rng_state()
         moved = buffers_in_training(self.function.modules)
-        held = [(x, x.clone()) for x in self.function.tensors]  # versions do not tell all writing
+        # A version does not tell of batch norm that it wrote into its running statistics.
+        small = [x for x in self.function.tensors if is_plain(x) and x.numel() <= _MOST_RESTORED]
+        statistics = [(x, x.clone()) for x in small]
         set_rng_state(self.start)
         put_back(self.buffers)  # running statistics move once
         self.outcome.runs += 1
@@ -157,9 +160,9 @@ class Attempt:
         except Exception:  # not all that torch takes is replaced
             pass
         finally:
-            for x, values in held:
-                if not torch.equal(x, values):
-                    x.data.copy_(values)  # a graph may hold it
+            for x, values in statistics:
+                if not torch.equal(x.nan_to_num(), values.nan_to_num()):
+                    x.data.copy_(values)  # the version stays, for a graph that holds it
         set_rng_state(after)
         put_back(moved)
         return None

@@ -90,7 +90,7 @@ class FunctionKey:
     def __init__(self, func: Any) -> None:
         self.parts: list[Any] = []  # of the key
         self.modules: list[nn.Module] = []  # that were met, not their children
-        self.tensors: list[Tensor] = []  # the same
+        self.tensors: list[Tensor] = []  # that were met, but those of modules
         self.scripted = False  # whether TorchScript is among them
         self._describe(func, 0)
 
@@ -111,8 +111,9 @@ class FunctionKey:
             self._describe(item.__self__, depth + 1)
         elif kind is functools.partial:
             self._describe(item.func, depth)
-            self._describe(item.args, depth)
-            self._describe(item.keywords, depth)
+            self.parts.append(tuple(item.keywords))
+            for value in (*item.args, *item.keywords.values()):
+                self._describe(value, depth + 1)
         elif isinstance(item, enum.Enum):
             self.parts.append((kind, item.name))
         elif kind in (list, tuple, dict):

@@ -105,7 +105,8 @@ def by_vmap(attempt: Attempt) -> Derivatives:
     if attempt.is_due:
         verify(attempt, _with_draws_of_vmap(attempt), result, "vmap")
     attempt.outcome.route = Route(mode, attempt.options.chunk_size)
-    return result
+    create_graph = torch.is_grad_enabled() and (attempt.plain is None or attempt.plain.create_graph)
+    return result if create_graph else detached(result)
 
 
 def _call_of_rows(attempt: Attempt) -> Call:

@@ -26,7 +26,7 @@ from funcjac._engines.run_func import (
     split_derivatives,
 )
 from funcjac._engines.vmap import by_vmap
-from funcjac._environment.state import WrappedAttributes
+from funcjac._environment.state import WrappedAttributes, rng_state, set_rng_state
 from funcjac._environment.torch_private import CONTROL_FLOW, has_levels, is_traced, sees_values
 from funcjac._verification.forward_formulas import check_forward_formulas
 from funcjac._verification.verify_result import problem_of
@@ -56,7 +56,11 @@ def solve_inside(call: Call, token: Any) -> Derivatives:
     except (BatchMixingError, VerificationError, torch.linalg.LinAlgError, *CONTROL_FLOW):
         raise
     except Exception as error:
+        if str(error).startswith(f"{call.options.name}: "):  # refused by the library itself
+            raise
+        state = rng_state()
         call._replace(clone=True)(call.inputs)  # raises what func itself raises
+        set_rng_state(state)
         raise failure(call.options, [("", error)], None) from error
 
 

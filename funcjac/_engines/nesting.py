@@ -206,11 +206,7 @@ def _partials_of_one(
                 if not index:
                     root, cotangent = column_root(out, m)
                 else:
-                    unit = (
-                        root.new_ones(())
-                        if n is None
-                        else identity(root.shape[1], root, plain=is_plain)[n]
-                    )
+                    unit = root.new_ones(()) if n is None else _unit(root, n, plain=is_plain)
                     cotangent = unit.expand(root.shape)
                 grads = backward(root, inputs, cotangent, retain=True, graph=graph)
             for entry in entries:
@@ -225,6 +221,11 @@ def _partials_of_one(
                     column = None if grad is None else _column(grad, dim, n, run.call.batch)
                     partials[name], roots[name] = column, (column, None)
     return partials
+
+
+def _unit(grad: Tensor, n: int, *, plain: bool) -> Tensor:
+    """The cotangent of coordinate ``n``, a copy: a backward pass may return it as it is."""
+    return identity(grad.shape[1], grad, plain=plain)[n].clone()
 
 
 def _column(grad: Tensor, dim: int | None, n: int, batch: int) -> Tensor:

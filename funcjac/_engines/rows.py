@@ -24,9 +24,10 @@ def row_sizes(inputs: Sequence[Tensor], dims: Sequence[int | None]) -> list[int]
 
 
 def identity(count: int, like: Tensor, *, plain: bool = False) -> Tensor:
-    """The identity matrix ``(count, count)``; small ones are made once, but for a single number.
+    """The identity matrix ``(count, count)``; small ones are made once, where no transform is.
 
-    Results may lie in the memory of that, and tensors of transforms belong to a level.
+    ``plain`` says that none is: tensors belong to its level. Nothing that is returned to the user
+    may lie in the memory of one that is kept.
     """
     is_kept = count > 1 and count * count <= _MOST_CACHED and (plain or not is_functional())
     key = (count, like.dtype, like.device) if is_kept else None

@@ -187,7 +187,8 @@ def column_root(out: Tensor, m: int) -> tuple[Any, Tensor]:
     row = out.shape[1:]
     if row.numel() == 1:
         return out, out.new_ones(()).expand(out.shape)
-    return out, spread(identity(row.numel(), out)[m : m + 1], row, out.shape[0], 0)[0]
+    unit = identity(row.numel(), out)[m : m + 1].clone()  # a backward pass may return it as it is
+    return out, spread(unit, row, out.shape[0], 0)[0]
 
 
 # --- products that are contracted at once ----------------------------------------------------

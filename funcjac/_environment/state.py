@@ -32,8 +32,8 @@ def _with_children(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return [child for module in modules for child in module.modules()]
 
 
-# Where modules keep hooks, parameters and children, and no tensors that a call computes.
-_BOOKS = vars(nn.Module()).keys() - {"_buffers", "training"}
+# Attributes of every module that hold hooks and children, and no tensors that a call computes.
+_WITHOUT_TENSORS = vars(nn.Module()).keys() - {"_buffers", "_parameters", "training"}
 
 
 class WrappedAttributes:
@@ -45,7 +45,7 @@ class WrappedAttributes:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         holders = [vars(module) for module in _with_children(modules)]
-        values = [holder[name] for holder in holders for name in holder.keys() - _BOOKS]
+        values = [holder[name] for holder in holders for name in holder.keys() - _WITHOUT_TENSORS]
         inner = [value for value in values if type(value) in (dict, list)]
         self.before = [(holder, holder.copy()) for holder in (*holders, *inner)]
 
@@ -55,7 +55,7 @@ class WrappedAttributes:
     def __exit__(self, *_: object) -> None:
         for holder, before in self.before:
             if isinstance(holder, dict):
-                names = holder.keys() - _BOOKS
+                names = holder.keys() - _WITHOUT_TENSORS
                 for name in [name for name in names if is_wrapped(holder[name])]:
                     if name in before:
                         holder[name] = before[name]

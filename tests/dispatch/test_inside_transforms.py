@@ -5,7 +5,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from funcjac import batch_hessian, batch_hessian_diagonal, batch_jacobian, batch_laplacian
+from funcjac import (
+    batch_divergence,
+    batch_hessian,
+    batch_hessian_diagonal,
+    batch_jacobian,
+    batch_laplacian,
+)
 from tests.oracles import stacked
 from tests.tensors import equal, fixed_randn, randn
 
@@ -153,3 +159,31 @@ def test_an_error_of_func_reaches_the_user_as_itself_inside_of_torch_func():
 
     with pytest.raises(KeyError, match="of the user's"):
         torch.vmap(batch_jacobian(func))(fixed_randn(2, 4, 3))
+
+
+def test_refusals_are_the_same_inside_of_torch_func():
+    divergence, runs = batch_divergence(lambda x: x.sum(1)), []
+    taylor = {"mode": "taylor", "randomness": "same"}
+    laplacian = batch_laplacian(lambda x: runs.append(x) or x.sin(), **taylor)
+    x = fixed_randn(4, 3)
+    for transform in (divergence, laplacian):
+        with pytest.raises(ValueError, match=r"^batch_") as plain:
+            transform(x)
+        with pytest.raises(ValueError, match=r"^batch_") as inside:
+            torch.func.grad(lambda x, f=transform: f(x).sum())(x)
+        assert str(plain.value) == str(inside.value)
+    assert not runs
+
+
+def test_a_value_is_detached_where_func_keeps_a_graph_under_no_grad():
+    weight = torch.ones(3, requires_grad=True)
+
+    def func(x):
+        with torch.enable_grad():
+            return x * weight
+
+    words = {"engine": "vmap", "mode": "fwd", "return_value": True}
+    with torch.no_grad():
+        jac, value = batch_jacobian(func, **words)(torch.randn(4, 3))
+    assert not value.requires_grad
+    assert not jac.requires_grad

@@ -1,5 +1,6 @@
 """Keys: what tells calls apart, how they are counted, and when they are verified again."""
 
+import functools
 import gc
 import weakref
 
@@ -351,3 +352,15 @@ def test_many_functions_leave_room_for_more():
         assert jac[0, 0, 0] == number + 1
     with pytest.raises(BatchMixingError, match=r"^batch_jacobian: "):
         batch_jacobian(first)(x)
+
+
+def test_a_module_among_many_arguments_of_a_partial_is_part_of_the_key():
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
+    settings = {f"setting_{n}": n for n in range(20)}
+    func = functools.partial(lambda x, net, **_: net(x), net=net, **settings)
+    net.eval()
+    jacobian, x = batch_jacobian(func), randn(4, 3)
+    jacobian(x)
+    net.train()
+    with pytest.raises(BatchMixingError):
+        jacobian(x)

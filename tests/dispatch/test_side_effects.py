@@ -454,3 +454,36 @@ def test_statistics_that_no_module_owns_move_once(transform, where):
     assert x.grad is not None
     for t, values in zip(held, before):
         t.copy_(values)
+
+
+class GrowsAParameter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_parameter("weight", None)
+
+    def forward(self, x):
+        if self.weight is None:
+            self.weight = nn.Parameter(torch.ones_like(x[0]).detach())
+        return x * self.weight
+
+
+def test_a_parameter_that_a_first_call_makes_inside_of_vmap_is_not_left_dead():
+    net, x = GrowsAParameter(), randn(2, B, 3)
+    torch.vmap(batch_jacobian(net))(x)
+    equal(net(x[0].float()).detach(), x[0].float())
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        torch.eye(3).double().to_sparse(),
+        torch.full((), torch.nan).double().expand(3),
+        torch.zeros(1).expand(10**12),
+        torch.nn.UninitializedParameter(),
+        torch.ones(3, device="meta"),
+    ],
+    ids=["sparse", "nan", "vast", "uninitialized", "meta"],
+)
+def test_a_tensor_that_cannot_be_copied_may_be_closed_over(held):
+    func = lambda x: torch.logcumsumexp(x if held is not None else -x, 1)
+    assert batch_hessian(func, engine="sum")(randn(B, 3)).shape == (B, 3, 3, 3)

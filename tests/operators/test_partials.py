@@ -179,3 +179,31 @@ def test_results_lie_in_no_memory_that_the_library_keeps(mode):
         result.mul_(10).add_(1)
     eye = torch.eye(2, dtype=f64).expand(3, 2, 2).contiguous()
     equal(batch_jacobian(torch.sin, check=False)(torch.zeros(3, 2, dtype=f64)), eye)
+
+
+class Dot(torch.autograd.Function):
+    """Of rows; it leaves out a product with a cotangent of ones, as fused losses do."""
+
+    @staticmethod
+    def forward(ctx, x, t):
+        ctx.save_for_backward(x, t)
+        return (x * t).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, t = ctx.saved_tensors
+        if (grad == 1).all():
+            return t + 0, x + 0
+        return t * grad.unsqueeze(1), x * grad.unsqueeze(1)
+
+
+def test_results_of_one_row_lie_in_no_memory_that_is_kept():
+    x, t = torch.randn(1, 2, dtype=f64), torch.randn(2, 1, dtype=f64)
+    func = lambda t, x: Dot.apply(x, t.mT)
+    words = {"argnums": (0, 1), "in_dims": (1, 0), "mode": "rev"}
+    for _ in range(2):
+        for part in batch_partials(func, [(0, 2), (1, 3)], **words)(t, x):
+            equal(part, torch.ones(1, dtype=f64))
+            part.mul_(7)
+    jac = batch_jacobian(torch.sin, check=False)(torch.zeros(3, 2, dtype=f64))
+    equal(jac, torch.eye(2, dtype=f64).expand(3, 2, 2))

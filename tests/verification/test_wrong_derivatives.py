@@ -348,3 +348,28 @@ def test_a_backward_pass_that_is_not_linear_is_refused_in_each_call():
         with pytest.raises(VerificationError, match="product with a random cotangent is off by"):
             jacobian(x)
     equal(batch_jacobian(func, check=False)(x), torch.diag_embed(1.5 * x.cos()))
+
+
+class ConstantInBatches(torch.autograd.Function):
+    """The square; its backward pass is a constant of the input where vmap runs it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        batched = torch._C._functorch.is_batchedtensor(grad)
+        return grad * 2 * (x.detach() if batched else x)
+
+
+@quiet
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 1e-5, 1e-8, 1e-14])
+def test_wrong_derivatives_of_small_results_are_seen(scale, dtype):
+    x = torch.randn(4, 3, dtype=dtype, requires_grad=True)
+    jac = batch_jacobian(lambda x: scale * ConstantInBatches.apply(x), check=True)(x)
+    (grad,) = torch.autograd.grad(jac.sum(), x)
+    torch.testing.assert_close(grad / scale, torch.full_like(x, 2))
