@@ -16,7 +16,7 @@ from torch import Tensor
 
 from funcjac._engines.rows import added
 from funcjac._environment.torch_private import backward, over_basis, vector_jacobian
-from funcjac._taylor.operations import (
+from funcjac._taylor.operation_kinds import (
     AFFINE,
     ALONG_DIMENSIONS,
     ELEMENTWISE,
