@@ -21,7 +21,7 @@ FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("
 every_file = pytest.mark.parametrize("name", FILES)
 MOST_LINES, MOST_LINES_OF_A_CLASS, MOST_LINES_OF_A_FUNCTION = 400, 150, 40
 MOST_FILES_OF_A_TEST_FOLDER = 12
-MOST_NESTING, MOST_FILES_OF_A_FOLDER, MOST_LINES_OF_THE_PACKAGE = 4, 9, 8777
+MOST_NESTING, MOST_FILES_OF_A_FOLDER, MOST_LINES_OF_THE_PACKAGE = 4, 9, 8771
 
 # Names of the contract that exist today: others join with their modules.
 PUBLIC = {
@@ -491,7 +491,7 @@ def test_laplacian_by_taylor():
     net = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 1)).requires_grad_(False)
     entered = passed(funcjac.batch_laplacian(net), torch.randn(7, 10))
     files = {file for file, _ in entered}
-    assert len(files) <= 14, files
+    assert len(files) <= 12, files
     assert {file for file in files if file.startswith("_taylor")} == {
         "_taylor/recorder.py",
         "_taylor/propagation.py",

@@ -68,7 +68,7 @@ class Attempt:
     Attributes:
         is_due: whether its result is verified.
         settled: the run of a settled call that turned out to be of another kind.
-        start: the random state before ``func`` runs.
+        start: the random state before ``func`` runs, if it has not as a settled call.
         plain: the run of the whole batch under plain autograd, whose graph has a ``signature``.
         draws: whether that run drew random numbers, where this is known.
         in_func: whether an exception is ``func``'s own, or about what it returned.
@@ -145,7 +145,7 @@ class Attempt:
         small = [x for x in self.function.tensors if is_plain(x) and x.numel() <= _MOST_RESTORED]
         statistics = [(x, x.clone()) for x in small]
         set_rng_state(self.start)
-        put_back(self.buffers)  # running statistics move once
+        put_back(self.buffers)
         self.outcome.runs += 1
         try:
             replaced = run_once(call, None if run.recorder is None else Recorder)
@@ -159,12 +159,12 @@ class Attempt:
             raise
         except Exception:  # not all that torch takes is replaced
             pass
-        finally:
+        finally:  # values and versions stay those of the first run
+            put_back(moved)
             for x, values in statistics:
                 if not torch.equal(x.nan_to_num(), values.nan_to_num()):
-                    x.data.copy_(values)  # the version stays, for a graph that holds it
+                    x.data.copy_(values)
         set_rng_state(after)
-        put_back(moved)
         return None
 
 

@@ -21,8 +21,8 @@ from funcjac._engines.rows import (
     batch_first,
     coordinates,
     flat_rows,
-    identity,
     row_shape,
+    units,
 )
 from funcjac._engines.run_func import Route, Run
 from funcjac._engines.sum import Blocks, Maybe, column_root, contracted, jacobian, pushforwards
@@ -200,13 +200,14 @@ def _partials_of_one(
     for order, step in enumerate(steps):
         graph = run.create_graph or order + 1 < len(steps)
         for index, entries in step.items():
-            root, n = roots.get(index, (out, None))
+            root, column = roots.get(index, (out, None))
             grads: Sequence[Maybe] = [None] * len(inputs)
             if root is not None:
                 if not index:
                     root, cotangent = column_root(out, m)
                 else:
-                    unit = root.new_ones(()) if n is None else _unit(root, n, plain=is_plain)
+                    width = root.shape[-1]
+                    unit = root.new_ones(()) if column is None else units(width, column, 1, root)
                     cotangent = unit.expand(root.shape)
                 grads = backward(root, inputs, cotangent, retain=True, graph=graph)
             for entry in entries:
@@ -218,14 +219,9 @@ def _partials_of_one(
                     partials[name] = torch.slice_copy(grad, 1, n, n + 1) if view is None else view
                     roots[name] = grad, n  # what follows begins before it
                 else:
-                    column = None if grad is None else _column(grad, dim, n, run.call.batch)
-                    partials[name], roots[name] = column, (column, None)
+                    partials[name] = None if grad is None else _column(grad, dim, n, run.call.batch)
+                    roots[name] = partials[name], None
     return partials
-
-
-def _unit(grad: Tensor, n: int, *, plain: bool) -> Tensor:
-    """The cotangent of coordinate ``n``, a copy: a backward pass may return it as it is."""
-    return identity(grad.shape[1], grad, plain=plain)[n].clone()
 
 
 def _column(grad: Tensor, dim: int | None, n: int, batch: int) -> Tensor:

@@ -23,13 +23,12 @@ def row_sizes(inputs: Sequence[Tensor], dims: Sequence[int | None]) -> list[int]
     return [row_shape(x, dim).numel() for x, dim in zip(inputs, dims)]
 
 
-def identity(count: int, like: Tensor, *, plain: bool = False) -> Tensor:
+def identity(count: int, like: Tensor) -> Tensor:
     """The identity matrix ``(count, count)``; small ones are made once, where no transform is.
 
-    ``plain`` says that none is: tensors belong to its level. Nothing that is returned to the user
-    may lie in the memory of one that is kept.
+    Nothing that is returned to the user may lie in the memory of one that is kept.
     """
-    is_kept = count > 1 and count * count <= _MOST_CACHED and (plain or not is_functional())
+    is_kept = count > 1 and count * count <= _MOST_CACHED and not is_functional()
     key = (count, like.dtype, like.device) if is_kept else None
     eye = _CACHE.get(key)
     if eye is None:
@@ -46,11 +45,11 @@ def basis_chunks(
     count = row.numel()
     if chunk is None or chunk >= count:
         return [spread(identity(count, like), row, batch, dim)] if count else []
-    return (spread(_units(count, i, chunk, like), row, batch, dim) for i in range(0, count, chunk))
+    return (spread(units(count, i, chunk, like), row, batch, dim) for i in range(0, count, chunk))
 
 
-def _units(count: int, start: int, size: int, like: Tensor) -> Tensor:
-    """Up to ``size`` rows of the identity matrix ``(count, count)`` from ``start`` on."""
+def units(count: int, start: int, size: int, like: Tensor) -> Tensor:
+    """Up to ``size`` rows of the identity matrix ``(count, count)`` from ``start`` on, new ones."""
     rows = torch.zeros(min(size, count - start), count, dtype=like.dtype, device=like.device)
     rows.diagonal(start).fill_(1)
     return rows

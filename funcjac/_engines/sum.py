@@ -22,10 +22,10 @@ from funcjac._engines.rows import (
     basis_chunks,
     batch_first,
     flat_rows,
-    identity,
     join,
     row_shape,
     spread,
+    units,
 )
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._environment.torch_private import (
@@ -187,8 +187,7 @@ def column_root(out: Tensor, m: int) -> tuple[Any, Tensor]:
     row = out.shape[1:]
     if row.numel() == 1:
         return out, out.new_ones(()).expand(out.shape)
-    unit = identity(row.numel(), out)[m : m + 1].clone()  # a backward pass may return it as it is
-    return out, spread(unit, row, out.shape[0], 0)[0]
+    return out, spread(units(row.numel(), m, 1, out), row, out.shape[0], 0)[0]
 
 
 # --- products that are contracted at once ----------------------------------------------------

@@ -89,5 +89,5 @@ def buffers_in_training(modules: Iterable[nn.Module]) -> Buffers:
 def put_back(buffers: Buffers) -> None:
     for holder, name, buffer, values in buffers:
         if not torch.equal(buffer, values):
-            buffer.copy_(values)
+            buffer.data.copy_(values)  # the version stays, for a graph that holds it
         holder[name] = buffer
