@@ -1,5 +1,7 @@
 """The keywords of a transform, and the layout of arguments: batched leaves, differentiated ones."""
 
+from __future__ import annotations
+
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from funcjac._arguments import pytree
 from funcjac._arguments.batch_sizes import argument_dims
-from funcjac._arguments.pytree import Tree, TreeSpec
+from funcjac._arguments.pytree import TreeSpec
 from funcjac.errors import refuse
 
 ENGINES = ("sum", "vmap", "loop")
@@ -20,8 +22,8 @@ class Options:
 
     name: str
     argnums: int | tuple[int, ...] = 0
-    in_dims: Tree = 0
-    out_dims: Tree = 0
+    in_dims: Any = 0
+    out_dims: Any = 0
     mode: str = "auto"
     engine: str = "auto"
     chunk_size: int | None = None

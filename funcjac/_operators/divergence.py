@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
@@ -15,7 +16,7 @@ from funcjac._engines.rows import flat_rows, row_shape
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._engines.sum import divergence
 from funcjac._operators.operator import Hutchinson, Operator, Tensors
-from funcjac._operators.transform import documented, make_transform
+from funcjac._operators.transform import Keywords, documented, make_transform
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, row_factors, vjp
 from funcjac.errors import refuse
@@ -119,7 +120,7 @@ def _check_square(call: Call, outs: Tensors, skip: int) -> None:
 
 
 @documented
-def batch_divergence(  # noqa: D417  documented once, for all
+def batch_divergence(
     func: Callable[..., Any],
     argnums: int | tuple[int, ...] = 0,
     *,
@@ -127,15 +128,7 @@ def batch_divergence(  # noqa: D417  documented once, for all
     probes: str = "rademacher",
     generator: torch.Generator | None = None,
     return_error: bool = False,
-    in_dims: Any = 0,
-    out_dims: Any = 0,
-    mode: str = "auto",
-    engine: str = "auto",
-    chunk_size: int | None = None,
-    has_aux: bool = False,
-    return_value: bool = False,
-    randomness: str = "error",
-    check: bool | str = "auto",
+    **keywords: Unpack[Keywords],
 ) -> Callable[..., Any]:
     """Computes the divergence of each row: the trace of its Jacobian, without the Jacobian.
 
@@ -171,6 +164,4 @@ def batch_divergence(  # noqa: D417  documented once, for all
         True
     """
     operator = Divergence(samples, probes, generator, return_error)
-    operator.check("batch_divergence")
-    keywords = argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value
-    return make_transform("batch_divergence", func, operator, *keywords, randomness, check)
+    return make_transform("batch_divergence", func, operator, argnums, keywords)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
@@ -17,7 +18,7 @@ from funcjac._engines.rows import identity, row_shape, row_sizes, spread
 from funcjac._engines.run_func import Route, Run
 from funcjac._engines.sum import Blocks
 from funcjac._operators.operator import NESTED, SecondOrder, Tensors
-from funcjac._operators.transform import documented, make_transform
+from funcjac._operators.transform import Keywords, documented, make_transform
 from funcjac._taylor import along_directions, make_recording, second_order
 from funcjac._verification.reference_vjp import Entry, Probe, outer_product, random_like, vjp
 
@@ -94,19 +95,8 @@ def stacked_coordinates(run: Run) -> dict[int, Tensor]:
 
 
 @documented
-def batch_hessian(  # noqa: D417  documented once, for all
-    func: Callable[..., Any],
-    argnums: int | tuple[int, ...] = 0,
-    *,
-    in_dims: Any = 0,
-    out_dims: Any = 0,
-    mode: str = "auto",
-    engine: str = "auto",
-    chunk_size: int | None = None,
-    has_aux: bool = False,
-    return_value: bool = False,
-    randomness: str = "error",
-    check: bool | str = "auto",
+def batch_hessian(
+    func: Callable[..., Any], argnums: int | tuple[int, ...] = 0, **keywords: Unpack[Keywords]
 ) -> Callable[..., Any]:
     """Computes the Hessian of each row of a batch.
 
@@ -145,5 +135,4 @@ def batch_hessian(  # noqa: D417  documented once, for all
         >>> torch.allclose(hess, torch.diag_embed(-x.sin()))
         True
     """
-    keywords = argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value
-    return make_transform("batch_hessian", func, Hessian(), *keywords, randomness, check)
+    return make_transform("batch_hessian", func, Hessian(), argnums, keywords)

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from typing_extensions import Unpack
+
 from funcjac._arguments.call import Call
 from funcjac._engines.rows import Directions, coordinates
 from funcjac._engines.run_func import Run
 from funcjac._operators.laplacian import AlongDirections, Maybe, axis_last
 from funcjac._operators.operator import Dims, Tensors
-from funcjac._operators.transform import documented, make_transform
+from funcjac._operators.transform import Keywords, documented, make_transform
 from funcjac._verification.reference_vjp import Entry, Probe, row_factors
 
 
@@ -45,19 +47,8 @@ class HessianDiagonal(AlongDirections):
 
 
 @documented
-def batch_hessian_diagonal(  # noqa: D417  documented once, for all
-    func: Callable[..., Any],
-    argnums: int | tuple[int, ...] = 0,
-    *,
-    in_dims: Any = 0,
-    out_dims: Any = 0,
-    mode: str = "auto",
-    engine: str = "auto",
-    chunk_size: int | None = None,
-    has_aux: bool = False,
-    return_value: bool = False,
-    randomness: str = "error",
-    check: bool | str = "auto",
+def batch_hessian_diagonal(
+    func: Callable[..., Any], argnums: int | tuple[int, ...] = 0, **keywords: Unpack[Keywords]
 ) -> Callable[..., Any]:
     """Computes the second derivative of each row along each of its inputs.
 
@@ -95,5 +86,4 @@ def batch_hessian_diagonal(  # noqa: D417  documented once, for all
         True
     """
     operator = HessianDiagonal()
-    keywords = argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value
-    return make_transform("batch_hessian_diagonal", func, operator, *keywords, randomness, check)
+    return make_transform("batch_hessian_diagonal", func, operator, argnums, keywords)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from typing_extensions import Unpack
 
 from funcjac._arguments.call import Call, as_output, bind
 from funcjac._arguments.check_keywords import check_options
@@ -19,7 +20,7 @@ from funcjac._engines.run_func import Derivatives, Run, detached, kind_of, read_
 from funcjac._engines.sum import jacobian
 from funcjac._environment.torch_private import is_traced, sees_values
 from funcjac._operators.operator import Operator, Tensors
-from funcjac._operators.transform import documented, make_transform
+from funcjac._operators.transform import Keywords, documented, make_transform
 from funcjac._verification.verify_result import problem_of
 from funcjac.errors import VerificationError, brief, refuse
 
@@ -37,19 +38,8 @@ class Jacobian(Operator):
 
 
 @documented
-def batch_jacobian(  # noqa: D417  documented once, for all
-    func: Callable[..., Any],
-    argnums: int | tuple[int, ...] = 0,
-    *,
-    in_dims: Any = 0,
-    out_dims: Any = 0,
-    mode: str = "auto",
-    engine: str = "auto",
-    chunk_size: int | None = None,
-    has_aux: bool = False,
-    return_value: bool = False,
-    randomness: str = "error",
-    check: bool | str = "auto",
+def batch_jacobian(
+    func: Callable[..., Any], argnums: int | tuple[int, ...] = 0, **keywords: Unpack[Keywords]
 ) -> Callable[..., Any]:
     """Computes the Jacobian of each row of a batch.
 
@@ -92,8 +82,7 @@ def batch_jacobian(  # noqa: D417  documented once, for all
         >>> funcjac.batch_jacobian(funcjac.batch_jacobian(torch.sin))(x).shape
         torch.Size([2, 3, 3, 3])
     """
-    keywords = argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value
-    return make_transform("batch_jacobian", func, Jacobian(), *keywords, randomness, check)
+    return make_transform("batch_jacobian", func, Jacobian(), argnums, keywords)
 
 
 def batch_jacobian_of(

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from funcjac._arguments.call import Call, with_extras
 from funcjac._arguments.check_tensors import check_arguments
@@ -23,7 +24,7 @@ from funcjac._engines.rows import Directions, added, join, row_shape
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._environment.torch_private import is_traced, is_transformed
 from funcjac._operators.operator import Dims, Hutchinson, SecondOrder, Tensors
-from funcjac._operators.transform import documented, make_transform
+from funcjac._operators.transform import Keywords, documented, make_transform
 from funcjac._taylor import Recording, along_directions, make_recording, on_one_row, second_order
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, curvature, row_factors
@@ -314,7 +315,7 @@ def _check_entries(name: str, weight: Tensor, size: int | None) -> None:
 
 
 @documented
-def batch_laplacian(  # noqa: D417  documented once, for all
+def batch_laplacian(
     func: Callable[..., Any],
     argnums: int | tuple[int, ...] = 0,
     *,
@@ -324,15 +325,7 @@ def batch_laplacian(  # noqa: D417  documented once, for all
     probes: str = "rademacher",
     generator: torch.Generator | None = None,
     return_error: bool = False,
-    in_dims: Any = 0,
-    out_dims: Any = 0,
-    mode: str = "auto",
-    engine: str = "auto",
-    chunk_size: int | None = None,
-    has_aux: bool = False,
-    return_value: bool = False,
-    randomness: str = "error",
-    check: bool | str = "auto",
+    **keywords: Unpack[Keywords],
 ) -> Callable[..., Any]:
     """Computes the Laplacian of each row: the trace of its Hessian, without the Hessian.
 
@@ -377,6 +370,4 @@ def batch_laplacian(  # noqa: D417  documented once, for all
         tensor([-2., -2.], dtype=torch.float64)
     """
     operator = Laplacian(samples, probes, generator, return_error, weight, weight_dim)
-    operator.check("batch_laplacian")
-    keywords = argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value
-    return make_transform("batch_laplacian", func, operator, *keywords, randomness, check)
+    return make_transform("batch_laplacian", func, operator, argnums, keywords)

@@ -74,6 +74,9 @@ class Operator:
         counts = [outputs if part == "rev" else inputs for part in mode.split("_over_")]
         return inputs if mode == "taylor" else counts[0] if len(counts) == 1 else counts[1] * inputs
 
+    def check(self, name: str) -> None:
+        """Refuse bad keywords of the operator's own."""
+
     def check_inputs(self, call: Call) -> None:
         """Refuse rows that the operator is not defined for, before ``func`` runs."""
 

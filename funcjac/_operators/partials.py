@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
@@ -18,7 +19,7 @@ from funcjac._engines.rows import as_block, batch_first, coordinates, row_shape,
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._operators.hessian import stacked_coordinates
 from funcjac._operators.operator import SecondOrder, Tensors, by_output
-from funcjac._operators.transform import documented, make_transform
+from funcjac._operators.transform import Keywords, documented, make_transform
 from funcjac._taylor import along_directions, make_recording, mixed, rows_of, take
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, row_factors, vjp
@@ -203,20 +204,11 @@ def _count(indices: tuple[Index, ...], inputs: int) -> tuple[int, int, int]:
 
 
 @documented
-def batch_partials(  # noqa: D417  documented once, for all
+def batch_partials(
     func: Callable[..., Any],
     indices: Sequence[Sequence[int]],
     argnums: int | tuple[int, ...] = 0,
-    *,
-    in_dims: Any = 0,
-    out_dims: Any = 0,
-    mode: str = "auto",
-    engine: str = "auto",
-    chunk_size: int | None = None,
-    has_aux: bool = False,
-    return_value: bool = False,
-    randomness: str = "error",
-    check: bool | str = "auto",
+    **keywords: Unpack[Keywords],
 ) -> Callable[..., Any]:
     """Computes chosen partial derivatives of each row, of any order.
 
@@ -260,8 +252,7 @@ def batch_partials(  # noqa: D417  documented once, for all
     """
     _check_indices("batch_partials", indices)
     operator = Partials(tuple([tuple(index) for index in indices]))
-    keywords = argnums, in_dims, out_dims, mode, engine, chunk_size, has_aux, return_value
-    return make_transform("batch_partials", func, operator, *keywords, randomness, check)
+    return make_transform("batch_partials", func, operator, argnums, keywords)
 
 
 def _check_indices(name: str, indices: Any) -> None:

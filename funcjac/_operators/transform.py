@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import textwrap
 import threading
 import types
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,22 @@ P = ParamSpec("P")
 R = TypeVar("R")
 # The keywords that all transforms share, in their order.
 KEYWORDS = tuple([f.name for f in fields(Options) if f.name not in ("name", "operator")])
+
+
+class Keywords(TypedDict, total=False):
+    """The types of the keywords behind ``argnums``; :class:`Options` has their defaults."""
+
+    in_dims: Any
+    out_dims: Any
+    mode: str
+    engine: str
+    chunk_size: int | None
+    has_aux: bool
+    return_value: bool
+    randomness: str
+    check: bool | str
+
+
 # Levels of torch's forward mode belong to the process: one thread at a time.
 DUAL_LEVELS = threading.RLock()
 
@@ -84,11 +101,21 @@ RuntimeError: the engine and mode that were asked for cannot differentiate ``fun
 
 
 def documented(function: Callable[P, R]) -> Callable[P, R]:
-    """Completes a docstring by the texts that transforms share."""
+    """Completes a docstring and a signature by the texts and keywords that transforms share."""
     if function.__doc__:  # there is none under python -OO
         for name, text in _DOCUMENTATION.items():
             text = textwrap.indent(text, " " * 8).lstrip()
             function.__doc__ = function.__doc__.replace(name, text)
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    shared = [
+        inspect.Parameter(
+            f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type
+        )
+        for f in fields(Options)
+        if f.name in Keywords.__annotations__
+    ]
+    vars(function)["__signature__"] = signature.replace(parameters=[*own, *shared])
     return function
 
 
@@ -151,10 +178,15 @@ class Transform:
         return new
 
 
-def make_transform(name: str, func: Any, operator: Operator, *values: Any) -> Transform:
-    """Makes the result of a public function, from the values of the shared keywords in order."""
-    keywords = dict(zip(KEYWORDS, values, strict=True))
-    return Transform(func, Options(name=name, operator=operator, **keywords))
+def make_transform(
+    name: str, func: Any, operator: Operator, argnums: Any, keywords: Keywords
+) -> Transform:
+    """Makes the result of a public function; refuses keywords that it does not have."""
+    for keyword in keywords:
+        if keyword not in KEYWORDS:
+            raise TypeError(f"{name}() got an unexpected keyword argument {keyword!r}")
+    operator.check(name)
+    return Transform(func, Options(name, argnums, operator=operator, **keywords))
 
 
 def _copied(func: Any, memo: dict[int, Any]) -> Any:
