@@ -8,8 +8,7 @@ import statistics
 import textwrap
 import warnings
 from collections.abc import Callable
-from timeit import timeit
-from typing import Any
+from timeit import repeat, timeit
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +19,9 @@ from funcjac import __version__, batch_jacobian, explain
 from funcjac._demo.digits import digits, make_networks
 from funcjac._diagnostics.meter import Meter
 
-WIDTH = 100
-REFERENCE, OURS = "loop over rows", "funcjac.batch_jacobian"
 # Digits whose Jacobians are computed: the full Jacobian costs the square of that.
-COUNT = 128
-# Every way has this many turns, until it has used up this many seconds.
-ROUNDS, BUDGET = 7, 1.0
-
-Way = Callable[[], Tensor]
+WIDTH, COUNT = 100, 128
+REFERENCE, OURS = "loop over rows", "funcjac.batch_jacobian"
 # Seconds of a usual run, or None; what it raises or warns of.
 Timing = tuple[float | None, str]
 
@@ -38,15 +32,11 @@ def main() -> dict[str, dict[str, Timing]]:
     torch.set_num_threads(1)  # times of one thread vary least
     print(f"funcjac {__version__}, torch {torch.__version__}, one CPU thread, float32")
     show_question()
-    images, labels = digits()
-    timings = {}
+    (images, labels), timings = digits(), {}
     for number, (title, net) in enumerate(make_networks().items(), 2):
         heading(f"{number}. {title}: ten logits by 64 pixels, for each of {COUNT} digits")
         train(net, images, labels)
-        ways = make_ways(net, images[:COUNT])
-        first = timeit(ways[OURS], number=1)
-        timings[title] = compare(ways)
-        print(f"\nThe first call of funcjac, verified, took {as_time(first)}.\n")
+        timings[title] = compare(make_ways(net, images[:COUNT]))
         for line in str(explain(batch_jacobian(net), images[:COUNT])).splitlines():
             print(textwrap.fill(line, WIDTH, subsequent_indent=" " * 7))
     return timings
@@ -55,8 +45,7 @@ def main() -> dict[str, dict[str, Timing]]:
 def show_question() -> None:
     """A network 5 -> 2 -> 10 and three rows: what comes out, and what was wanted."""
     heading("1. A network with 5 inputs and 10 outputs, 3 rows: the Jacobian of each row")
-    net = nn.Sequential(nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, 10))
-    x = torch.randn(3, 5)
+    net, x = nn.Sequential(nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, 10)), torch.randn(3, 5)
     full, of_row = jacobian(net, x), lambda row: jacobian(net, row, create_graph=True)
     between = torch.stack([full[i, :, j] for i in range(3) for j in range(3) if i != j])
     zeros = f"{between.numel()} entries between rows, the largest {between.abs().max():.1g}"
@@ -64,17 +53,9 @@ def show_question() -> None:
     func, call = net, "net"
     for derivative_of_row in (of_row, lambda row: jacobian(of_row, row)):
         func, call = batch_jacobian(func), f"batch_jacobian({call})"
-        jac = func(x)
-        remark = f"{distance(jac, stacked(derivative_of_row, x))} from the loop over rows"
+        jac, reference = func(x), torch.stack([derivative_of_row(row) for row in x])
+        remark = f"{(jac - reference).abs().max():.1e} from the loop over rows"
         print(f"{call + '(x)':<40}{tuple(jac.shape)!s:<15}{remark}")
-
-
-def stacked(derivative: Callable[[Tensor], Any], rows: Tensor) -> Tensor:
-    return torch.stack([derivative(row) for row in rows])
-
-
-def distance(derivative: Tensor, reference: Tensor) -> str:
-    return f"{(derivative - reference).abs().max():.1e}"
 
 
 def train(net: nn.Module, images: Tensor, labels: Tensor, steps: int = 150) -> None:
@@ -90,7 +71,7 @@ def train(net: nn.Module, images: Tensor, labels: Tensor, steps: int = 150) -> N
     print(f"training, step {steps} of {steps}: loss {loss.item():.3f}, {right:.0%} right\n")
 
 
-def make_ways(net: nn.Module, images: Tensor) -> dict[str, Way]:
+def make_ways(net: nn.Module, images: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Five ways as people write them, and funcjac; each returns ``(B, 10, 1, 8, 8)``."""
     ours, rows = batch_jacobian(net), torch.arange(len(images))
 
@@ -105,7 +86,7 @@ def make_ways(net: nn.Module, images: Tensor) -> dict[str, Way]:
 
     return {
         "full Jacobian, then its diagonal": lambda: jacobian(net, images)[rows, :, rows],
-        REFERENCE: lambda: stacked(lambda image: jacobian(row, image), images),
+        REFERENCE: lambda: torch.stack([jacobian(row, image) for image in images]),
         "sum trick, output by output": sum_trick,
         "vmap(jacrev)": lambda: torch.vmap(jacrev(row))(images),
         "vmap(jacfwd)": lambda: torch.vmap(jacfwd(row))(images),
@@ -113,47 +94,33 @@ def make_ways(net: nn.Module, images: Tensor) -> dict[str, Way]:
     }
 
 
-def compare(ways: dict[str, Way]) -> dict[str, Timing]:
+def compare(ways: dict[str, Callable[[], Tensor]]) -> dict[str, Timing]:
     """Print what every way gives and costs."""
-    first = {name: first_run(way) for name, way in ways.items()}
-    reference, timings = first[REFERENCE][0], {}
-    assert reference is not None
-    times = {name: [] for name, (jac, _) in first.items() if jac is not None}
+    reference, timings, first = ways[REFERENCE](), {}, 0.0
     print(f"{tuple(reference.shape)}, entries up to {reference.abs().max():.3g}\n")
     print(f"{'':<34}{'time':>10}{'peak memory':>14}{'difference from the loop':>27}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they are remarks on the first run
-        for name in list(times) * ROUNDS:  # in turns, so that load on the machine meets all alike
-            if sum(times[name]) < BUDGET:
-                times[name].append(timeit(ways[name], number=1))
-        for name, (jac, remark) in first.items():
-            if jac is None:
-                timings[name] = None, remark
-                print(f"{name:<36}{textwrap.shorten(remark, WIDTH - 36, placeholder='...')}")
+    for name, way in ways.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                first = timeit(way, number=1)
+                rounds = min(max(int(1 / first), 1), 7)  # of a second in all, if it is not slower
+                seconds = statistics.median(repeat(way, number=1, repeat=rounds))
+                with Meter() as meter:
+                    jac = way()
+            except Exception as error:  # whatever a way raises is its row in the table
+                timings[name] = None, first_sentence(error)
+                remark = textwrap.shorten(timings[name][1], WIDTH - 36, placeholder="...")
+                print(f"{name:<36}{remark}")
                 continue
-            with Meter() as meter:
-                ways[name]()
-            seconds = statistics.median(times[name])
-            timings[name] = seconds, remark
-            difference = "reference" if name == REFERENCE else distance(jac, reference)
-            print(
-                f"{name:<34}{as_time(seconds):>10}{meter.peak / 2**20:>10.1f} MiB{difference:>27}"
-            )
-            if remark:
-                print(textwrap.indent(textwrap.fill(remark, WIDTH - 2), "  "))
+        slow = [w.message for w in caught if "performance drop" in str(w.message)]
+        timings[name] = seconds, first_sentence(slow[0]) if slow else ""
+        difference = "reference" if name == REFERENCE else f"{(jac - reference).abs().max():.1e}"
+        print(f"{name:<34}{as_time(seconds):>10}{meter.peak / 2**20:>10.1f} MiB{difference:>27}")
+        if slow:
+            print(textwrap.indent(textwrap.fill(timings[name][1], WIDTH - 2), "  "))
+    print(f"\nThe first call of funcjac, verified, took {as_time(first)}.\n")
     return timings
-
-
-def first_run(way: Way) -> tuple[Tensor | None, str]:
-    """The Jacobian, or ``None``; the exception, or torch's warning of a slow fallback."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            jac = way()
-        except Exception as error:  # whatever a way raises is its row in the table
-            return None, first_sentence(error)
-    slow = [first_sentence(w.message) for w in caught if "performance drop" in str(w.message)]
-    return jac, "".join(slow[:1])
 
 
 def first_sentence(error: Exception | Warning | str) -> str:
