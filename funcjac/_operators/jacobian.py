@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,17 +13,17 @@ from typing_extensions import Unpack
 from funcjac._arguments.call import Call, as_output, bind
 from funcjac._arguments.check_keywords import check_options
 from funcjac._arguments.layout import Options
-from funcjac._dispatch.choose_engine_mode_chunk import routes_of, sizes_of
-from funcjac._dispatch.decisions import decision_of
+from funcjac._dispatch.attempt import Attempt, Outcome
+from funcjac._dispatch.decisions import FunctionKey, decision_of
+from funcjac._dispatch.engines import by_sum
 from funcjac._engines import vmap
 from funcjac._engines.rows import row_shape
-from funcjac._engines.run_func import Derivatives, Run, detached, kind_of, read_graph
+from funcjac._engines.run_func import Derivatives, Run, computed, detached, kind_of, read_graph
 from funcjac._engines.sum import jacobian
 from funcjac._environment.torch_private import is_traced, sees_values
 from funcjac._operators.operator import Operator, Tensors
 from funcjac._operators.transform import Keywords, documented, make_transform
-from funcjac._verification.verify_result import problem_of
-from funcjac.errors import VerificationError, brief, refuse
+from funcjac.errors import refuse
 
 
 @dataclass(frozen=True)
@@ -199,41 +200,28 @@ def _as_run(options: Options, outputs: Any, inputs: Any, graph: bool) -> Run:
 
 
 def _solved(run: Run) -> Derivatives:
-    """The derivatives by the first route of the rule that works and is not refused."""
-    call, options, graph, facts = run.call, run.call.options, run.create_graph, read_graph(run)[1]
+    """The derivatives by the known route, or by the first of the rule that works and is right."""
+    call, graph, facts = run.call, run.create_graph, read_graph(run)[1]
     rows = tuple([(row_shape(x, dim), x.dtype) for x, dim in zip(run.inputs, run.dims)])
     shapes = tuple([out.shape[1:] for out in run.output.leaves])
-    keywords = (options.name, options.mode, options.chunk_size)
+    keywords = (call.options.name, call.options.mode, call.options.chunk_size)
     decision = decision_of((*keywords, facts.signature, rows, shapes, graph))
     decision.calls += 1
     hooked = any(x._backward_hooks or (x.retains_grad and not x.is_leaf) for x in run.inputs)
     unseen = hooked or not call.batch or not any(x.numel() for x in run.inputs)
-    is_due, can_verify = decision.is_due(options.check, call.batch), not unseen and sees_values()
-    kind, failed = kind_of(run, facts), None
-    routes = decision.routes.get(kind)
-    if routes is None:
-        routes = tuple(dict.fromkeys(routes_of(run, sizes_of(run, facts.widest), None)))
-    for n, route in enumerate(routes):
-        if route.way in decision.left:
-            continue
-        is_new = (facts.signature, route.mode) not in decision.signatures
-        verifies = can_verify and (is_due or (is_new and options.check is not False))
-        try:
-            with torch.set_grad_enabled(graph):
-                result = options.operator.compute(run, route)
-            problem = problem_of(run, result, decision.calls, [])[0] if verifies else None
-            if problem is not None:
-                words = f"{options.name}: the result was verified and refused: {problem}."
-                raise VerificationError(words)
-        except RuntimeError as error:  # fwd differentiates the graph twice: not every node can be
-            decision.left[route.way], failed = brief(error), failed or error
-            continue
-        if verifies:
-            decision.rows |= call.batch > 1
-            decision.signatures.add((facts.signature, route.mode))
-        decision.remember(kind, routes[n:])
-        return result
-    decision.left.clear()
-    decision.routes.clear()
-    assert failed is not None
-    raise failed
+    check = False if unseen or not sees_values() else call.options.check
+    routes = decision.routes.get(kind_of(run, facts))
+    is_seen = routes and (not check or (facts.signature, routes[0].mode) in decision.signatures)
+    if routes and is_seen and not decision.is_due(check, call.batch):
+        with suppress(RuntimeError):  # values may decide: everything is tried
+            return computed(run, *routes)
+    # No replacements are looked for: nothing can be run again.
+    call = call._replace(replaced=True, options=replace(call.options, check=check))
+    function, run = FunctionKey(batch_jacobian_of), run._replace(call=call)
+    try:
+        with torch.set_grad_enabled(graph):
+            return by_sum(Attempt(call, function, decision, Outcome(), run))
+    except Exception:
+        decision.left.clear()
+        decision.routes.clear()
+        raise
