@@ -63,14 +63,10 @@ class DerivativeReport:
         width = max(6, *[len(c.mode) + 1 for c in self.comparisons])
         lines = [f"{'engine':<7}{'mode':<{width}}{'difference':>11}  from the loop over rows"]
         for c in (*self.comparisons, Comparison("central", "", self.central_difference)):
-            limit, number, verdict = (
-                self.tolerance if c.mode else self.central_tolerance,
-                "",
-                c.error,
-            )
-            if c.difference is not None:
-                number = f"{c.difference:.1e}"
-                verdict = "agrees" if c.difference <= limit else "WRONG"
+            limit = self.tolerance if c.mode else self.central_tolerance
+            verdict = "agrees" if (c.difference or 0) <= limit else "WRONG"
+            number = "" if c.difference is None else f"{c.difference:.1e}"
+            verdict = c.error if c.difference is None else verdict
             lines.append(f"{c.engine:<7}{c.mode:<{width}}{number:>11}  {verdict}")
         return "\n".join(lines)
 

@@ -44,7 +44,7 @@ class Hessian(SecondOrder):
     def derivatives(self, run: Run, route: Route) -> list[list[Any]]:
         return _joined(*(_by_taylor(run) if route.mode == "taylor" else hessian_blocks(run, route)))
 
-    def row_derivatives(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
+    def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
         hess, jac, along = vmap.hessian(f, xs, mode, call.options.chunk_size)
         return _joined(hess, jac), along
 

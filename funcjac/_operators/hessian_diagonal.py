@@ -23,9 +23,6 @@ class HessianDiagonal(AlongDirections):
 
     order: ClassVar[int] = 1
 
-    def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
-        return inputs, inputs, inputs
-
     def directions(self, call: Call, xs: Tensors, dims: Dims, extras: Tensors) -> list[Directions]:
         bases = [coordinates(x, dim) for x, dim in zip(xs, dims)]
         return [Directions(left, None, left.new_ones(len(left)), basis=True) for left in bases]

@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -65,12 +64,15 @@ class AlongDirections(SecondOrder):
         columns = [_by_taylor(recording, j, d, route.chunk, firsts, total) for j, d in inputs]
         return self._by_output(columns)
 
-    def row_derivatives(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
-        derivatives, come_along, chunk = [], None, call.options.chunk_size
+    def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
+        derivatives, chunk, come_along = [], call.options.chunk_size, cast(Any, None)
         for j, pairs in enumerate(self.directions(call, xs, [None] * len(xs), extras)):
             slopes, seconds, come_along = vmap.along(f, xs, j, _both(pairs), mode, chunk)
             derivatives.append((slopes, self._summed(seconds, pairs.weights)))
-        return self._by_output(derivatives), come_along
+        shapes = [[n for j in name for n in xs[j].shape] for name in self.by_inputs(call)]
+        rows = zip(come_along[0], self._by_output(derivatives))
+        blocks = [[v.reshape(*o.shape, *s) for v, s in zip(values, shapes)] for o, values in rows]
+        return blocks, come_along
 
     def _by_output(self, derivatives: Sequence[Any]) -> list[list[Any]]:
         slopes, seconds = zip(*derivatives)
@@ -102,8 +104,8 @@ class AlongDirections(SecondOrder):
             stacks = list(map(torch.stack, zip(*rows))) or [None] * len(result.blocks)
             seconds.append(self._summed(stacks, pairs.weights))
         for expected, blocks in zip(map(self.combine, zip(*seconds)), result.blocks):
-            for value, block in zip(expected, blocks):
-                if value is not None:
+            for value, block in zip(expected, blocks[:1] if self.has_parts else blocks):
+                if value is not None:  # of an estimate, without its error
                     yield [value.reshape(block.shape)], [block]
 
 
@@ -183,10 +185,6 @@ class Laplacian(Hutchinson, AlongDirections):
         terms = torch.cat([row.flatten() if shared else row for row in rows], -1)
         total, size = terms.sum(-1), terms.detach().abs().sum(-1)
         return [Entry(seeds, total, total.detach(), None if shared else 0, size)]
-
-    def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
-        """Along each pair of directions; of an estimate, without its error."""
-        return itertools.islice(super().differences(call, result), 0, None, 1 + self.return_error)
 
 
 def _both(pairs: Directions) -> tuple[Tensor, Tensor]:

@@ -125,8 +125,8 @@ class Operator:
         """The operator's own blocks: output structure outside, input structure inside."""
         if not self.has_parts:
             return by_output(result, lambda blocks: _by_input(call, blocks, self.order))
-        parts = range(len(self.own_inputs(call)))
-        return tuple([by_output(result, lambda blocks, e=e: blocks[e]) for e in parts])
+        spec, parts = result.output.spec, zip(*result.blocks)
+        return tuple([pytree.unflatten(spec, list(blocks)) for blocks in parts])
 
     def assemble(self, call: Call, result: Derivatives) -> Any:
         """The user's tree with aux, with the value, and with the Jacobian."""
@@ -230,6 +230,9 @@ class SecondOrder(Operator):
         counts = self.count(call, sizes.outputs, sizes.inputs)
         return rule.second_order_route(call.options.mode, call.options.chunk_size, sizes, counts)
 
+    def count(self, call: Call, outputs: int, inputs: int) -> tuple[int, int, int]:
+        return inputs, inputs, inputs
+
     def adds_jac(self, call: Call) -> bool:
         return call.options.return_value
 
@@ -237,31 +240,20 @@ class SecondOrder(Operator):
         """By output: values of its own blocks, then those of the Jacobian; ``None`` for zeros."""
         raise NotImplementedError
 
-    def row_derivatives(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
-        """The same of one row by torch.func, and what comes along."""
-        raise NotImplementedError
-
     def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
         """:meth:`entries` of the operator's own blocks."""
         raise NotImplementedError
 
     def compute(self, run: Run, route: Route) -> Derivatives:
-        derivatives = zip(run.output.leaves, self.derivatives(run, route))
-        return Derivatives(self._as_blocks(run.call, derivatives, run.inputs, run.dims), run.output)
-
-    def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
-        derivatives, along = self.row_derivatives(call, f, xs, extras, mode)
-        return self._as_blocks(call, zip(along[0], derivatives), xs, [None] * len(xs)), along
-
-    def _as_blocks(self, call: Call, derivatives: Any, xs: Tensors, dims: Dims) -> Any:
-        names, shapes, rows = self.by_inputs(call), list(map(row_shape, xs, dims)), []
-        for out, values in derivatives:
+        xs, names, rows = run.inputs, self.by_inputs(run.call), []
+        shapes = list(map(row_shape, xs, run.dims))
+        for out, values in zip(run.output.leaves, self.derivatives(run, route)):
             row = []
             for value, name in zip(values, names):
                 shape = (*out.shape, *[size for j in name for size in shapes[j]])
                 row.append(as_block(value, shape, out, [xs[j] for j in name or (0,)]))
             rows.append(row)
-        return rows
+        return Derivatives(rows, run.output)
 
     def entries(self, run: Run, probe: Probe) -> list[Entry]:
         jac = super().entries(run, probe) if self.adds_jac(run.call) else []

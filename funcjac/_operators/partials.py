@@ -18,7 +18,7 @@ from funcjac._engines.nesting import Index, by_order, nested_partials
 from funcjac._engines.rows import as_block, batch_first, coordinates, row_shape, row_sizes
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._operators.hessian import stacked_coordinates
-from funcjac._operators.operator import SecondOrder, Tensors, by_output
+from funcjac._operators.operator import SecondOrder, Tensors
 from funcjac._operators.transform import Keywords, documented, make_transform
 from funcjac._taylor import along_directions, make_recording, mixed, rows_of, take
 from funcjac._verification.central_differences import Pair, difference
@@ -136,12 +136,6 @@ class Partials(SecondOrder):
         for e, index in enumerate(self.indices):
             expected = difference(call, [moves[entry] for entry in index])
             yield expected, [blocks[e] for blocks in result.blocks]
-
-    def tree(self, call: Call, result: Derivatives) -> Any:
-        if result.output.spec is None:
-            return tuple(result.blocks[0])
-        count = len(self.indices)
-        return tuple([by_output(result, lambda blocks, e=e: blocks[e]) for e in range(count)])
 
 
 def _by_taylor(run: Run, names: Sequence[Index], places: Places, chunk: int | None) -> list[Any]:
