@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from funcjac import batch_jacobian
-from funcjac._demo.digits import digits, make_networks
+from funcjac._demo.demonstration import digits, make_networks
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from funcjac._arguments import pytree
-from funcjac._arguments.batch_sizes import as_batch_first, check_batch_sizes, output_dims
-from funcjac._arguments.check_tensors import DTYPES, check_arguments, check_input
-from funcjac._arguments.layout import Layout, Options, is_constant, make_layout
+from funcjac._arguments.check_tensors import DTYPES, check_arguments, check_input, check_output
+from funcjac._arguments.layout import Layout, Options, check_batch_sizes, is_constant, make_layout
 from funcjac._arguments.pytree import TreeSpec
 from funcjac._torch_faults import UseReplacements
 from funcjac.errors import refuse
@@ -170,6 +169,32 @@ def as_output(options: Options, out: Any, batch: int) -> Output:
     if not leaves:
         expected, remedy = "func to return at least one tensor", "Return what to differentiate."
         raise refuse(name, TypeError, expected, type(out).__name__, remedy)
-    dims = output_dims(name, out_dims, out, len(leaves))
-    tensors = [as_batch_first(name, leaf, dim, batch) for leaf, dim in zip(leaves, dims)]
+    dims = _output_dims(name, out_dims, out, len(leaves))
+    tensors = [_as_batch_first(name, leaf, dim, batch) for leaf, dim in zip(leaves, dims)]
     return Output(tensors, spec, aux)
+
+
+def _output_dims(name: str, out_dims: Any, out: Any, count: int) -> list[int]:
+    """One batch dimension for each leaf of an output."""
+    if type(out_dims) is int:
+        return [out_dims] * count
+    try:
+        pairs = zip(pytree.broadcast(out_dims, out), pytree.flatten_args(out)[0])
+        return [dim for dim, leaf in pairs if leaf is not None]
+    except ValueError:
+        expected = "out_dims to be an int or a prefix tree of func's output"
+        remedy = f"The output is {pytree.sketch(out)}."
+        raise refuse(name, ValueError, expected, repr(out_dims), remedy) from None
+
+
+def _as_batch_first(name: str, leaf: Any, dim: int, batch: int) -> Tensor:
+    """An output with its batch dimension first."""
+    check_output(name, leaf)
+    if not -leaf.ndim <= dim < leaf.ndim or leaf.shape[dim] != batch:
+        expected = f"func to return a batch of {batch} in dimension {dim}"
+        remedy = (
+            "A batched function returns one row for each row of its input; "
+            "wrap a function of one sample in torch.vmap."
+        )
+        raise refuse(name, ValueError, expected, f"shape {tuple(leaf.shape)}", remedy)
+    return leaf if dim == 0 else leaf.movedim(dim, 0)

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from funcjac._arguments import pytree
-from funcjac._arguments.batch_sizes import argument_dims
 from funcjac._arguments.pytree import TreeSpec
 from funcjac.errors import refuse
 
@@ -60,7 +59,7 @@ class Layout:
 def make_layout(
     options: Options, args: tuple[Any, ...], leaves: list[Any], spec: TreeSpec | None
 ) -> Layout:
-    dims = argument_dims(options.name, options.in_dims, args, leaves)
+    dims = _argument_dims(options, args, leaves)
     argnums = _as_argnums(options, len(args))
     plain = len(leaves) == len(args) and all(map(operator.is_, args, leaves))
     sizes = [1 if plain else len(pytree.flatten_args(arg)[0]) for arg in args]
@@ -81,6 +80,37 @@ def make_layout(
     tree = trees[0] if isinstance(options.argnums, int) else trees
     in_spec = None if isinstance(tree, Tensor) else pytree.flatten(tree)[1]
     return Layout(spec, tuple(dims), batched, diff, in_spec, plain, tuple([dims[i] for i in diff]))
+
+
+def _argument_dims(options: Options, args: tuple[Any, ...], leaves: list[Any]) -> list[int | None]:
+    """One batch dimension for each leaf, from 0; ``None`` for what all rows share."""
+    name, in_dims, dims = options.name, options.in_dims, [options.in_dims] * len(leaves)
+    if not isinstance(in_dims, int):
+        if len(in_dims) != len(args):
+            expected = f"in_dims to have one entry for each of the {len(args)} positional arguments"
+            got = f"{len(in_dims)} entries in {in_dims!r}"
+            remedy = "Give None for an argument that all rows share."
+            raise refuse(name, ValueError, expected, got, remedy)
+        try:
+            dims = pytree.broadcast(tuple(in_dims), args)
+        except ValueError:
+            expected = "in_dims to be an int or a prefix tree of the arguments"
+            remedy = f"The arguments are {pytree.sketch(args)}."
+            raise refuse(name, ValueError, expected, repr(in_dims), remedy) from None
+    return [_argument_dim(name, leaf, dim) for leaf, dim in zip(leaves, dims)]
+
+
+def _argument_dim(name: str, leaf: Any, dim: Any) -> int | None:
+    if dim is None or not isinstance(leaf, Tensor):
+        return None
+    if type(dim) is not int:
+        remedy = "Give each argument the number of its batch dimension, or None."
+        raise refuse(name, TypeError, "in_dims to hold ints and None", type(dim).__name__, remedy)
+    if not -leaf.ndim <= dim < leaf.ndim:
+        expected, got = f"an argument with a batch dimension {dim}", f"shape {tuple(leaf.shape)}"
+        remedy = "Set its entry of in_dims to None if all rows share it."
+        raise refuse(name, ValueError, expected, got, remedy)
+    return dim % leaf.ndim
 
 
 def _without_constants(arg: Any) -> Any:
@@ -124,6 +154,20 @@ def _as_argnums(options: Options, count: int) -> tuple[int, ...]:
         remedy = "Negative numbers count from the last argument."
         raise refuse(name, ValueError, "argnums to be unique", argnums, remedy)
     return numbers
+
+
+def check_batch_sizes(name: str, layout: Layout, leaves: list[Any]) -> None:
+    """Refuse batched arguments of unequal batch sizes."""
+    sizes = [leaves[i].shape[layout.dims[i]] for i in layout.batched]
+    for size in sizes[1:]:
+        if size != sizes[0]:
+            expected = "all batched arguments to have the same batch size"
+            got = f"{sizes} of shapes {[tuple(leaves[i].shape) for i in layout.batched]}"
+            remedy = (
+                "If they are of one sample, give each a batch dimension, as in x.unsqueeze(0). Set "
+                "in_dims to None for arguments that all rows share."
+            )
+            raise refuse(name, ValueError, expected, got, remedy)
 
 
 def is_constant(leaf: Any) -> bool:

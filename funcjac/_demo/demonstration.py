@@ -8,6 +8,7 @@ import statistics
 import textwrap
 import warnings
 from collections.abc import Callable
+from importlib.resources import files
 from timeit import repeat, timeit
 
 import torch
@@ -16,7 +17,6 @@ from torch.autograd.functional import jacobian
 from torch.func import jacfwd, jacrev
 
 from funcjac import __version__, batch_jacobian, explain
-from funcjac._demo.digits import digits, make_networks
 from funcjac._diagnostics.meter import Meter
 
 # Digits whose Jacobians are computed: the full Jacobian costs the square of that.
@@ -56,6 +56,33 @@ def show_question() -> None:
         jac, reference = func(x), torch.stack([derivative_of_row(row) for row in x])
         remark = f"{(jac - reference).abs().max():.1e} from the loop over rows"
         print(f"{call + '(x)':<40}{tuple(jac.shape)!s:<15}{remark}")
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Images ``(256, 1, 8, 8)`` with values from 0 to 1, and labels; see data/README.md."""
+    text = (files("funcjac._demo") / "data" / "digits.txt").read_text("ascii").split()
+    # A character is a pixel: how many of the 16 points of its cell are ink, in base 17.
+    pixels = [[int(character, 17) for character in image] for image in text[1::2]]
+    return torch.tensor(pixels).view(-1, 1, 8, 8) / 16, torch.tensor(list(map(int, text[::2])))
+
+
+class RowReader(nn.Module):
+    """An LSTM that reads an image from top to bottom, eight pixels at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 32, batch_first=True), nn.Linear(32, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        states, _ = self.lstm(images.squeeze(1))  # (B, 1, 8, 8) -> (B, 8, 32)
+        return self.head(states[:, -1])
+
+
+def make_networks() -> dict[str, nn.Module]:
+    """One that vmap can take, and one that it cannot; each maps ``(B, 1, 8, 8)`` to ``(B, 10)``."""
+    features = nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 16, 3, 2, 1), nn.Tanh()
+    convolutional = nn.Sequential(*features, nn.Flatten(), nn.Linear(256, 10))
+    return {"A convolutional network": convolutional, "An LSTM": RowReader()}
 
 
 def train(net: nn.Module, images: Tensor, labels: Tensor, steps: int = 150) -> None:

@@ -16,13 +16,12 @@ from funcjac._dispatch.decisions import FunctionKey
 from funcjac._engines.run_func import plain_values, run_once
 from funcjac._environment.state import rng_state, set_rng_state
 from funcjac._operators.jacobian import Jacobian
-from funcjac._operators.transform import looks, usable
+from funcjac._operators.transform import check_outside, usable
 from funcjac._verification.row_independence import check_rows, halves, mixing_error
 from funcjac._verification.tolerance import tolerance
 from funcjac.errors import refuse
 
 
-@looks
 def check_batched(
     func: Callable[..., Any], *args: Any, in_dims: Any = 0, out_dims: Any = 0, **kwargs: Any
 ) -> None:
@@ -56,6 +55,7 @@ def check_batched(
         funcjac.BatchMixingError: check_batched: expected each row of func's output ...
     """
     name, argnums = "check_batched", tuple(range(len(args))) or 0
+    check_outside(name)
     options = Options(name, argnums, in_dims, out_dims, operator=Jacobian())
     check_options(func, options)
     if not args:

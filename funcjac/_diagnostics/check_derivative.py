@@ -15,7 +15,7 @@ from funcjac._arguments.layout import ENGINES
 from funcjac._dispatch.solve import solve
 from funcjac._engines.run_func import Derivatives, plain_values
 from funcjac._environment.state import rng_state, same_rng_state, set_rng_state
-from funcjac._operators.transform import DUAL_LEVELS, looks, transform_of, usable
+from funcjac._operators.transform import DUAL_LEVELS, transform_of, usable
 from funcjac._verification.central_differences import largest_difference
 from funcjac._verification.tolerance import largest, tolerance
 from funcjac.errors import brief
@@ -71,7 +71,6 @@ class DerivativeReport:
         return "\n".join(lines)
 
 
-@looks
 def check_derivative(
     transformed: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> DerivativeReport:

@@ -14,7 +14,7 @@ import torch
 from funcjac._arguments import pytree
 from funcjac._diagnostics.meter import Meter
 from funcjac._dispatch.attempt import Outcome
-from funcjac._operators.transform import Transform, looks, transform_of
+from funcjac._operators.transform import Transform, transform_of
 from funcjac.errors import brief, refuse
 
 
@@ -108,7 +108,6 @@ class Explanation:
         return ax
 
 
-@looks
 def explain(
     transformed: Callable[..., Any], *args: Any, measure: bool = False, **kwargs: Any
 ) -> Explanation:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
 from typing_extensions import Unpack
 
 from funcjac._arguments.call import Call
@@ -14,7 +15,7 @@ from funcjac._engines.run_func import Run
 from funcjac._operators.laplacian import AlongDirections, Maybe, axis_last
 from funcjac._operators.operator import Dims, Tensors
 from funcjac._operators.transform import Keywords, documented, make_transform
-from funcjac._verification.reference_vjp import Entry, Probe, row_factors
+from funcjac._verification.reference_vjp import Entry
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,11 @@ class HessianDiagonal(AlongDirections):
     def combine(self, seconds: Sequence[Maybe]) -> Sequence[Maybe]:
         return list(map(axis_last, seconds))
 
-    def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
-        """Plain double backward along each coordinate, other rows by another factor."""
-        entries = []
-        factors, seeds = row_factors(run, probe)
-        for x, dim, rows in zip(run.inputs, run.dims, self.curvatures(run, probe, factors)):
-            if dim is None:
-                entries.append(Entry(probe.seeds, rows.view(x.shape), x, None))
-            else:
-                like = x.movedim(dim, 0)
-                entries.append(Entry(seeds, rows.reshape(like.shape), like, 0))
-        return entries
+    def entries_of(self, run: Run, seeds: list[Tensor], columns: list[Tensor]) -> list[Entry]:
+        dims = [None if dim is None else 0 for dim in run.dims]
+        likes = [x if dim is None else x.movedim(dim, 0) for x, dim in zip(run.inputs, run.dims)]
+        rows = [column.reshape(like.shape) for column, like in zip(columns, likes)]
+        return [Entry(seeds, *parts) for parts in zip(rows, likes, dims)]
 
 
 @documented

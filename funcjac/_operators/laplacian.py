@@ -88,12 +88,18 @@ class AlongDirections(SecondOrder):
             for s in seconds
         ]
 
-    def curvatures(self, run: Run, probe: Probe, factors: Tensor | None) -> Iterator[Tensor]:
-        """Weighted double backward along each direction of an input, ``(B, K)`` or ``(K,)``."""
-        directions = self.directions(run.call, run.inputs, run.dims, run.call.extras)
+    def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
+        """Plain double backward along each direction, other rows by another factor."""
+        factors, seeds = (None, probe.seeds) if None in run.dims else row_factors(run, probe)
+        directions, columns = self.directions(run.call, run.inputs, run.dims, run.call.extras), []
         for j, pairs in enumerate(directions):
-            columns = curvature(run, probe.grads[j], j, *_both(pairs), factors)
-            yield columns.movedim(0, -1) * pairs.weights
+            column = curvature(run, probe.grads[j], j, *_both(pairs), factors)
+            columns.append(column.movedim(0, -1) * pairs.weights)
+        return self.entries_of(run, seeds, columns)
+
+    def entries_of(self, run: Run, seeds: list[Tensor], columns: list[Tensor]) -> list[Entry]:
+        """Entries from weighted second derivatives of each input, ``(B, K)`` or ``(K,)``."""
+        raise NotImplementedError
 
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
         """Along each pair of directions."""
@@ -177,12 +183,9 @@ class Laplacian(Hutchinson, AlongDirections):
             return [None] * (1 + self.return_error)
         return [total[0]] if self.adds_up() else self.estimates(total, 0)
 
-    def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
-        """Plain double backward along each direction, other rows by another factor."""
+    def entries_of(self, run: Run, seeds: list[Tensor], columns: list[Tensor]) -> list[Entry]:
         shared = None in run.dims
-        factors, seeds = (None, probe.seeds) if shared else row_factors(run, probe)
-        rows = self.curvatures(run, probe, factors)
-        terms = torch.cat([row.flatten() if shared else row for row in rows], -1)
+        terms = torch.cat([c.flatten() if shared else c for c in columns], -1)
         total, size = terms.sum(-1), terms.detach().abs().sum(-1)
         return [Entry(seeds, total, total.detach(), None if shared else 0, size)]
 

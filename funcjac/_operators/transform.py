@@ -10,7 +10,7 @@ import threading
 import types
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, ParamSpec, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,9 @@ from funcjac._dispatch.inside_transforms import solve_inside
 from funcjac._dispatch.solve import solve
 from funcjac._environment.torch_private import is_functional, is_transformed
 from funcjac._operators.operator import Operator, changed_keywords
+from funcjac.errors import refuse
 
-P = ParamSpec("P")
-R = TypeVar("R")
+Public = TypeVar("Public", bound=Callable[..., Any])
 # The keywords that all transforms share, in their order.
 KEYWORDS = tuple([f.name for f in fields(Options) if f.name not in ("name", "operator")])
 
@@ -57,19 +57,16 @@ in_dims: batch dimension of each positional argument, an int for all, or a tuple
     ``(B, *out, *param)``. What is no tensor is always shared.
 out_dims: where ``func`` puts the batch dimension; results have it first.
 engine: ``"sum"`` (the sum trick, by plain autograd on the one run of ``func``), ``"vmap"``
-    (``torch.func`` of the function of one row under ``torch.vmap``), ``"loop"``, or
-    ``"auto"``: the sum trick, vmap for arguments that rows share and inside of
-    ``torch.vmap``, and the next one where one fails. ``mode="taylor"`` runs the whole batch,
-    and needs ``"sum"`` or ``"auto"``.
+    (``torch.func`` of the function of one row under ``torch.vmap``), ``"loop"``, or ``"auto"``:
+    the sum trick, vmap for arguments that rows share and inside of ``torch.vmap``, and the next
+    one where one fails. ``mode="taylor"`` needs ``"sum"`` or ``"auto"``.
 chunk_size: basis vectors (coordinates, samples) per pass; ``None`` leaves it to the rule:
-    what stays in a processor's cache, in bounded memory. It never changes values. Chunks go
-    into one preallocated result; where it is to be differentiated, they are joined at the end.
+    what stays in a processor's cache, in bounded memory. It never changes values.
 has_aux: ``func`` returns ``(output, aux)``; ``aux`` is any object. The transform returns
     ``(result, aux)``.
 return_value: also return ``func``'s output, from the same run, as ``(result, value)``, or
     ``(result, (value, aux))`` with ``has_aux``. Where second derivatives bring the Jacobian
-    along, ``value`` becomes ``(jac, value)``, and ``(value, aux)`` becomes
-    ``(jac, (value, aux))``.
+    along, it is ``(result, (jac, value))``, or ``(result, (jac, (value, aux)))``.
 randomness: ``"different"``, ``"same"`` or ``"error"`` for draws in ``func`` where
     ``torch.vmap`` or the loop runs it, as in ``torch.vmap``. In the one run of the sum trick a
     draw is what it is in a plain call.
@@ -100,7 +97,7 @@ RuntimeError: the engine and mode that were asked for cannot differentiate ``fun
 }
 
 
-def documented(function: Callable[P, R]) -> Callable[P, R]:
+def documented(function: Public) -> Public:
     """Completes a docstring and a signature by the texts and keywords that transforms share."""
     if function.__doc__:  # there is none under python -OO
         for name, text in _DOCUMENTATION.items():
@@ -211,16 +208,11 @@ def _copied_cell(cell: types.CellType, memo: dict[int, Any]) -> types.CellType:
 
 
 def transform_of(transformed: Any, name: str) -> Transform:
-    """Refuses everything but the result of a transform.
-
-    Raises:
-        TypeError: it does not come from funcjac.
-    """
+    """Refuses everything but the result of a transform, and being called inside of one."""
+    check_outside(name)
     if not isinstance(transformed, Transform):
-        raise TypeError(
-            f"{name}: expected a function returned by a funcjac transform, got "
-            f"{type(transformed).__name__}. Wrap it first, as in batch_jacobian(func)."
-        )
+        expected, got = "a function returned by a funcjac transform", type(transformed).__name__
+        raise refuse(name, TypeError, expected, got, "Wrap it first, as in batch_jacobian(func).")
     return transformed
 
 
@@ -229,19 +221,13 @@ def _is_inference(leaf: Any) -> bool:
     return is_tensor and leaf.is_inference()
 
 
-def looks(function: Callable[P, R]) -> Callable[P, R]:
-    """Makes ``function`` raise inside of transforms, where values cannot be looked at."""
-
-    @functools.wraps(function)
-    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
-        if is_functional():
-            raise RuntimeError(
-                f"{function.__name__}: expected to be called outside of torch.func transforms and "
-                "torch.compile, where values can be looked at. Call it on plain tensors."
-            )
-        return function(*args, **kwargs)
-
-    return outside
+def check_outside(name: str) -> None:
+    """Raises inside of transforms, where values cannot be looked at."""
+    if is_functional():
+        raise RuntimeError(
+            f"{name}: expected to be called outside of torch.func transforms and torch.compile, "
+            "where values can be looked at. Call it on plain tensors."
+        )
 
 
 def usable(tree: Any) -> Any:
