@@ -71,7 +71,7 @@ class AlongDirections(SecondOrder):
             derivatives.append((slopes, self._summed(seconds, pairs.weights)))
         shapes = [[n for j in name for n in xs[j].shape] for name in self.by_inputs(call)]
         rows = zip(come_along[0], self._by_output(derivatives))
-        blocks = [[v.reshape(*o.shape, *s) for v, s in zip(values, shapes)] for o, values in rows]
+        blocks = [[v.reshape((*o.shape, *s)) for v, s in zip(values, shapes)] for o, values in rows]
         return blocks, come_along
 
     def _by_output(self, derivatives: Sequence[Any]) -> list[list[Any]]:

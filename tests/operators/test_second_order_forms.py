@@ -249,6 +249,21 @@ def test_second_derivatives_by_a_shared_argument(mode):
     equal(found, oracles.laplacian(func, (x, w), argnums=1, in_dims=(0, None)))
 
 
+@pytest.mark.parametrize("engine", ["vmap", "loop"])
+def test_numbers_by_a_batched_and_a_shared_argument(engine):
+    """``sum_i sin(x_i w_i)``: an output without dimensions, and references of both arguments."""
+    x, w = randn(B, 3), randn(3)
+    keywords = {"in_dims": (0, None), "engine": engine, "check": True}
+    func = lambda x, w: (x * w).sin().sum(1)
+    by_x, by_w = batch_hessian_diagonal(func, (0, 1), **keywords)(x, w)
+    equal(by_x, -(w**2) * (x * w).sin())
+    equal(by_w, -(x**2) * (x * w).sin())
+    equal(batch_laplacian(func, (0, 1), **keywords)(x, w), (by_x + by_w).sum(1))
+    found = batch_partials(func, [(1,), (3, 3), (0, 3)], (0, 1), **keywords)(x, w)
+    mixed = (x * w).cos() - x * w * (x * w).sin()
+    equal(list(found), [w[1] * (x * w)[:, 1].cos(), by_w[:, 0], mixed[:, 0]])
+
+
 @by_route
 @pytest.mark.parametrize("batch", [0, 1])
 def test_empty_batch_and_batch_of_one(batch, name, mode):
