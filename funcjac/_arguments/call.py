@@ -93,11 +93,7 @@ def bind(
     compiling: bool = False,
     differentiate: bool = True,
 ) -> Call:
-    """Take the arguments apart; refuse inputs that cannot be differentiated, if they will be.
-
-    Raises:
-        TypeError, ValueError: the arguments are not those of a batched function.
-    """
+    """Take the arguments apart; refuse inputs that cannot be differentiated, if they will be."""
     leaves, spec, plain = list(args), None, not compiling and all(map(is_plain, args))
     if not plain and not (compiling and all(isinstance(arg, Tensor) for arg in args)):
         leaves, spec = pytree.flatten_args(args)

@@ -63,11 +63,7 @@ def unflatten(spec: TreeSpec | None, leaves: list[Any]) -> Tree:
 
 
 def broadcast(prefix: Tree, tree: Tree) -> list[Any]:
-    """One entry of ``prefix`` for each leaf of ``tree`` (``None`` is a leaf of both).
-
-    Raises:
-        ValueError: ``prefix`` is not a prefix tree of ``tree``.
-    """
+    """One entry of a prefix tree for each leaf of ``tree`` (``None`` is a leaf of both)."""
     return optree.broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
 
 

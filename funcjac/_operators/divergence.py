@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
@@ -16,7 +15,7 @@ from funcjac._engines.rows import flat_rows, row_shape
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._engines.sum import divergence
 from funcjac._operators.operator import Hutchinson, Operator, Tensors
-from funcjac._operators.transform import Keywords, documented, make_transform
+from funcjac._operators.transform import Keywords, Unpack, documented, make_transform
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, row_factors, vjp
 from funcjac.errors import refuse

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
@@ -18,7 +17,7 @@ from funcjac._engines.rows import identity, row_shape, row_sizes, spread
 from funcjac._engines.run_func import Route, Run
 from funcjac._engines.sum import Blocks
 from funcjac._operators.operator import NESTED, SecondOrder, Tensors
-from funcjac._operators.transform import Keywords, documented, make_transform
+from funcjac._operators.transform import Keywords, Unpack, documented, make_transform
 from funcjac._taylor import along_directions, make_recording, second_order
 from funcjac._verification.reference_vjp import Entry, Probe, outer_product, random_like, vjp
 

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
-from typing_extensions import Unpack
 
 from funcjac._arguments.call import Call
 from funcjac._engines.rows import Directions, coordinates
 from funcjac._engines.run_func import Run
 from funcjac._operators.laplacian import AlongDirections, Maybe, axis_last
 from funcjac._operators.operator import Dims, Tensors
-from funcjac._operators.transform import Keywords, documented, make_transform
+from funcjac._operators.transform import Keywords, Unpack, documented, make_transform
 from funcjac._verification.reference_vjp import Entry
 
 

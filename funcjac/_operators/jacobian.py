@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from typing_extensions import Unpack
 
 from funcjac._arguments.call import Call, as_output, bind
 from funcjac._arguments.check_keywords import check_options
@@ -22,7 +21,7 @@ from funcjac._engines.run_func import Derivatives, Run, computed, detached, kind
 from funcjac._engines.sum import jacobian
 from funcjac._environment.torch_private import is_traced, sees_values
 from funcjac._operators.operator import Operator, Tensors
-from funcjac._operators.transform import Keywords, documented, make_transform
+from funcjac._operators.transform import Keywords, Unpack, documented, make_transform
 from funcjac.errors import refuse
 
 

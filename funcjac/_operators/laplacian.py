@@ -13,7 +13,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from funcjac._arguments.call import Call, with_extras
 from funcjac._arguments.check_tensors import check_arguments
@@ -23,7 +22,7 @@ from funcjac._engines.rows import Directions, added, join, row_shape
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._environment.torch_private import is_traced, is_transformed
 from funcjac._operators.operator import Dims, Hutchinson, SecondOrder, Tensors
-from funcjac._operators.transform import Keywords, documented, make_transform
+from funcjac._operators.transform import Keywords, Unpack, documented, make_transform
 from funcjac._taylor import Recording, along_directions, make_recording, on_one_row, second_order
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, curvature, row_factors
@@ -250,11 +249,7 @@ def _applied(weight: Tensor, rows: Tensor, shared: bool) -> Tensor:
 
 
 def _checked_weight(call: Call, weight: Any, dim: int | None) -> Tensor:
-    """The weight with the batch in front, if it has one.
-
-    Raises:
-        TypeError, ValueError: it is no vector and no symmetric matrix for the one input.
-    """
+    """The weight with the batch in front, if it has one; refuses what does not fit the input."""
     name = call.options.name
     if len(call.inputs) != 1:
         expected, remedy = "one input tensor with weight", "Name one in argnums."

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
-from typing_extensions import Unpack
 
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
@@ -18,7 +17,7 @@ from funcjac._engines.rows import as_block, coordinates, row_shape, row_sizes
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._operators.hessian import stacked_coordinates
 from funcjac._operators.operator import SecondOrder, Tensors
-from funcjac._operators.transform import Keywords, documented, make_transform
+from funcjac._operators.transform import Keywords, Unpack, documented, make_transform
 from funcjac._taylor import along_directions, make_recording, mixed, rows_of, take
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, row_factors
