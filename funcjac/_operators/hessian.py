@@ -14,7 +14,7 @@ from funcjac._arguments.call import Call
 from funcjac._engines import vmap
 from funcjac._engines.nesting import hessian_blocks
 from funcjac._engines.rows import identity, row_shape, row_sizes, spread
-from funcjac._engines.run_func import Route, Run
+from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._engines.sum import Blocks
 from funcjac._operators.operator import NESTED, SecondOrder, Tensors
 from funcjac._operators.transform import Keywords, Unpack, documented, make_transform
@@ -40,14 +40,15 @@ class Hessian(SecondOrder):
             return call.options.mode == "taylor"
         return super().uses_taylor(call, outputs, inputs)
 
-    def derivatives(self, run: Run, route: Route) -> list[list[Any]]:
-        return _joined(*(_by_taylor(run) if route.mode == "taylor" else hessian_blocks(run, route)))
+    def compute(self, run: Run, route: Route) -> Derivatives:
+        parts = _by_taylor(run) if route.mode == "taylor" else hessian_blocks(run, route)
+        return self.blocks(run, _joined(*parts))
 
     def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
         hess, jac, along = vmap.hessian(f, xs, mode, call.options.chunk_size)
         return _joined(hess, jac), along
 
-    def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
+    def entries(self, run: Run, probe: Probe) -> list[Entry]:
         """Plain double backward along a random tangent of each input."""
         entries = []
         for grad, x, dim in zip(probe.grads, run.inputs, run.dims):
@@ -55,7 +56,7 @@ class Hessian(SecondOrder):
             rows = vjp([grad], run.inputs, [tangent], create_graph=run.create_graph)
             seeds = [outer_product(seed, tangent, dim) for seed in probe.seeds]
             entries += [Entry(seeds, *columns) for columns in zip(rows, run.inputs, run.dims)]
-        return entries
+        return entries + super().entries(run, probe)
 
 
 def _joined(hess: Sequence[Blocks], jac: Blocks) -> list[list[Any]]:

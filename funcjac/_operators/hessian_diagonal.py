@@ -1,40 +1,12 @@
-"""``batch_hessian_diagonal``: the second derivative of each row along each input coordinate."""
+"""``batch_hessian_diagonal``: the terms of a Laplacian, whose operator adds them up."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor
-
-from funcjac._arguments.call import Call
-from funcjac._engines.rows import Directions, coordinates
-from funcjac._engines.run_func import Run
-from funcjac._operators.laplacian import AlongDirections, Maybe, axis_last
-from funcjac._operators.operator import Dims, Tensors
+from funcjac._operators.laplacian import HessianDiagonal
 from funcjac._operators.transform import Keywords, Unpack, documented, make_transform
-from funcjac._verification.reference_vjp import Entry
-
-
-@dataclass(frozen=True)
-class HessianDiagonal(AlongDirections):
-    """``blocks[i][j]``: second derivatives by input ``j``, then first ones where returned."""
-
-    order: ClassVar[int] = 1
-
-    def directions(self, call: Call, xs: Tensors, dims: Dims, extras: Tensors) -> list[Directions]:
-        bases = [coordinates(x, dim) for x, dim in zip(xs, dims)]
-        return [Directions(left, None, left.new_ones(len(left)), basis=True) for left in bases]
-
-    def combine(self, seconds: Sequence[Maybe]) -> Sequence[Maybe]:
-        return list(map(axis_last, seconds))
-
-    def entries_of(self, run: Run, seeds: list[Tensor], columns: list[Tensor]) -> list[Entry]:
-        dims = [None if dim is None else 0 for dim in run.dims]
-        likes = [x if dim is None else x.movedim(dim, 0) for x, dim in zip(run.inputs, run.dims)]
-        rows = [column.reshape(like.shape) for column, like in zip(columns, likes)]
-        return [Entry(seeds, *parts) for parts in zip(rows, likes, dims)]
 
 
 @documented

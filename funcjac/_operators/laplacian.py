@@ -1,6 +1,7 @@
 """``batch_laplacian``: the trace of each row's Hessian, without the Hessian.
 
-``sum_r weights[r] D^2 f [left[r], right[r]]``, along a basis that fits the weight, or probes.
+``sum_r weights[r] D^2 f [left[r], right[r]]``, along a basis that fits the weight, or probes. The
+diagonal of the Hessian is the same before it is added up.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from funcjac._arguments.call import Call, with_extras
 from funcjac._arguments.check_tensors import check_arguments
 from funcjac._engines import vmap
 from funcjac._engines.nesting import Along, along
-from funcjac._engines.rows import Directions, added, join, row_shape
+from funcjac._engines.rows import Directions, added, coordinates, join, row_shape
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._environment.torch_private import is_traced, is_transformed
 from funcjac._operators.operator import Dims, Hutchinson, SecondOrder, Tensors
@@ -34,15 +35,18 @@ _PASS_ELEMENTS = 2**21
 
 
 @dataclass(frozen=True)
-class AlongDirections(SecondOrder):
-    """Second derivatives along pairs of directions in each input, then first ones where returned.
+class HessianDiagonal(SecondOrder):
+    """``blocks[i][j]``: second derivatives along directions in input ``j``, here its coordinates.
 
-    Subclasses state the directions, and how their derivatives become blocks.
+    First derivatives are behind them where they are returned.
     """
+
+    order: ClassVar[int] = 1
 
     def directions(self, call: Call, xs: Tensors, dims: Dims, extras: Tensors) -> list[Directions]:
         """Directions in each input; of one row if no input has a batch dimension."""
-        raise NotImplementedError
+        bases = [coordinates(x, dim) for x, dim in zip(xs, dims)]
+        return [Directions(left, None, left.new_ones(len(left)), basis=True) for left in bases]
 
     def adds_up(self) -> bool:
         """Whether second derivatives are added up on the way, by weights."""
@@ -50,18 +54,19 @@ class AlongDirections(SecondOrder):
 
     def combine(self, seconds: Sequence[Maybe]) -> Sequence[Maybe]:
         """Blocks, from second derivatives ``(K, ...)`` along the directions of each input."""
-        raise NotImplementedError
+        return list(map(_axis_last, seconds))
 
-    def derivatives(self, run: Run, route: Route) -> list[list[Any]]:
+    def compute(self, run: Run, route: Route) -> Derivatives:
         directions = self.directions(run.call, run.inputs, run.dims, run.call.extras)
         if route.mode != "taylor":
             pairs = zip(along(run, directions, route), directions)
-            return self._by_output([(f, self._summed(s, d.weights)) for (f, s), d in pairs])
+            columns: list[Any] = [(f, self._summed(s, d.weights)) for (f, s), d in pairs]
+            return self.blocks(run, self._by_output(columns))
         outs, firsts, total = run.output.leaves, self.adds_jac(run.call), self.adds_up()
         recording = make_recording(run.recorder, outs, create_graph=run.create_graph)
         inputs = enumerate(directions)
         columns = [_by_taylor(recording, j, d, route.chunk, firsts, total) for j, d in inputs]
-        return self._by_output(columns)
+        return self.blocks(run, self._by_output(columns))
 
     def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:
         derivatives, chunk, come_along = [], call.options.chunk_size, cast(Any, None)
@@ -76,7 +81,7 @@ class AlongDirections(SecondOrder):
     def _by_output(self, derivatives: Sequence[Any]) -> list[list[Any]]:
         slopes, seconds = zip(*derivatives)
         rows = zip(zip(*seconds), zip(*slopes))
-        return [[*self.combine(second), *map(axis_last, first)] for second, first in rows]
+        return [[*self.combine(second), *map(_axis_last, first)] for second, first in rows]
 
     def _summed(self, seconds: Sequence[Maybe], weights: Tensor) -> list[Maybe]:
         """Second derivatives ``(K, ...)``, or ``(1, ...)`` where they are added up."""
@@ -87,18 +92,24 @@ class AlongDirections(SecondOrder):
             for s in seconds
         ]
 
-    def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
+    def entries(self, run: Run, probe: Probe) -> list[Entry]:
         """Plain double backward along each direction, other rows by another factor."""
-        factors, seeds = (None, probe.seeds) if None in run.dims else row_factors(run, probe)
+        factors, seeds = row_factors(run, probe)
+        if self.order == 0 and None in run.dims:  # only the sum over rows is known
+            factors, seeds = None, probe.seeds
         directions, columns = self.directions(run.call, run.inputs, run.dims, run.call.extras), []
         for j, pairs in enumerate(directions):
             column = curvature(run, probe.grads[j], j, *_both(pairs), factors)
             columns.append(column.movedim(0, -1) * pairs.weights)
-        return self.entries_of(run, seeds, columns)
+        return self.entries_of(run, probe, seeds, columns) + super().entries(run, probe)
 
-    def entries_of(self, run: Run, seeds: list[Tensor], columns: list[Tensor]) -> list[Entry]:
+    def entries_of(self, run: Run, probe: Probe, seeds: Any, columns: list[Tensor]) -> list[Entry]:
         """Entries from weighted second derivatives of each input, ``(B, K)`` or ``(K,)``."""
-        raise NotImplementedError
+        entries = []
+        for x, dim, rows in zip(run.inputs, run.dims, columns):
+            like, seed = (x, probe.seeds) if dim is None else (x.movedim(dim, 0), seeds)
+            entries.append(Entry(seed, rows.reshape(like.shape), like, None if dim is None else 0))
+        return entries
 
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
         """Along each pair of directions."""
@@ -115,7 +126,7 @@ class AlongDirections(SecondOrder):
 
 
 @dataclass(frozen=True)
-class Laplacian(Hutchinson, AlongDirections):
+class Laplacian(Hutchinson, HessianDiagonal):
     """``blocks[i]``: the Laplacian and its standard error, first derivatives where returned."""
 
     weight: Tensor | Callable[..., Tensor] | None = None
@@ -182,7 +193,7 @@ class Laplacian(Hutchinson, AlongDirections):
             return [None] * (1 + self.return_error)
         return [total[0]] if self.adds_up() else self.estimates(total, 0)
 
-    def entries_of(self, run: Run, seeds: list[Tensor], columns: list[Tensor]) -> list[Entry]:
+    def entries_of(self, run: Run, probe: Probe, seeds: Any, columns: list[Tensor]) -> list[Entry]:
         shared = None in run.dims
         terms = torch.cat([c.flatten() if shared else c for c in columns], -1)
         total, size = terms.sum(-1), terms.detach().abs().sum(-1)
@@ -193,7 +204,7 @@ def _both(pairs: Directions) -> tuple[Tensor, Tensor]:
     return pairs.left, pairs.left if pairs.right is None else pairs.right
 
 
-def axis_last(columns: Maybe) -> Maybe:
+def _axis_last(columns: Maybe) -> Maybe:
     return None if columns is None else columns.movedim(0, -1)
 
 

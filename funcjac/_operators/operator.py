@@ -236,18 +236,11 @@ class SecondOrder(Operator):
     def adds_jac(self, call: Call) -> bool:
         return call.options.return_value
 
-    def derivatives(self, run: Run, route: Route) -> list[list[Any]]:
-        """By output: values of its own blocks, then those of the Jacobian; ``None`` for zeros."""
-        raise NotImplementedError
-
-    def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
-        """:meth:`entries` of the operator's own blocks."""
-        raise NotImplementedError
-
-    def compute(self, run: Run, route: Route) -> Derivatives:
+    def blocks(self, run: Run, derivatives: list[list[Any]]) -> Derivatives:
+        """Blocks of values: for each output its own, then the Jacobian's; ``None`` for zeros."""
         xs, names, rows = run.inputs, self.by_inputs(run.call), []
         shapes = list(map(row_shape, xs, run.dims))
-        for out, values in zip(run.output.leaves, self.derivatives(run, route)):
+        for out, values in zip(run.output.leaves, derivatives):
             row = []
             for value, name in zip(values, names):
                 shape = (*out.shape, *[size for j in name for size in shapes[j]])
@@ -256,8 +249,8 @@ class SecondOrder(Operator):
         return Derivatives(rows, run.output)
 
     def entries(self, run: Run, probe: Probe) -> list[Entry]:
-        jac = super().entries(run, probe) if self.adds_jac(run.call) else []
-        return self.own_entries(run, probe) + jac
+        """Those of the Jacobian where it is returned, behind the operator's own."""
+        return super().entries(run, probe) if self.adds_jac(run.call) else []
 
 
 def by_output(result: Derivatives, pick: Any) -> Any:

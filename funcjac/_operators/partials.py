@@ -8,19 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from funcjac._arguments.call import Call
 from funcjac._engines import vmap
 from funcjac._engines.nesting import Index, by_order, nested_partials
-from funcjac._engines.rows import as_block, coordinates, row_shape, row_sizes
+from funcjac._engines.rows import as_block, batch_first, coordinates, row_shape, row_sizes
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._operators.hessian import stacked_coordinates
 from funcjac._operators.operator import SecondOrder, Tensors
 from funcjac._operators.transform import Keywords, Unpack, documented, make_transform
 from funcjac._taylor import along_directions, make_recording, mixed, rows_of, take
 from funcjac._verification.central_differences import Pair, difference
-from funcjac._verification.reference_vjp import Entry, Probe, row_factors
+from funcjac._verification.reference_vjp import Entry, Probe, row_factors, vjp
 from funcjac.errors import refuse
 
 # The input of each coordinate, and its number there.
@@ -101,24 +102,30 @@ class Partials(SecondOrder):
             columns.append(outs)
         return [list(row) for row in zip(*columns)], along
 
-    def own_entries(self, run: Run, probe: Probe) -> list[Entry]:
-        """Plain nested backward of each row's scalar, rows by other factors."""
-        shared = None in run.dims  # then only the sum over rows is known
-        places, names, distinct = _named(self.indices, tuple(row_sizes(run.inputs, run.dims)))
-        seeds = probe.seeds if shared else row_factors(run, probe)[1]
-        pairs = zip(seeds, run.output.leaves)
-        rows = [(s.to(o.dtype) * o).reshape(run.call.batch, -1).sum(1) for s, o in pairs]
-        field = sum(rows[1:], rows[0])  # (B,)
-        call = run.call._replace(batch=1) if shared else run.call
-        scalar = run._replace(call=call, output=run.output._replace(leaves=[field]))
-        columns: dict[Index, Any] = {(): field}
-        if distinct:
-            columns.update(*nested_partials(scalar, distinct, places))
-        entries, like = [], field.detach().sum() if shared else field.detach()
-        for grad in map(columns.get, names):
-            if grad is not None:
-                grad = grad.sum() if shared else grad.reshape(like.shape)
-            entries.append(Entry(seeds, grad, like, None if shared else 0))
+    def entries(self, run: Run, probe: Probe) -> list[Entry]:
+        """Plain nested backward of each row's scalar, other rows by another factor."""
+        x, shared = run.inputs[0], None in run.dims
+        places, names, _ = _named(self.indices, tuple(row_sizes(run.inputs, run.dims)))
+        factors = x.new_ones(1) if shared else row_factors(run, probe)[0]
+        gradients: dict[Index, list[Tensor | None]] = {(): probe.grads}
+        entries = []
+        for name in names:
+            if not name:
+                pairs = zip(probe.seeds, run.output.leaves)
+                rows = [(s.to(o.dtype) * o).reshape(run.call.batch, -1).sum(1) for s, o in pairs]
+                entries.append(Entry(probe.seeds, sum(rows[1:], rows[0]), rows[0].detach(), 0))
+                continue
+            field: Tensor | None = None
+            for n, entry in enumerate(name):
+                if name[:n] not in gradients:
+                    weights = [None if field is None else torch.ones_like(field) * factors]
+                    gradients[name[:n]] = vjp([field], run.inputs, weights, create_graph=True)
+                field = _coordinate(run, gradients[name[:n]], *places[entry])
+            grad = factors.new_zeros(len(factors)) if field is None else field
+            grad = grad if run.create_graph else grad.detach()
+            grad, times = grad.sum() if shared else grad, factors ** (len(name) - 1)
+            seeds = [s * times.to(s.dtype).view(-1, *[1] * (s.ndim - 1)) for s in probe.seeds]
+            entries.append(Entry(seeds, grad, grad.detach(), None if shared else 0))
         return entries
 
     def differences(self, call: Call, result: Derivatives) -> Iterator[Pair]:
@@ -151,6 +158,15 @@ def _by_taylor(run: Run, names: Sequence[Index], places: Places, chunk: int | No
             stack = jet[len(index) - 1]
             column[name] = None if stack is None else stack[rows[index]]
     return columns
+
+
+def _coordinate(run: Run, grads: Sequence[Tensor | None], j: int, n: int) -> Tensor | None:
+    """Coordinate ``n`` of the gradient by input ``j``, ``(B,)``, or ``(1,)`` of a shared one."""
+    grad = grads[j]
+    if grad is None:
+        return None
+    rows = batch_first(grad, run.dims[j], 1)
+    return rows.reshape(len(rows), -1)[:, n]
 
 
 @functools.lru_cache(1024)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from funcjac import batch_jacobian, batch_partials
+from funcjac import BatchMixingError, batch_jacobian, batch_partials
 from tests.tensors import equal, f64, fixed_randn, randn
 
 B = 4
@@ -207,3 +207,18 @@ def test_results_of_one_row_lie_in_no_memory_that_is_kept():
             part.mul_(7)
     jac = batch_jacobian(torch.sin, check=False)(torch.zeros(3, 2, dtype=f64))
     equal(jac, torch.eye(2, dtype=f64).expand(3, 2, 2))
+
+
+@pytest.mark.parametrize("mode", ["taylor", "rev"])
+@pytest.mark.parametrize(
+    ("func", "indices"),
+    [
+        (lambda x: x[:, 0] ** 2 * x.mean(0)[0], [(0, 0)]),
+        (lambda x: (x - x.mean(0)).sin(), [(0, 0)]),
+        (lambda x: x[:, 0] * x[:, 1].sum(), [(0, 1)]),
+    ],
+)
+def test_rows_that_mix_where_they_are_differentiated_again(func, indices, mode):
+    """A factor of each row's own stands in each step of the reference, not in the first alone."""
+    with pytest.raises(BatchMixingError, match=r"^batch_partials: "):
+        batch_partials(func, indices, mode=mode, check=True)(randn(5, 3))
