@@ -279,7 +279,8 @@ def _checked_weight(call: Call, weight: Any, dim: int | None) -> Tensor:
             raise refuse(name, ValueError, expected, f"shape {tuple(shape)}", remedy)
         weight = weight.movedim(dim, 0)
         shape = weight.shape[1:]
-    if not (_is_same(shape, row) or _is_same(shape, row + row)):
+    pairs = [zip(shape, s) for s in (row, row + row) if len(s) == len(shape)]
+    if not any(all(n == m for n, m in sizes) for sizes in pairs):  # so that compilers can compare
         rows = "in each row" if dim is not None else "(and weight_dim if there is one for each row)"
         expected = f"weight of shape {tuple(row)} or {tuple(row + row)} {rows}"
         raise refuse(name, ValueError, expected, f"shape {tuple(shape)}")
@@ -289,11 +290,6 @@ def _checked_weight(call: Call, weight: Any, dim: int | None) -> Tensor:
     if weight.numel() and not is_transformed():
         _check_entries(name, weight.detach(), row.numel() if len(shape) > len(row) else None)
     return weight
-
-
-def _is_same(shape: torch.Size, other: torch.Size) -> bool:
-    """Whether shapes are the same; a compiler compares unknown sizes one by one only."""
-    return len(shape) == len(other) and all(n == m for n, m in zip(shape, other))
 
 
 def _check_kind(name: str, weight: Any) -> None:
