@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,7 @@ def _with_children(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 # Attributes of every module that hold hooks and children, and no tensors that a call computes.
 _WITHOUT_TENSORS = vars(nn.Module()).keys() - {"_buffers", "_parameters", "training"}
+_CONTAINERS = {dict, list}
 
 
 class WrappedAttributes:
@@ -44,25 +47,31 @@ class WrappedAttributes:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        holders = [vars(module) for module in _with_children(modules)]
-        values = [holder[name] for holder in holders for name in holder.keys() - _WITHOUT_TENSORS]
-        inner = [value for value in values if type(value) in (dict, list)]
-        self.before = [(holder, holder.copy()) for holder in (*holders, *inner)]
+        holders: list[Any] = [vars(module) for module in _with_children(modules)]
+        for holder in holders.copy():
+            inner = [name for name, value in holder.items() if type(value) in _CONTAINERS]
+            holders += [holder[name] for name in inner if name not in _WITHOUT_TENSORS]
+        self.before = [(holder, holder.copy()) for holder in holders]
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_: object) -> None:
         for holder, before in self.before:
-            if isinstance(holder, dict):
-                names = holder.keys() - _WITHOUT_TENSORS
-                for name in [name for name in names if is_wrapped(holder[name])]:
-                    if name in before:
-                        holder[name] = before[name]
-                    else:
-                        del holder[name]
-            elif any(map(is_wrapped, holder)):
-                holder[:] = before
+            if isinstance(holder, list):
+                if any(map(is_wrapped, holder)):
+                    holder[:] = before
+            elif not _is_unchanged(holder, before):
+                for name in holder.keys() - _WITHOUT_TENSORS:
+                    if is_wrapped(holder[name]):
+                        holder[name] = before.get(name)
+                        if name not in before:
+                            del holder[name]
+
+
+def _is_unchanged(holder: dict[str, Any], before: dict[str, Any]) -> bool:
+    same = map(operator.is_, holder.values(), before.values())
+    return len(holder) == len(before) and all(same)
 
 
 def has_lazy(modules: Iterable[nn.Module]) -> bool:
