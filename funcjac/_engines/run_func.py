@@ -172,7 +172,8 @@ def read_graph(run: Run) -> tuple[Run, Facts]:
     types = tuple(map(type, nodes))  # names would take a fourth of the walk
     signature = hash(types if _NAMED.issuperset(types) else _kinds(nodes, types))
     if torch.is_grad_enabled() and not create_graph:
-        create_graph = any(map(_requires_grad, [*call.inputs, *call.extras]))
+        for i in (*call.layout.diff, *range(len(call.leaves) - call.extra, len(call.leaves))):
+            create_graph = create_graph or call.leaves[i].requires_grad
         own = set(map(id, inputs))  # and by what is not differentiated here: parameters
         for node in nodes if _LEAF in types and not create_graph else ():
             if type(node) is _LEAF and id(node.variable) not in own:
@@ -180,7 +181,7 @@ def read_graph(run: Run) -> tuple[Run, Facts]:
     return Run(call, inputs, output, create_graph, recorder), Facts(signature, nodes)
 
 
-_grad_fn, _requires_grad = operator.attrgetter("grad_fn"), operator.attrgetter("requires_grad")
+_grad_fn = operator.attrgetter("grad_fn")
 
 
 def _kinds(nodes: list[Any], types: tuple[type, ...]) -> tuple[Any, ...]:

@@ -61,17 +61,15 @@ class WrappedAttributes:
             if isinstance(holder, list):
                 if any(map(is_wrapped, holder)):
                     holder[:] = before
-            elif not _is_unchanged(holder, before):
-                for name in holder.keys() - _WITHOUT_TENSORS:
-                    if is_wrapped(holder[name]):
-                        holder[name] = before.get(name)
-                        if name not in before:
-                            del holder[name]
-
-
-def _is_unchanged(holder: dict[str, Any], before: dict[str, Any]) -> bool:
-    same = map(operator.is_, holder.values(), before.values())
-    return len(holder) == len(before) and all(same)
+                continue
+            same = map(operator.is_, holder.values(), before.values())
+            if len(holder) == len(before) and all(same):
+                continue
+            for name in holder.keys() - _WITHOUT_TENSORS:
+                if is_wrapped(holder[name]):
+                    holder[name] = before.get(name)
+                    if name not in before:
+                        del holder[name]
 
 
 def has_lazy(modules: Iterable[nn.Module]) -> bool:
