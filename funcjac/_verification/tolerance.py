@@ -65,7 +65,7 @@ def is_alike(tensor: Tensor, reference: Tensor, limit: float, floor: float = 0.0
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in a dtype that can be compared."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor if tensor.dtype in (torch.float64, torch.float32) else tensor.float()
 
 
 def magnitude(tensor: Tensor) -> Tensor:

@@ -136,9 +136,9 @@ def _compare(result: Derivatives, e: int, entry: Entry) -> Comparison:
 
 def _contract(seed: Tensor, block: Tensor, *, summed: bool) -> tuple[Tensor, Tensor]:
     """``sum_m seed[b, m] J[b, m, n]``, and the norm of what is summed: ``(B, N)`` or ``(1, N)``."""
-    right = wide(block).reshape(len(seed), seed[0].numel(), -1)
+    right = wide(block).reshape(len(seed), seed.shape[1:].numel(), -1)
     left = wide(seed).to(right.dtype).reshape(len(seed), -1, 1)
-    step = max(_MOST_PRODUCTS // max(right[0].numel(), 1), 1)
+    step = max(_MOST_PRODUCTS // max(right.shape[1:].numel(), 1), 1)
     pairs = [(left, right)] if len(seed) <= step else zip(left.split(step), right.split(step))
     sums, norms = [], []
     for cotangents, rows in pairs:
