@@ -11,23 +11,24 @@ from torch import Tensor, nn
 
 from funcjac._environment.torch_private import is_wrapped
 
-RngState = tuple[Tensor, list[Tensor]]
+RngState = tuple[torch.Generator, list[Tensor]]
 
 
 def rng_state() -> RngState:
     """State of torch's default generators."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return torch.get_rng_state(), cuda
+    return torch.default_generator.clone_state(), cuda  # half the bytes of a tensor
 
 
 def set_rng_state(state: RngState) -> None:
-    torch.set_rng_state(state[0])
+    torch.set_rng_state(state[0].get_state())
     if state[1]:
         torch.cuda.set_rng_state_all(state[1])
 
 
 def same_rng_state(first: RngState, second: RngState) -> bool:
-    return torch.equal(first[0], second[0]) and all(map(torch.equal, first[1], second[1]))
+    cpu = torch.equal(first[0].get_state(), second[0].get_state())
+    return cpu and all(map(torch.equal, first[1], second[1]))
 
 
 def _with_children(modules: Iterable[nn.Module]) -> list[nn.Module]:

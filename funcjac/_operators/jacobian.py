@@ -11,11 +11,11 @@ import torch
 from funcjac._arguments.call import Call, as_output, bind
 from funcjac._arguments.check_keywords import check_options
 from funcjac._arguments.layout import Options
-from funcjac._dispatch.choose_engine_mode_chunk import routes_of, sizes_of
+from funcjac._dispatch.choose_engine_mode_chunk import nested_route, routes_of, sizes_of
 from funcjac._dispatch.decisions import decision_of
 from funcjac._engines import vmap
 from funcjac._engines.rows import row_shape
-from funcjac._engines.run_func import Derivatives, Run, detached, kind_of, read_graph
+from funcjac._engines.run_func import Derivatives, Run, computed, detached, kind_of, read_graph
 from funcjac._engines.sum import jacobian
 from funcjac._environment.torch_private import is_traced, sees_values
 from funcjac._operators.operator import Operator, Tensors
@@ -223,15 +223,16 @@ def _solved(run: Run) -> Derivatives:
     kind, failed = kind_of(run, facts), None
     routes = decision.routes.get(kind)
     if routes is None:
-        routes = tuple(dict.fromkeys(routes_of(run, sizes_of(run, facts.widest), None)))
-    for n, route in enumerate(routes):
+        sizes = sizes_of(run, facts.widest)
+        known = dict.fromkeys(routes_of(run, sizes, None))
+        routes = tuple([(route, nested_route(run, sizes, route)) for route in known])
+    for n, (route, nested) in enumerate(routes):
         if route.way in decision.left:
             continue
         is_new = (facts.signature, route.mode) not in decision.signatures
         verifies = can_verify and (is_due or (is_new and options.check is not False))
         try:
-            with torch.set_grad_enabled(graph):
-                result = options.operator.compute(run, route)
+            result = computed(run, route, nested)
             problem = problem_of(run, result, decision.calls, [])[0] if verifies else None
             if problem is not None:
                 words = f"{options.name}: the result was verified and refused: {problem}."
