@@ -100,7 +100,7 @@ class Attempt:
         run = self._run_func(recorder_of) if self.settled is None else self.settled
         run, facts = self._without_faults(*read_graph(run))
         self.plain, self.signature, self.decision.has_run = run, facts.signature, True
-        self.outcome.sizes, self.outcome.operations = sizes_of(run, facts.widest), facts.operations
+        self.outcome.operations = facts.operations
         return run, facts
 
     def _run_func(self, recorder_of: Callable[..., Any] | None) -> Run:
@@ -125,7 +125,8 @@ class Attempt:
 
     def _without_faults(self, run: Run, facts: Facts) -> tuple[Run, Facts]:
         """A run of replacements, where torch differentiates an operation of this one wrongly."""
-        route = self.operator.route(self.call, sizes_of(run, facts.widest))
+        self.outcome.sizes = sizes_of(run, facts.widest)
+        route = self.operator.route(self.call, self.outcome.sizes)
         # Forward mode is the transpose of a VJP, which differentiates once more.
         again = run.create_graph or self.operator.is_second_order or route.mode == "fwd"
         if run.call.replaced or (facts.signature, again) in self.decision.graphs:
@@ -135,7 +136,11 @@ class Attempt:
         if not needs_replacement(names, again=again):
             return run, facts
         replaced = self._replaced(run)
-        return (run, facts) if replaced is None else read_graph(replaced)
+        if replaced is None:
+            return run, facts
+        run, facts = read_graph(replaced)
+        self.outcome.sizes = sizes_of(run, facts.widest)
+        return run, facts
 
     def _replaced(self, run: Run) -> Run | None:
         """Another run, of replacements, if they give the same values."""

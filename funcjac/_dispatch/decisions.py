@@ -68,8 +68,9 @@ def _decision(_: Any) -> Decision:
 
 # --- the key ---------------------------------------------------------------------------
 
-# Functions behind functions are looked into this deep; longer containers hold data.
+# Functions, objects and containers are looked into this deep; longer containers hold data.
 _DEPTH = 4
+_NESTED = 8  # functions that close over one another, such as decorated ones: a short list of cells
 _LONGEST = 16
 _AUTOCAST = ("cpu", "cuda")
 _SWITCHES = (bool, int, str)
@@ -144,11 +145,12 @@ class FunctionKey:
         if code in self.parts:
             return
         self.parts.append(code)
-        if depth >= _DEPTH:
+        if depth >= _NESTED:
             return
         cells = [cell.cell_contents for cell in func.__closure__ or () if cell != _UNBOUND]
         named, scope = [], func.__globals__
-        if not str(scope.get("__name__", "")).startswith(("torch.", "funcjac.")):
+        own = not str(scope.get("__name__", "")).startswith(("torch.", "funcjac."))
+        if own and depth < _DEPTH:
             named = [scope.get(name) for name in _names(code)]
         named = [value for value in named if isinstance(value, _NAMED)]
         for value in (*cells, *(func.__defaults__ or ()), *named):

@@ -19,6 +19,7 @@ from funcjac._engines.run_func import (
     Run,
     computed,
     detached,
+    is_finite,
     kind_of,
     read_graph,
     retire,
@@ -94,19 +95,26 @@ def by_vmap(attempt: Attempt) -> Derivatives:
         if not attempt.is_due:
             check_forward_formulas(attempt.call, again=torch.is_grad_enabled() or "_" in mode)
     # Node names do not show all that torch.func differentiates wrongly.
-    call = _call_of_rows(attempt)._replace(replaced=True)
-
-    def compute(*row: Any) -> Any:
-        return attempt.operator.compute_row(call, *row, mode)
-
-    attempt.outcome.runs += 1
-    with WrappedAttributes(attempt.function.modules):
-        result = vmap.by_vmap(call, compute)
+    call, start = _call_of_rows(attempt)._replace(replaced=True), rng_state()
+    result = _by_rows(attempt, call, mode)
+    reverse = "rev" if "rev" in attempt.operator.modes else "rev_over_rev"
+    if mode != reverse and not is_finite(result):
+        set_rng_state(start)
+        result = _by_rows(attempt, call, reverse)
     if attempt.is_due:
         verify(attempt, _with_draws_of_vmap(attempt), result, "vmap")
     attempt.outcome.route = Route(mode, attempt.options.chunk_size)
     create_graph = torch.is_grad_enabled() and (attempt.plain is None or attempt.plain.create_graph)
     return result if create_graph else detached(result)
+
+
+def _by_rows(attempt: Attempt, call: Call, mode: str) -> Derivatives:
+    def compute(*row: Any) -> Any:
+        return attempt.operator.compute_row(call, *row, mode)
+
+    attempt.outcome.runs += 1
+    with WrappedAttributes(attempt.function.modules):
+        return vmap.by_vmap(call, compute)
 
 
 def _call_of_rows(attempt: Attempt) -> Call:
@@ -173,9 +181,10 @@ def by_loop(attempt: Attempt) -> Derivatives:
 def _one_row(attempt: Attempt, call: Call) -> Derivatives:
     attempt.outcome.runs += 1
     run, facts = read_graph(run_once(call))
-    route = attempt.operator.route(call, sizes_of(run, facts.widest))._replace(chunk=1)  # no vmap
+    sizes = sizes_of(run, facts.widest)
+    route = attempt.operator.route(call, sizes)._replace(chunk=1)  # no vmap
     attempt.outcome.route = route
-    result = computed(run, route, route)
+    result = computed(run, route, nested_route(run, sizes, route)._replace(chunk=1))
     if not run.create_graph:
         return detached(result)
     retire(run)

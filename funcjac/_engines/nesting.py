@@ -22,13 +22,13 @@ from funcjac._engines.rows import (
     coordinates,
     flat_rows,
     row_shape,
-    units,
 )
 from funcjac._engines.run_func import Route, Run
 from funcjac._engines.sum import Blocks, Maybe, column_root, contracted, jacobian, pushforwards
 from funcjac._environment.torch_private import backward, is_functional
 
 Index = tuple[int, ...]
+Step = dict[Index, list[tuple[int, Index]]]
 
 
 class Along(NamedTuple):
@@ -191,60 +191,68 @@ def _joined(columns: list[Maybe], out: Tensor) -> Maybe:
 
 
 def _partials_of_one(
-    run: Run, out: Tensor, m: int, steps: list[dict[Index, list[int]]], places: Any
+    run: Run, out: Tensor, m: int, steps: list[Step], places: Any
 ) -> dict[Index, Maybe]:
     """Partial derivatives of output ``m`` of each row, by their indices."""
     partials: dict[Index, Maybe] = {}
-    roots: dict[Index, tuple[Maybe, int | None]] = {}  # tensors, and in which column of theirs
+    # What follows begins before a column was taken out: tensors, and which column of theirs.
+    roots: dict[Index, tuple[Maybe, int | None]] = {}
     inputs, dims, is_plain = run.inputs, run.call.layout.diff_dims, not is_functional()
     for order, step in enumerate(steps):
         graph = run.create_graph or order + 1 < len(steps)
         for index, entries in step.items():
-            root, column = roots.get(index, (out, None))
+            root, cotangent = _root(*roots[index]) if index else column_root(out, m)
             grads: Sequence[Maybe] = [None] * len(inputs)
             if root is not None:
-                if not index:
-                    root, cotangent = column_root(out, m)
-                else:
-                    width = root.shape[-1]
-                    unit = root.new_ones(()) if column is None else units(width, column, 1, root)
-                    cotangent = unit.expand(root.shape)
                 grads = backward(root, inputs, cotangent, retain=True, graph=graph)
-            for entry in entries:
+            for entry, name in entries:
                 j, n = places[entry]
-                grad, dim, name = grads[j], dims[j], tuple(sorted((*index, entry)))
-                if dim == 0 and grad is not None and grad.ndim == 2:
-                    # A copy is one node, where a contiguous view has two; vmap knows views only.
-                    view = None if is_plain else grad.narrow(1, n, 1)
-                    partials[name] = torch.slice_copy(grad, 1, n, n + 1) if view is None else view
-                    roots[name] = grad, n  # what follows begins before it
-                else:
-                    partials[name] = None if grad is None else _column(grad, dim, n, run.call.batch)
+                grad = grads[j]
+                if grad is None or dims[j] != 0 or grad.ndim != 2:
+                    partials[name] = _column(grad, dims[j], n, run.call.batch)
                     roots[name] = partials[name], None
+                    continue
+                roots[name] = grad, n
+                # A copy is one node, where a contiguous view has two; vmap knows views only.
+                copied = torch.slice_copy(grad, 1, n, n + 1) if is_plain else grad.narrow(1, n, 1)
+                partials[name] = copied
     return partials
 
 
-def _column(grad: Tensor, dim: int | None, n: int, batch: int) -> Tensor:
+def _root(grad: Maybe, column: int | None) -> tuple[Maybe, Any]:
+    """A first derivative, and the cotangent of a column of it."""
+    if grad is None:
+        return None, None
+    if column is None:
+        return grad, torch.ones_like(grad)
+    cotangent = torch.zeros_like(grad)
+    cotangent.select(1, column).fill_(1)
+    return grad, cotangent
+
+
+def _column(grad: Maybe, dim: int | None, n: int, batch: int) -> Maybe:
     """Coordinate ``n`` of each row, ``(B,)``."""
+    if grad is None:
+        return None
     if dim is None:
         return (grad if grad.ndim == 0 else grad[n]).expand(batch)
     return grad if grad.ndim == 1 else grad.select(0, n)
 
 
 @functools.lru_cache(1024)
-def by_order(indices: tuple[Index, ...]) -> list[dict[Index, list[int]]]:
-    """By order, what must be differentiated by which coordinates."""
+def by_order(indices: tuple[Index, ...]) -> list[Step]:
+    """By order, what must be differentiated by which coordinates, and what that gives."""
     needed = {tuple(sorted(index)) for index in indices}
-    steps: list[dict[Index, list[int]]] = []
+    steps: list[Step] = []
     for order in range(max(map(len, needed)), 0, -1):
         left = sorted(index for index in needed if len(index) == order)
-        step: dict[Index, list[int]] = {}
+        step: Step = {}
         while left:  # first the one that most are derivatives of
             parts = {index: set(itertools.combinations(index, order - 1)) for index in left}
             lower = Counter(itertools.chain(*parts.values()))
             best = max(lower, key=lambda part, n=lower: (n[part], part in needed, part))
             of = [index for index in left if best in parts[index]]
-            step[best] = [next((Counter(i) - Counter(best)).elements()) for i in of]
+            step[best] = [(next((Counter(i) - Counter(best)).elements()), i) for i in of]
             left = [index for index in left if best not in parts[index]]
         needed.update(step)
         steps.append(step)

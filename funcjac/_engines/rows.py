@@ -16,6 +16,8 @@ _CACHE: dict[Any, Tensor] = {}
 
 
 def row_shape(x: Tensor, dim: int | None) -> torch.Size:
+    if dim == 0:
+        return x.shape[1:]
     return x.shape if dim is None else x.shape[:dim] + x.shape[dim + 1 :]
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from funcjac._arguments import pytree
 from funcjac._arguments.call import Call, Output
@@ -38,13 +39,13 @@ class Route(NamedTuple):
 class Facts(NamedTuple):
     """What a graph tells of the run that made it."""
 
-    signature: int  # hash of the names of its nodes, in the order of a walk
+    signature: int  # hash of the kinds of its nodes, in the order of a walk
     nodes: list[Any]
 
     @property
     def widest(self) -> int:
         """Elements of the widest tensor that a gradient flows through, but for leaves."""
-        nodes = [node for node in self.nodes if node.name() != _LEAF]
+        nodes = [node for node in self.nodes if type(node) is not _LEAF]
         shapes = [metadata.shape for node in nodes for metadata in node._input_metadata]
         return max(map(math.prod, shapes), default=1)
 
@@ -73,7 +74,10 @@ class ChangedInputError(RuntimeError):
 
 # Marks leaves of the library's own once their call is over: nobody differentiates by them.
 _DONE = "_funcjac_done"
-_LEAF = "torch::autograd::AccumulateGrad"
+with torch.inference_mode(False):
+    _LEAF: Any = type(get_gradient_edge(torch.zeros(1, requires_grad=True)).node)
+# Types that say which operation a node is of; others are made anew, or stand for many.
+_NAMED: set[type] = set()
 
 
 def attached(output: Output) -> list[Tensor]:
@@ -157,7 +161,7 @@ def graph_nodes(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Any]:
 def graph_leaves(roots: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[Tensor]:
     """The leaf tensors that require grad and that lead to ``roots``, not through ``inputs``."""
     for node in graph_nodes(roots, inputs):
-        if node.name() == _LEAF and _DONE not in node.variable.__dict__:
+        if type(node) is _LEAF and _DONE not in node.variable.__dict__:
             yield node.variable
 
 
@@ -165,19 +169,26 @@ def read_graph(run: Run) -> tuple[Run, Facts]:
     """The run, which creates a graph if its result can be differentiated, and facts of its own."""
     call, inputs, output, create_graph, recorder = run
     nodes = graph_nodes(output.leaves if output.aux is None else attached(output), inputs)
-    names = tuple(map(_name, nodes))
+    types = tuple(map(type, nodes))  # names would take a fourth of the walk
+    signature = hash(types if _NAMED.issuperset(types) else _kinds(nodes, types))
     if torch.is_grad_enabled() and not create_graph:
-        own = set(map(id, inputs))
         for i in (*call.layout.diff, *range(len(call.leaves) - call.extra, len(call.leaves))):
             create_graph = create_graph or call.leaves[i].requires_grad
-        for node, name in zip(nodes, names):  # and by what is not differentiated here: parameters
-            if not create_graph and name == _LEAF:
-                x = node.variable
-                create_graph = id(x) not in own and _DONE not in x.__dict__
-    return Run(call, inputs, output, create_graph, recorder), Facts(hash(names), nodes)
+        own = set(map(id, inputs))  # and by what is not differentiated here: parameters
+        for node in nodes if _LEAF in types and not create_graph else ():
+            if type(node) is _LEAF and id(node.variable) not in own:
+                create_graph = create_graph or _DONE not in node.variable.__dict__
+    return Run(call, inputs, output, create_graph, recorder), Facts(signature, nodes)
 
 
-_grad_fn, _name = operator.attrgetter("grad_fn"), operator.methodcaller("name")
+_grad_fn = operator.attrgetter("grad_fn")
+
+
+def _kinds(nodes: list[Any], types: tuple[type, ...]) -> tuple[Any, ...]:
+    """Types of nodes if all are torch's own, one for each operation; names otherwise."""
+    built = [kind for kind in types if kind.__module__ == "builtins"]  # in torch's own C++
+    _NAMED.update([kind for kind in built if kind.__name__ != "CppFunction"])
+    return types if _NAMED.issuperset(types) else tuple([node.name() for node in nodes])
 
 
 def kind_of(run: Run, facts: Facts) -> Any:
@@ -191,7 +202,8 @@ _shape = operator.attrgetter("shape")
 def computed(run: Run, route: Route, nested: Route) -> Derivatives:
     """The derivatives by one route, with a graph where one is kept.
 
-    One infinite factor makes all directions of Taylor propagation NaN: ``nested`` runs then.
+    Zero times infinity is NaN: one infinite factor is in all directions of Taylor propagation, and
+    in all columns of forward mode. Then ``nested`` runs, whose passes see one entry each.
     """
     operator = run.call.options.operator
     needs_graph = run.create_graph or operator.is_second_order
@@ -199,9 +211,13 @@ def computed(run: Run, route: Route, nested: Route) -> Derivatives:
         with torch.set_grad_enabled(needs_graph):
             return computed(run, route, nested)
     result = operator.compute(run, route)
-    if route.mode != "taylor" or all(b.isfinite().all() for row in result.blocks for b in row):
-        return result
-    return operator.compute(run, nested)
+    return result if route == nested or is_finite(result) else operator.compute(run, nested)
+
+
+def is_finite(result: Derivatives) -> bool:
+    """Whether all derivatives are; a sum tells most times, and may overflow."""
+    blocks = [block.detach() for row in result.blocks for block in row]
+    return all(math.isfinite(block.sum()) or block.isfinite().all() for block in blocks)
 
 
 # --- results as lists of tensors ---------------------------------------------------------------

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from funcjac._environment.torch_private import is_wrapped
 
-RngState = tuple[Tensor, list[Tensor]]
+RngState = tuple[torch.Generator, list[Tensor]]
 
 
 def rng_state() -> RngState:
     """State of torch's default generators."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return torch.get_rng_state(), cuda
+    return torch.default_generator.clone_state(), cuda  # half the bytes of a tensor
 
 
 def set_rng_state(state: RngState) -> None:
-    torch.set_rng_state(state[0])
+    torch.set_rng_state(state[0].get_state())
     if state[1]:
         torch.cuda.set_rng_state_all(state[1])
 
 
 def same_rng_state(first: RngState, second: RngState) -> bool:
-    return torch.equal(first[0], second[0]) and all(map(torch.equal, first[1], second[1]))
+    cpu = torch.equal(first[0].get_state(), second[0].get_state())
+    return cpu and all(map(torch.equal, first[1], second[1]))
 
 
 def _with_children(modules: Iterable[nn.Module]) -> list[nn.Module]:
@@ -34,6 +37,7 @@ def _with_children(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 # Attributes of every module that hold hooks and children, and no tensors that a call computes.
 _WITHOUT_TENSORS = vars(nn.Module()).keys() - {"_buffers", "_parameters", "training"}
+_CONTAINERS = {dict, list}
 
 
 class WrappedAttributes:
@@ -44,25 +48,29 @@ class WrappedAttributes:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        holders = [vars(module) for module in _with_children(modules)]
-        values = [holder[name] for holder in holders for name in holder.keys() - _WITHOUT_TENSORS]
-        inner = [value for value in values if type(value) in (dict, list)]
-        self.before = [(holder, holder.copy()) for holder in (*holders, *inner)]
+        holders: list[Any] = [vars(module) for module in _with_children(modules)]
+        for holder in holders.copy():
+            inner = [name for name, value in holder.items() if type(value) in _CONTAINERS]
+            holders += [holder[name] for name in inner if name not in _WITHOUT_TENSORS]
+        self.before = [(holder, holder.copy()) for holder in holders]
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_: object) -> None:
         for holder, before in self.before:
-            if isinstance(holder, dict):
-                names = holder.keys() - _WITHOUT_TENSORS
-                for name in [name for name in names if is_wrapped(holder[name])]:
-                    if name in before:
-                        holder[name] = before[name]
-                    else:
+            if isinstance(holder, list):
+                if any(map(is_wrapped, holder)):
+                    holder[:] = before
+                continue
+            same = map(operator.is_, holder.values(), before.values())
+            if len(holder) == len(before) and all(same):
+                continue
+            for name in holder.keys() - _WITHOUT_TENSORS:
+                if is_wrapped(holder[name]):
+                    holder[name] = before.get(name)
+                    if name not in before:
                         del holder[name]
-            elif any(map(is_wrapped, holder)):
-                holder[:] = before
 
 
 def has_lazy(modules: Iterable[nn.Module]) -> bool:

@@ -85,7 +85,7 @@ def output_sizes(out: Tensor) -> Tensor:
     if out.shape[0] == 0:
         return out.new_ones(out.shape[1:])
     size = out.detach().abs().amax(0).nan_to_num(1, 1, 1)
-    return torch.where(size > torch.finfo(size.dtype).tiny ** 0.5, size, 1)
+    return size.masked_fill_(size <= torch.finfo(size.dtype).tiny ** 0.5, 1)
 
 
 def outer_product(seed: Tensor, tangent: Tensor, dim: int | None) -> Tensor:

@@ -8,11 +8,13 @@ outputs and gradients of the row; once rows are known to be apart, whatever the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from funcjac._engines.run_func import Run, graph_nodes
 
@@ -43,6 +45,16 @@ def error_of(computed: Tensor, reference: Tensor) -> Tensor:
     return torch.where(reference.isfinite(), error, 0)
 
 
+def error_and_size(computed: Tensor, reference: Tensor) -> tuple[float, float]:
+    """The largest error, and the largest number of the reference."""
+    if not reference.numel():
+        return 0.0, 0.0
+    error = vector_norm(computed - reference, math.inf).item()
+    if math.isfinite(error):  # then all numbers are: most times nothing else is looked at
+        return error, vector_norm(reference, math.inf).item()
+    return error_of(computed, reference).max().item(), largest([reference])
+
+
 def is_alike(tensor: Tensor, reference: Tensor, limit: float, floor: float = 0.0) -> bool:
     """Whether two tensors have the same dtype, shape and values."""
     if tensor.dtype != reference.dtype or tensor.shape != reference.shape:
@@ -53,7 +65,7 @@ def is_alike(tensor: Tensor, reference: Tensor, limit: float, floor: float = 0.0
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in a dtype that can be compared."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor if tensor.dtype in (torch.float64, torch.float32) else tensor.float()
 
 
 def magnitude(tensor: Tensor) -> Tensor:

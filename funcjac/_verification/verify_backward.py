@@ -9,24 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funcjac._engines.run_func import Derivatives, Run, graph_leaves, graph_nodes
-from funcjac._verification.reference_vjp import RNG_SEED, Entry, outer_product, random_like, vjp
-from funcjac._verification.tolerance import (
-    bound,
-    error_of,
-    largest,
-    saved_tensors,
-    tolerance_of,
-    wide,
-)
+from funcjac._engines.run_func import Run, graph_leaves, graph_nodes
+from funcjac._verification.reference_vjp import RNG_SEED, Entry, random_like, vjp
+from funcjac._verification.tolerance import bound, error_and_size, largest, saved_tensors, wide
 from funcjac.errors import brief
 
 
 def backward_mismatch(
-    run: Run, result: Derivatives, entries: list[Entry], number: int
+    run: Run, entries: list[Entry], products: list[Tensor], limit: float, number: int
 ) -> str | None:
-    """Where derivatives of a result and of plain autograd disagree, in words."""
-    expected, computed = _scalars(entries, result, number)
+    """Where derivatives of a result and of plain autograd disagree, in words.
+
+    ``products`` are those of the result that the entries are the references of.
+    """
+    expected, computed = _scalars(entries, products, number)
     leaves = [x for x in graph_leaves([expected, computed], run.inputs) if not x._backward_hooks]
     leaves = [x for x in {id(x): x for x in (*run.inputs, *leaves)}.values() if x.requires_grad]
     reference, grads = _derivatives(expected, leaves), _derivatives(computed, leaves)
@@ -37,27 +33,26 @@ def backward_mismatch(
         if computed.requires_grad and not _raises_in_backward(computed):
             return "it has derivatives where plain double backward has none"
         return None
-    limit, sizes = tolerance_of(run), [largest([derivative]) for derivative in reference]
-    errors = list(map(error_of, grads, reference))
-    for subtracted in (reference, saved_tensors([expected], [])):
-        floor = largest(subtracted)
-        if all(bool((e <= bound(limit, s, floor)).all()) for e, s in zip(errors, sizes)):
+    pairs = list(map(error_and_size, grads, reference))
+    for roots in ([], [expected]):
+        floor = max([largest(saved_tensors(roots, [])), *[size for _, size in pairs]])
+        if all(error <= bound(limit, size, floor) for error, size in pairs):
             return None
     return "its derivatives differ from those of plain double backward"
 
 
 @torch.enable_grad()
-def _scalars(entries: list[Entry], result: Derivatives, number: int) -> tuple[Tensor, Tensor]:
-    """The references along random tangents, added up, and the same of the blocks of a result."""
+def _scalars(entries: list[Entry], products: list[Tensor], number: int) -> tuple[Tensor, Tensor]:
+    """The references along random tangents, added up, and the same of the products."""
     generator = torch.Generator("cpu").manual_seed(RNG_SEED - number)
     expected = computed = torch.zeros((), device="cpu")
-    for e, entry in enumerate(entries):
+    for entry, product in zip(entries, products):
         tangent = random_like(entry.like, generator)
         if entry.grad is not None:
             expected = expected + (entry.grad * tangent).sum()
-        for seed, blocks in zip(entry.seeds, result.blocks):
-            weights = outer_product(seed, tangent, entry.dim).to(blocks[e].dtype)
-            computed = computed + (weights * blocks[e]).sum()
+        if product.requires_grad:
+            rows = tangent.unsqueeze(0) if entry.dim is None else tangent.movedim(entry.dim, 0)
+            computed = computed + (product * rows.reshape(product.shape)).sum()
     return expected, computed
 
 

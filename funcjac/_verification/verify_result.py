@@ -8,8 +8,9 @@ custom backward, a partial ``detach``) is wrong on both sides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,15 @@ from funcjac._verification.verify_backward import backward_mismatch
 _MOST_PRODUCTS = 2**14  # held at once, of a cotangent and a block
 
 
+class Comparison(NamedTuple):
+    """Of an entry: ``(B, N)`` each, or ``(1, N)`` over all rows."""
+
+    computed: Tensor  # with a graph, if the result has one
+    reference: Tensor
+    norm: Tensor  # of the terms of what was computed
+    size: Tensor | None  # of the terms of the reference
+
+
 def problem_of(
     run: Run, result: Derivatives, number: int, modules: Iterable[nn.Module], engine: str = "sum"
 ) -> tuple[str | None, bool]:
@@ -42,42 +52,56 @@ def problem_of(
         BatchMixingError: rows depend on one another.
     """
     probe, entries = make_reference(run, number)
-    floors = _subtracted(run, probe)
-    by_row = [floors.sum() if entry.dim is None else floors.unsqueeze(1) for entry in entries]
-    worst, compared = _worst_error(run, result, entries, by_row)
+    limit, worst, compared = tolerance_of(run), 0.0, True
+    with torch.set_grad_enabled(run.create_graph):
+        comparisons = [_compare(result, e, entry) for e, entry in enumerate(entries)]
+    if not all(_is_near(*comparison[:3], limit) for comparison in comparisons):
+        by_row = _subtracted(run, probe)
+        floors = [by_row.sum() if entry.dim is None else by_row.unsqueeze(1) for entry in entries]
+        worst, compared = _worst_error(comparisons, floors, limit)
     if worst > 1:
         check_rows(run, modules)
-        if not _is_lost_in_run(run, result, probe, entries):
-            off = worst * tolerance_of(run)
+        floors = _rounded_in_run(run, probe, entries)
+        if _worst_error(comparisons, floors, limit)[0] > 1:
+            off = worst * limit
             return f"its product with a random cotangent is off by {off:.2g} of its size", True
     problem = None if engine == "sum" else _extras_mismatch(run, result)
     if problem is None and run.create_graph:
-        problem = backward_mismatch(run, result, entries, number)
+        products = [comparison.computed for comparison in comparisons]
+        problem = backward_mismatch(run, entries, products, limit, number)
     return problem, compared or worst > 1
 
 
-def _is_lost_in_run(run: Run, result: Derivatives, probe: Probe, entries: list[Entry]) -> bool:
-    """Whether a difference is what rounding the numbers inside of ``func`` comes to.
+def _rounded_in_run(run: Run, probe: Probe, entries: list[Entry]) -> list[float]:
+    """Size, for each entry, of the numbers inside of ``func``, which were rounded.
 
     What cancels leaves nothing else behind; see ``test_constants_by_cancellation``. In a saturated
     row little is left of derivatives that are large in others.
     """
     grads = [grad for grad in (*probe.grads, *[e.grad for e in entries]) if grad is not None]
     floor = max(1.0, largest(saved_tensors(run.output.leaves, run.inputs)), largest(grads))
-    floors = [floor * largest(entry.seeds) for entry in entries]
-    return _worst_error(run, result, entries, floors)[0] <= 1
+    return [floor * largest(entry.seeds) for entry in entries]
+
+
+def _is_near(computed: Tensor, reference: Tensor, norm: Tensor, limit: float) -> bool:
+    """Whether all is finite, and errors are small beside what was added up: most times."""
+    if not reference.numel():
+        return True
+    error = (computed.detach() - reference).abs_()
+    return 0 <= (limit * norm).sub_(error).min().item() < math.inf
 
 
 def _worst_error(
-    run: Run, result: Derivatives, entries: list[Entry], floors: Sequence[Any]
+    comparisons: list[Comparison], floors: Sequence[Any], limit: float
 ) -> tuple[float, bool]:
     """The largest error as a multiple of its bound, and whether each reference has a number."""
-    limit, worst, compared = tolerance_of(run), 0.0, True
-    for e, (entry, floor) in enumerate(zip(entries, floors)):
-        reference, error, scale = _compare(result, e, entry)
+    worst, compared = 0.0, True
+    for (computed, reference, norm, size), floor in zip(comparisons, floors):
         if reference.numel():
             compared = compared and bool(reference.isfinite().any())
-            ratio = error / bound(limit, scale, floor)
+            scale = norm + magnitude(reference)
+            scale = scale if size is None else scale + magnitude(size).reshape(scale.shape)
+            ratio = error_of(computed.detach(), reference) / bound(limit, scale, floor)
             worst = max(worst, ratio.nan_to_num(0, torch.inf).max().item())
     return worst, compared
 
@@ -96,37 +120,39 @@ def _subtracted(run: Run, probe: Probe) -> Tensor:
     return sum([s.reshape(len(s), -1).amax(1) for s in sizes if s.numel()], total)
 
 
-def _compare(result: Derivatives, e: int, entry: Entry) -> tuple[Tensor, Tensor, Tensor]:
-    """Reference, error and size of terms of an entry: ``(B, N)``, or ``(1, N)`` over all rows."""
+def _compare(result: Derivatives, e: int, entry: Entry) -> Comparison:
     grad = torch.zeros_like(entry.like) if entry.grad is None else entry.grad.detach()
     grad = grad.unsqueeze(0) if entry.dim is None else grad.movedim(entry.dim, 0)
     reference = wide(grad).reshape(len(grad), -1)
-    computed, scale = torch.zeros_like(reference), magnitude(reference)
+    products, norms = [], []
     for seed, blocks in zip(entry.seeds, result.blocks):
         if seed.numel() and reference.numel():
             product, norm = _contract(seed, blocks[e], summed=entry.dim is None)
-            computed = computed + product.reshape(reference.shape)
-            scale = scale + magnitude(norm).reshape(reference.shape)
-    if entry.size is not None:
-        scale = scale + magnitude(entry.size).reshape(reference.shape)
-    return reference, error_of(computed, reference), scale
+            products.append(product.reshape(reference.shape))
+            norms.append(norm.reshape(reference.shape).nan_to_num_(0, 0, 0))
+    zeros = [] if products else [torch.zeros_like(reference)]
+    return Comparison(_added(products or zeros), reference, _added(norms or zeros), entry.size)
 
 
 def _contract(seed: Tensor, block: Tensor, *, summed: bool) -> tuple[Tensor, Tensor]:
     """``sum_m seed[b, m] J[b, m, n]``, and the norm of what is summed: ``(B, N)`` or ``(1, N)``."""
-    right = wide(block.detach()).reshape(len(seed), seed[0].numel(), -1)
+    right = wide(block).reshape(len(seed), seed.shape[1:].numel(), -1)
     left = wide(seed).to(right.dtype).reshape(len(seed), -1, 1)
-    step = max(_MOST_PRODUCTS // max(right[0].numel(), 1), 1)
+    step = max(_MOST_PRODUCTS // max(right.shape[1:].numel(), 1), 1)
+    pairs = [(left, right)] if len(seed) <= step else zip(left.split(step), right.split(step))
     sums, norms = [], []
-    for cotangents, rows in zip(left.split(step), right.split(step)):
+    for cotangents, rows in pairs:
         terms = cotangents * rows
         products = terms.sum(1)
-        sizes = terms.square_().sum(1).sqrt_()  # ten times as fast as terms.norm(dim=1)
+        sizes = terms.detach().square_().sum(1).sqrt_()  # ten times as fast as terms.norm(dim=1)
         sums.append(products.sum(0, keepdim=True) if summed else products)
         norms.append(sizes.sum(0, keepdim=True) if summed else sizes)
-    if summed:
-        return sum(sums[1:], sums[0]), sum(norms[1:], norms[0])
-    return torch.cat(sums), torch.cat(norms)
+    join = _added if summed or len(sums) == 1 else torch.cat
+    return join(sums), join(norms)
+
+
+def _added(tensors: list[Tensor]) -> Tensor:
+    return sum(tensors[1:], tensors[0])
 
 
 def _extras_mismatch(run: Run, result: Derivatives) -> str | None:

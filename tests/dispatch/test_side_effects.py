@@ -490,6 +490,24 @@ def test_a_tensor_that_cannot_be_copied_may_be_closed_over(held):
     assert batch_hessian(fresh(func), engine="sum")(randn(B, 3)).shape == (B, 3, 3, 3)
 
 
+def decorated(func):
+    return lambda x: func(x)
+
+
+@pytest.mark.parametrize("check", ["auto", False])
+def test_statistics_behind_decorators_move_once(check):
+    """Replacements run after the first run, and a module is found through many functions."""
+    net, plain = (nn.InstanceNorm1d(2, track_running_stats=True).double() for _ in range(2))
+    x = randn(B, 2, 5)
+    plain(x)
+    func = lambda x: net(x)
+    for _ in range(6):
+        func = fresh(decorated(func))
+    batch_jacobian(fresh(func), check=check)(x.clone().requires_grad_())
+    equal(net.running_mean, plain.running_mean)
+    equal(net.running_var, plain.running_var)
+
+
 def test_statistics_move_once_where_a_later_call_takes_another_way():
     """A settled run of other operations is the first of two: replacements run after it."""
     net, plain = (nn.InstanceNorm1d(2, track_running_stats=True).double() for _ in range(2))

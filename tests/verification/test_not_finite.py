@@ -10,6 +10,7 @@ from funcjac import (
     batch_hessian,
     batch_hessian_diagonal,
     batch_jacobian,
+    batch_jacobian_of,
     batch_laplacian,
     batch_partials,
     check_derivative,
@@ -58,6 +59,54 @@ def test_a_bad_row_leaves_good_ones_finite(transform):
     assert found[finite].isfinite().all()
     equal(found[finite], right[finite])
     assert finite[1:].all()
+
+
+def wide(x):
+    """More outputs than inputs, so that forward mode is taken; a pole of the first one at zero."""
+    return torch.cat([x.sqrt(), *[k * x * x for k in range(1, 7)]], 1)
+
+
+def by_tensors(x):
+    x = x.clone().requires_grad_()
+    return batch_jacobian_of(wide(x), x)
+
+
+def in_grad(x):
+    def loss(x):
+        jac = batch_jacobian(wide)(x)
+        return jac[1:].sum(), jac
+
+    return torch.func.grad(loss, has_aux=True)(x)[1]
+
+
+WAYS = {
+    "auto": batch_jacobian(wide),
+    "fwd": batch_jacobian(wide, mode="fwd"),
+    "unchecked": batch_jacobian(wide, check=False),
+    "tensors": by_tensors,
+    "in torch.func.grad": in_grad,
+    "vmap": batch_jacobian(wide, engine="vmap"),
+    "loop": batch_jacobian(wide, engine="loop"),
+    **{
+        f"{engine} {mode}": batch_hessian(wide, mode=mode, engine=engine)
+        for engine in ("sum", "vmap", "loop")
+        for mode in ("auto", "fwd_over_rev", "rev_over_fwd", "fwd_over_fwd")
+    },
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_forward_mode_does_not_spread_poles(way):
+    """Zero times infinity: in later calls, in which nobody looks, and then again without poles."""
+    x = torch.tensor([[0.3, 0.5], [0.7, 0.9], [0.2, 2.0]], dtype=f64)
+    oracle = oracles.by_rows if WAYS[way](x).ndim == 3 else oracles.hessian
+    for turn in range(6):
+        point = x.clone()
+        point[0, 0] *= turn % 3 != 1  # calls 3 and 6
+        right, result = oracle(wide, (point,)), WAYS[way](point)
+        finite = right.isfinite()
+        assert result[finite].isfinite().all()
+        equal(result[finite], right[finite])
 
 
 def test_explain_takes_what_is_not_finite():
