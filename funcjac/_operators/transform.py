@@ -14,7 +14,7 @@ from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack as Unpack  # for operators, with Keywords
+from typing_extensions import Unpack as Unpack  # which torch and optree require
 
 from funcjac._arguments import pytree
 from funcjac._arguments.call import bind
