@@ -157,7 +157,7 @@ def _by_taylor(run: Run, names: Sequence[Index], places: Places, chunk: int | No
         stacks = stacked_coordinates(run).items()
         seeds = {j: take(stack, taken) for j, stack in stacks if j in live}
         pairs = sorted({index for index in indices if len(index) == scheme.order == 2})
-        jets = along_directions(recording, seeds, scheme, pairs, min(map(len, indices)))
+        jets = along_directions(recording, seeds, scheme, pairs)
         for (name, index), (column, jet) in itertools.product(
             zip(part, indices), zip(columns, jets)
         ):
