@@ -16,7 +16,7 @@ from funcjac._arguments.batch_sizes import as_batch_first, check_batch_sizes, ou
 from funcjac._arguments.check_tensors import DTYPES, check_arguments, check_input
 from funcjac._arguments.layout import Layout, Options, is_constant, make_layout
 from funcjac._arguments.pytree import TreeSpec
-from funcjac._torch_faults import UseReplacements
+from funcjac._torch_faults.replace import UseReplacements
 from funcjac.errors import refuse
 
 

@@ -20,7 +20,7 @@ from funcjac._dispatch.messages import failure
 from funcjac._engines.loop import by_loop
 from funcjac._engines.run_func import Derivatives, Run, join_derivatives, split_derivatives
 from funcjac._engines.vmap import by_vmap
-from funcjac._environment.state import WrappedAttributes, rng_state, set_rng_state
+from funcjac._environment.state import rng_state, set_rng_state, without_wrapped
 from funcjac._environment.torch_private import CONTROL_FLOW, has_levels, is_traced, sees_values
 from funcjac._verification.forward_formulas import check_forward_formulas
 from funcjac._verification.verify_result import problem_of
@@ -80,7 +80,7 @@ def _at_levels(call: Call, token: Any, function: FunctionKey) -> Derivatives:
             if options.engine == "sum":
                 words = f"{options.name}: sum was verified and refused: {problem}."
                 raise VerificationError(words)
-    with WrappedAttributes(function.modules):
+    with without_wrapped(function.modules):
         return _by_rows(call)  # which raises what func itself raises
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -36,31 +37,27 @@ def _with_children(modules: Iterable[nn.Module]) -> list[nn.Module]:
 _WITHOUT_TENSORS = vars(nn.Module()).keys() - {"_buffers", "_parameters", "training"}
 
 
-class WrappedAttributes:
+@contextmanager
+def without_wrapped(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Takes tensors of a torch.func transform out of modules that stored them while it ran.
 
     They are dead once the transform is over. Attributes get their earlier values, and so do entries
     of lists and dicts that are attributes.
     """
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        holders = [vars(module) for module in _with_children(modules)]
-        values = [holder[name] for holder in holders for name in holder.keys() - _WITHOUT_TENSORS]
-        inner = [value for value in values if type(value) in (dict, list)]
-        self.before = [(holder, holder.copy()) for holder in (*holders, *inner)]
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        for holder, before in self.before:
+    holders = [vars(module) for module in _with_children(modules)]
+    values = [holder[name] for holder in holders for name in holder.keys() - _WITHOUT_TENSORS]
+    inner = [value for value in values if type(value) in (dict, list)]
+    earlier = [(holder, holder.copy()) for holder in (*holders, *inner)]
+    try:
+        yield
+    finally:
+        for holder, before in earlier:
             if isinstance(holder, dict):
                 names = holder.keys() - _WITHOUT_TENSORS
-                for name in [name for name in names if is_wrapped(holder[name])]:
-                    if name in before:
-                        holder[name] = before[name]
-                    else:
-                        del holder[name]
+                wrapped = [name for name in names if is_wrapped(holder[name])]
+                holder.update({name: before.get(name) for name in wrapped})
+                for name in {*wrapped} - before.keys():
+                    del holder[name]
             elif any(map(is_wrapped, holder)):
                 holder[:] = before
 

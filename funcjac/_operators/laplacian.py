@@ -24,7 +24,8 @@ from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._environment.torch_private import is_traced, is_transformed
 from funcjac._operators.operator import Dims, Hutchinson, SecondOrder, Tensors
 from funcjac._operators.transform import documented, make_transform
-from funcjac._taylor import Recording, along_directions, make_recording, on_one_row, second_order
+from funcjac._taylor.propagation import Recording, along_directions, on_one_row, second_order
+from funcjac._taylor.rules import make_recording
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, curvature, row_factors
 from funcjac.errors import refuse

@@ -19,7 +19,8 @@ from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._operators.hessian import stacked_coordinates
 from funcjac._operators.operator import SecondOrder, Tensors, by_output
 from funcjac._operators.transform import documented, make_transform
-from funcjac._taylor import along_directions, make_recording, mixed, rows_of, take
+from funcjac._taylor.propagation import along_directions, mixed, rows_of, take
+from funcjac._taylor.rules import make_recording
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, row_factors, vjp
 from funcjac.errors import refuse

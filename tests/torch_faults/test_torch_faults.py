@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from funcjac._torch_faults import (
-    FAULTS,
+from funcjac._torch_faults.replace import (
     UseReplacements,
     forward_faults,
     graph_names,
     needs_replacement,
 )
+from funcjac._torch_faults.table import FAULTS
 from tests.oracles import SINCE_2_13
 from tests.sweeps import forward_formulas as formulas
 from tests.sweeps.forward_formulas import Function, Trial
