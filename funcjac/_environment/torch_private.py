@@ -34,8 +34,6 @@ CONTROL_FLOW: tuple[type[Exception], ...] = () if _STOP is None else (_STOP,)
 
 # Wrong once differentiated three times. Without it, nothing is replaced.
 updating_batch_norm: Any = getattr(torch.ops.aten, "_batch_norm_with_update", None)
-# Returns the weights of attention too, and runs no fused kernel. Without it attention fails.
-composed_attention: Any = getattr(torch, "_scaled_dot_product_attention_math", None)
 # Raises where a compiled graph finds a tensor to be false, as nothing public does.
 assert_async: Any = getattr(torch, "_assert_async", lambda *_: None)
 

@@ -222,7 +222,7 @@ def _multiplication(site: Site, first: Any, second: Any, rest: list[Any]) -> Any
 
 def _elementwise(site: Site) -> Derivative:
     """The chain rule of any order, for an operation that works on each element by itself."""
-    scheme, partials = site.scheme, _Partials(site)
+    scheme, partials = site.scheme, _partials(site)
     jets = [_spread(jet, site.shapes[0]) for jet in site.jets.values()]
 
     def multiply(*stacks: Tensor) -> Tensor:
@@ -240,37 +240,32 @@ def _elementwise(site: Site) -> Derivative:
     return derivative
 
 
-class _Partials(dict[Index, "Tensor | None"]):
+def _partials(site: Site) -> dict[Index, Tensor | None]:
     """Partial derivatives of an elementwise operation, by the numbers of its variables.
 
     They are tensors of the result's shape: plain autograd gives them by differentiating the sum
     of the result again and again.
     """
-
-    def __init__(self, site: Site) -> None:
-        self.create_graph, self.order = site.recording.create_graph, site.scheme.order
-        node, values = site.node, site.recording.values
-        x, out = values[node.slots[0]], values[node.outs[0] or 0]
-        self.inputs = [x]
-        # The graph of func's run serves, where both are still in it and of one shape.
-        attached = x.requires_grad and out.requires_grad and x.shape == out.shape
-        if len(node.slots) > 1 or not attached:
-            with torch.enable_grad():
-                copies = {slot: x.expand(site.shapes[0]) for slot, x in site.variables().items()}
-                self.inputs, (out, *_) = list(copies.values()), node.run(copies)
-        self[()] = out
-
-    def __missing__(self, name: Index) -> Tensor | None:
-        """All of one order, which are needed together."""
-        count, graph = len(self.inputs), self.create_graph or len(name) < self.order
-        for lower in itertools.combinations_with_replacement(range(count), len(name) - 1):
-            partial, grads = self[lower], [None] * count
+    node, values, highest = site.node, site.recording.values, site.scheme.order
+    x, out = values[node.slots[0]], values[node.outs[0] or 0]
+    inputs = [x]
+    # The graph of func's run serves, where both are still in it and of one shape.
+    attached = x.requires_grad and out.requires_grad and x.shape == out.shape
+    if len(node.slots) > 1 or not attached:
+        with torch.enable_grad():
+            copies = {slot: x.expand(site.shapes[0]) for slot, x in site.variables().items()}
+            inputs, (out, *_) = list(copies.values()), node.run(copies)
+    partials: dict[Index, Tensor | None] = {(): out}
+    for order in range(1, highest + 1):
+        graph = site.recording.create_graph or order < highest
+        for lower in itertools.combinations_with_replacement(range(len(inputs)), order - 1):
+            partial, grads = partials[lower], [None] * len(inputs)
             if partial is not None:
                 ones = partial.new_ones(()).expand(partial.shape)
                 with torch.set_grad_enabled(graph):
-                    grads = backward(partial, self.inputs, ones, retain=True, graph=graph)
-            self.update({tuple(sorted((*lower, i))): grad for i, grad in enumerate(grads)})
-        return self[name]
+                    grads = backward(partial, inputs, ones, retain=True, graph=graph)
+            partials.update({tuple(sorted((*lower, i))): grad for i, grad in enumerate(grads)})
+    return partials
 
 
 # --- operations of unknown structure -----------------------------------------------------------
