@@ -131,7 +131,7 @@ class Attempt:
         if run.call.replaced or (facts.signature, again) in self.decision.graphs:
             return run, facts
         self.decision.graphs.add((facts.signature, again))
-        names = graph_names(run.output.leaves)
+        names = graph_names(facts.nodes, run.output.leaves)
         if not needs_replacement(names, again=again):
             return run, facts
         replaced = self._replaced(run)

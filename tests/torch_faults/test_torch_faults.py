@@ -14,12 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from funcjac._torch_faults.replace import (
-    UseReplacements,
-    forward_faults,
-    graph_names,
-    needs_replacement,
-)
+from funcjac._engines.run_func import graph_nodes
+from funcjac._torch_faults import replace
+from funcjac._torch_faults.replace import UseReplacements, forward_faults, needs_replacement
 from funcjac._torch_faults.table import FAULTS
 from tests.oracles import SINCE_2_13
 from tests.sweeps import forward_formulas as formulas
@@ -560,6 +557,10 @@ def test_everything_on_the_table_is_wrong(row, findings):
 
 
 # --- what runs instead -----------------------------------------------------------------------
+
+
+def graph_names(outs):
+    return replace.graph_names(graph_nodes(outs, []), outs)
 
 
 def replaced(name: str) -> Function:
