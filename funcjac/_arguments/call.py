@@ -15,7 +15,7 @@ from funcjac._arguments import pytree
 from funcjac._arguments.check_tensors import DTYPES, check_arguments, check_input, check_output
 from funcjac._arguments.layout import Layout, Options, check_batch_sizes, is_constant, make_layout
 from funcjac._arguments.pytree import TreeSpec
-from funcjac._torch_faults import UseReplacements
+from funcjac._torch_faults.replace import UseReplacements
 from funcjac.errors import refuse
 
 

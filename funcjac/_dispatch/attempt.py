@@ -30,8 +30,8 @@ from funcjac._environment.state import (
     set_rng_state,
 )
 from funcjac._environment.torch_private import CONTROL_FLOW, saves_by_hooks
-from funcjac._taylor import Recorder
-from funcjac._torch_faults import graph_names, needs_replacement
+from funcjac._taylor.recorder import Recorder
+from funcjac._torch_faults.replace import graph_names, needs_replacement
 from funcjac._verification.detached_outputs import check_attached
 from funcjac._verification.tolerance import is_alike, tolerance_of
 from funcjac._verification.verify_result import problem_of
@@ -132,7 +132,7 @@ class Attempt:
         if run.call.replaced or (facts.signature, again) in self.decision.graphs:
             return run, facts
         self.decision.graphs.add((facts.signature, again))
-        names = graph_names(run.output.leaves)
+        names = graph_names(facts.nodes, run.output.leaves)
         if not needs_replacement(names, again=again):
             return run, facts
         replaced = self._replaced(run)

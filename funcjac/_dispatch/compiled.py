@@ -37,8 +37,9 @@ from funcjac._engines.run_func import (
     split_tensors,
 )
 from funcjac._environment.torch_private import assert_async, bypassing_wrapper, nonstrict_trace
-from funcjac._taylor import Recorder, make_recording
-from funcjac._torch_faults import UseReplacements
+from funcjac._taylor.recorder import Recorder
+from funcjac._taylor.rules import make_recording
+from funcjac._torch_faults.replace import UseReplacements
 from funcjac._verification.reference_vjp import vjp
 from funcjac.errors import UntraceableError, brief
 

@@ -26,13 +26,13 @@ from funcjac._engines.run_func import (
     run_once,
 )
 from funcjac._environment.state import (
-    WrappedAttributes,
     has_lazy,
     rng_state,
     same_rng_state,
     set_rng_state,
+    without_wrapped,
 )
-from funcjac._taylor import Recorder
+from funcjac._taylor.recorder import Recorder
 from funcjac._verification.forward_formulas import check_forward_formulas
 from funcjac._verification.row_independence import check_rows
 from funcjac.errors import RefusedError, UntraceableError, brief
@@ -113,7 +113,7 @@ def _by_rows(attempt: Attempt, call: Call, mode: str) -> Derivatives:
         return attempt.operator.compute_row(call, *row, mode)
 
     attempt.outcome.runs += 1
-    with WrappedAttributes(attempt.function.modules):
+    with without_wrapped(attempt.function.modules):
         return vmap.by_vmap(call, compute)
 
 

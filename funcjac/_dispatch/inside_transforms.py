@@ -19,7 +19,6 @@ from funcjac._dispatch.decisions import FunctionKey, decision_of, make_key
 from funcjac._dispatch.messages import failure
 from funcjac._engines.loop import by_loop
 from funcjac._engines.run_func import (
-    ChangedInputError,
     Derivatives,
     Run,
     computed,
@@ -27,7 +26,7 @@ from funcjac._engines.run_func import (
     split_derivatives,
 )
 from funcjac._engines.vmap import by_vmap
-from funcjac._environment.state import WrappedAttributes, rng_state, set_rng_state
+from funcjac._environment.state import rng_state, set_rng_state, without_wrapped
 from funcjac._environment.torch_private import CONTROL_FLOW, has_levels, is_traced, sees_values
 from funcjac._verification.forward_formulas import check_forward_formulas
 from funcjac._verification.verify_result import problem_of
@@ -66,13 +65,29 @@ def solve_inside(call: Call, token: Any) -> Derivatives:
 
 
 def _at_levels(call: Call, token: Any, function: FunctionKey) -> Derivatives:
-    if sees_values() and call.batch != 1 and "sum" in engines_of(call)[0]:
-        return _by_sum(call, make_key((token, "inside"), function, call), function)
-    if call.options.engine == "sum" or (call.batch == 1 and "sum" in engines_of(call)[0]):
-        result, _ = _through_graph(call, None)
-        return result
-    with WrappedAttributes(function.modules):
-        return _by_rows(call)
+    """By the sum trick, verified where values can be looked at; otherwise with rows apart."""
+    options, batch = call.options, call.batch
+    has_values = sees_values()
+    if "sum" in engines_of(call)[0] and (has_values or options.engine == "sum" or batch == 1):
+        decision = decision_of(make_key((token, "inside"), function, call))
+        decision.calls += 1
+        is_due = has_values and batch != 1 and decision.is_due(options.check, batch)
+        try:
+            result, problem = _through_graph(call, function if is_due else None)
+        except (BatchMixingError, *CONTROL_FLOW):
+            raise
+        except Exception:
+            if options.engine == "sum":
+                raise
+        else:
+            if problem is None:
+                decision.rows |= is_due
+                return result
+            if options.engine == "sum":
+                words = f"{options.name}: sum was verified and refused: {problem}."
+                raise VerificationError(words)
+    with without_wrapped(function.modules):
+        return _by_rows(call)  # which raises what func itself raises
 
 
 def _row_compute(call: Call) -> Any:
@@ -106,46 +121,12 @@ def _one_row(call: Call) -> Derivatives:
     return _through_graph(call._replace(options=options), None)[0]
 
 
-def _by_sum(call: Call, key: Any, function: FunctionKey) -> Derivatives:
-    """On one run of the whole batch, verified."""
-    decision = decision_of(key)
-    decision.calls += 1
-    is_due = decision.is_due(call.options.check, call.batch)
-    try:
-        result, problem = _through_graph(call, function if is_due else None)
-    except (BatchMixingError, *CONTROL_FLOW):
-        raise
-    except Exception:
-        if call.options.engine == "sum":
-            raise
-        return _by_rows(call)  # which raises what func itself raises
-    if problem is None:
-        decision.rows |= is_due and call.batch > 1
-        return result
-    if call.options.engine == "sum":
-        words = f"{call.options.name}: sum was verified and refused: {problem}."
-        raise VerificationError(words)
-    return _by_rows(call)
-
-
 def _through_graph(call: Call, verify: FunctionKey | None) -> tuple[Derivatives, str | None]:
     """Derivatives through the graph of one run at a level of torch.func of its own."""
-    try:
-        return _at_a_level(call, verify)
-    except ChangedInputError:
-        return _at_a_level(call._replace(clone=True), verify)
-
-
-def _at_a_level(call: Call, verify: FunctionKey | None) -> tuple[Derivatives, str | None]:
     rest: list[Any] = []
 
     def primal(*inputs: Tensor) -> Any:
-        try:
-            output = call(inputs)
-        except RuntimeError as error:
-            if "leaf Variable" not in str(error) or call.clone:
-                raise
-            raise ChangedInputError from error
+        output = call([x.clone() for x in inputs])  # func may write into its input
         run = Run(call, list(inputs), output, create_graph=True)
         result, problem = _computed(run, verify)
         tensors, others = split_derivatives(result)

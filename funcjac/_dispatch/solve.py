@@ -25,7 +25,7 @@ from funcjac._engines.run_func import (
     retire,
     run_once,
 )
-from funcjac._taylor import Recorder
+from funcjac._taylor.recorder import Recorder
 from funcjac._verification.row_independence import check_rows
 from funcjac.errors import brief
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,37 +41,32 @@ _WITHOUT_TENSORS = vars(nn.Module()).keys() - {"_buffers", "_parameters", "train
 _CONTAINERS = {dict, list}
 
 
-class WrappedAttributes:
+@contextmanager
+def without_wrapped(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Takes tensors of a torch.func transform out of modules that stored them while it ran.
 
     They are dead once the transform is over. Attributes get their earlier values, and so do entries
     of lists and dicts that are attributes.
     """
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        holders: list[Any] = [vars(module) for module in _with_children(modules)]
-        for holder in holders.copy():
-            inner = [name for name, value in holder.items() if type(value) in _CONTAINERS]
-            holders += [holder[name] for name in inner if name not in _WITHOUT_TENSORS]
-        self.before = [(holder, holder.copy()) for holder in holders]
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        for holder, before in self.before:
+    holders: list[Any] = [vars(module) for module in _with_children(modules)]
+    for holder in holders.copy():
+        inner = [name for name, value in holder.items() if type(value) in _CONTAINERS]
+        holders += [holder[name] for name in inner if name not in _WITHOUT_TENSORS]
+    earlier = [(holder, holder.copy()) for holder in holders]
+    try:
+        yield
+    finally:
+        for holder, before in earlier:
             if isinstance(holder, list):
-                if any(map(is_wrapped, holder)):
-                    holder[:] = before
+                holder[:] = before if any(map(is_wrapped, holder)) else holder
                 continue
             same = map(operator.is_, holder.values(), before.values())
             if len(holder) == len(before) and all(same):
                 continue
-            for name in holder.keys() - _WITHOUT_TENSORS:
-                if is_wrapped(holder[name]):
-                    holder[name] = before.get(name)
-                    if name not in before:
-                        del holder[name]
+            wrapped = {n for n in holder.keys() - _WITHOUT_TENSORS if is_wrapped(holder[n])}
+            holder.update({name: before.get(name) for name in wrapped})
+            for name in wrapped - before.keys():
+                del holder[name]
 
 
 def has_lazy(modules: Iterable[nn.Module]) -> bool:

@@ -18,7 +18,8 @@ from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._engines.sum import Blocks
 from funcjac._operators.operator import NESTED, SecondOrder, Tensors
 from funcjac._operators.transform import Keywords, Unpack, documented, make_transform
-from funcjac._taylor import along_directions, make_recording, second_order
+from funcjac._taylor.propagation import along_directions, second_order
+from funcjac._taylor.rules import make_recording
 from funcjac._verification.reference_vjp import Entry, Probe, outer_product, random_like, vjp
 
 # Inputs up to which all pairs of them are propagated together.

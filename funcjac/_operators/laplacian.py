@@ -24,7 +24,8 @@ from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._environment.torch_private import is_traced, is_transformed
 from funcjac._operators.operator import Dims, Hutchinson, SecondOrder, Tensors
 from funcjac._operators.transform import Keywords, Unpack, documented, make_transform
-from funcjac._taylor import Recording, along_directions, make_recording, on_one_row, second_order
+from funcjac._taylor.propagation import Recording, along_directions, on_one_row, second_order
+from funcjac._taylor.rules import make_recording
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, curvature, row_factors
 from funcjac.errors import refuse
@@ -228,8 +229,7 @@ def _by_taylor(
                 right = slice(size, None)
             scheme = second_order(left, right, part.weights if total else None)
             each = [] if total else [(k, k + (right.start or 0)) for k in range(size)]
-            lowest, basis = 1 if firsts else 2, part.basis and part.right is None
-            jets = along_directions(recording, {j: seeds}, scheme, each, lowest, basis=basis)
+            jets = along_directions(recording, {j: seeds}, scheme, each)
             slopes = [f[:size] if firsts and f is not None else None for f, _ in jets]
             seconds = [second for _, second in jets]
             if total:

@@ -19,7 +19,8 @@ from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._operators.hessian import stacked_coordinates
 from funcjac._operators.operator import SecondOrder, Tensors
 from funcjac._operators.transform import Keywords, Unpack, documented, make_transform
-from funcjac._taylor import along_directions, make_recording, mixed, rows_of, take
+from funcjac._taylor.propagation import along_directions, mixed, rows_of, take
+from funcjac._taylor.rules import make_recording
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, row_factors, vjp
 from funcjac.errors import refuse
@@ -151,7 +152,7 @@ def _by_taylor(run: Run, names: Sequence[Index], places: Places, chunk: int | No
         stacks = stacked_coordinates(run).items()
         seeds = {j: take(stack, taken) for j, stack in stacks if j in live}
         pairs = sorted({index for index in indices if len(index) == scheme.order == 2})
-        jets = along_directions(recording, seeds, scheme, pairs, min(map(len, indices)))
+        jets = along_directions(recording, seeds, scheme, pairs)
         for (name, index), (column, jet) in itertools.product(
             zip(part, indices), zip(columns, jets)
         ):

@@ -8,27 +8,3 @@ series", 2000; J. Bettencourt, M. Johnson, D. Duvenaud, "Taylor-mode automatic d
 for higher-order derivatives in JAX", 2019; R. Li et al., "A computational framework for neural
 network-based variational Monte Carlo with forward Laplacian", 2024.)
 """
-
-from funcjac._taylor.propagation import (
-    Recording,
-    along_directions,
-    mixed,
-    on_one_row,
-    rows_of,
-    second_order,
-    take,
-)
-from funcjac._taylor.recorder import Recorder
-from funcjac._taylor.rules import make_recording
-
-__all__ = [
-    "Recorder",
-    "Recording",
-    "along_directions",
-    "make_recording",
-    "mixed",
-    "on_one_row",
-    "rows_of",
-    "second_order",
-    "take",
-]

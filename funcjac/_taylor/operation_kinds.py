@@ -5,14 +5,11 @@ No derivatives are listed: those come from PyTorch's own reverse-mode formulas.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from funcjac._torch_faults.norms import native_batch_norm
 
 # Linear in every argument that depends on the input. Other arguments are offsets, which count
 # as zero in a derivative, or say where entries go.
@@ -36,35 +33,14 @@ AFFINE = frozenset({"addmm", "baddbmm"})
 # Elementwise, although torch does not tag them so.
 ELEMENTWISE = frozenset(
     """softplus_backward elu_backward hardswish hardswish_backward
-    leaky_relu_backward hardtanh_backward log_sigmoid_backward""".split()
+    leaky_relu_backward hardtanh_backward log_sigmoid_backward _prelu_kernel""".split()
 )
-# Taken apart by PyTorch's own decompositions.
-TAKEN_APART = frozenset(
-    """_safe_softmax native_layer_norm native_group_norm std linalg_vector_norm
-    _softmax_backward_data _log_softmax_backward_data _euclidean_dist _prelu_kernel addmv dist
-    _scaled_dot_product_flash_attention_for_cpu""".split()
-)
-# Impassable: derivatives of their derivatives are wrong or NaN, or autograd hides the history of
-# the statistics that they take.
+# Impassable: derivatives of their derivatives are wrong or NaN, autograd hides the history of the
+# statistics that they take, or they go by memory, which copies do not have.
 OBSTINATE = frozenset(
-    """logcumsumexp _weight_norm_interface native_layer_norm_backward native_group_norm_backward
-    native_batch_norm_backward""".split()
+    """as_strided logcumsumexp _weight_norm_interface native_layer_norm_backward
+    native_group_norm_backward native_batch_norm_backward""".split()
 )
-
-
-@functools.cache
-def decomposition(op: Any) -> Callable[..., Any] | None:
-    """A function of simpler operations that computes ``op``; ``None`` where none is wanted.
-
-    PyTorch's table of decompositions is private: without it such operations count as opaque,
-    and layer and batch norm, whose higher derivatives PyTorch gets wrong, fail verification.
-    """
-    name = op.overloadpacket.__name__
-    if name in _DECOMPOSITIONS or name not in TAKEN_APART:
-        return _DECOMPOSITIONS.get(name)
-    from torch import _decomp  # noqa: PLC0415  slow to import
-
-    return _decomp.decomposition_table.get(op)
 
 
 def _softmax(x: Tensor, dim: int, *_: Any) -> Tensor:
@@ -82,25 +58,18 @@ def _logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
     return result if keepdim else result.squeeze(dim)
 
 
-def _var(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
+def _var(x: Tensor, dim: Any = None, *, correction: Any = 1, keepdim: bool = False) -> Tensor:
     dims = dim or list(range(x.ndim))
     centered = x - x.mean(dims, keepdim=True)
-    count = x.numel() // max(centered.mean(dims).numel(), 1)
     total = (centered * centered).sum(dims, keepdim=keepdim)
-    return total / (count - (1 if correction is None else correction))
+    return total / (x.numel() // max(total.numel(), 1) - (1 if correction is None else correction))
 
 
-def _var_mean(x: Tensor, dim: Any = None, **options: Any) -> tuple[Tensor, Tensor]:
-    dims = dim or list(range(x.ndim))
-    return _var(x, dims, **options), x.mean(dims, keepdim=options.get("keepdim", False))
-
-
-# Where PyTorch's decomposition differentiates more than there is, or has no simpler parts.
-_DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
+# By simpler operations, which take less than one of unknown structure.
+DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
     "_softmax": _softmax,
+    "_safe_softmax": _softmax,
     "_log_softmax": _log_softmax,
     "logsumexp": _logsumexp,
     "var": _var,
-    "var_mean": _var_mean,
-    "native_batch_norm": native_batch_norm,
 }

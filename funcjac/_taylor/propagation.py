@@ -52,11 +52,15 @@ class Scheme(NamedTuple):
         return [*[(i,) for i in range(variables)], *_products(index, variables)]
 
     def coefficient(
-        self, order: int, name: Index, jets: Sequence[Jet], multiply: Callable[..., Tensor]
+        self, order: int, name: Index, jets: Sequence[Jet], multiply: Callable[..., Tensor | None]
     ) -> Tensor | None:
-        """Factor of ``f``'s derivative ``name`` in one of ``f(*variables)`` (Faà di Bruno)."""
+        """What ``f``'s derivative ``name`` adds to one of ``f(*variables)`` (Faà di Bruno).
+
+        ``multiply`` makes of derivatives of variables that derivative along them, or its factor.
+        """
         if len(name) == 1:
-            return jets[name[0]][order - 1]
+            stack = jets[name[0]][order - 1]
+            return None if stack is None else multiply(stack)
         indices, rows = self.levels[order - 1]
         sums: list[Tensor | None] = []
         for index in indices:
@@ -64,18 +68,13 @@ class Scheme(NamedTuple):
             for factors, times in _products(index, len(jets))[name].items():
                 parts = [(jets[i][len(part) - 1], rows[part]) for i, part in factors]
                 stacks = [take(stack, rows) for stack, rows in parts if stack is not None]
-                if len(stacks) == len(factors):
-                    product = self.weighted(functools.reduce(multiply, stacks))
+                product = multiply(*stacks) if len(stacks) == len(factors) else None
+                if product is not None:
+                    product = self.weighted(product)
                     total = added(total, product if times == 1 else times * product)
             sums.append(total)
         stacks = _written_out(sums)
         return torch.cat(stacks) if len(stacks) > 1 else sums[0]
-
-    def pairs(self, stack: Tensor) -> tuple[Tensor, Tensor]:
-        """First derivatives along the two directions of each second derivative."""
-        (index,), rows = self.levels[1]
-        left, right = (take(stack, rows[(k,)]) for k in index)
-        return left, right
 
     def weighted(self, stack: Tensor) -> Tensor:
         """Second derivatives themselves, or their weighted sum ``(1, *shape)``."""
@@ -176,8 +175,6 @@ class Recording(NamedTuple):
         slots: of the outputs; ``None`` for one that does not depend on the input.
         steps: operations that the outputs need.
         keeps_rows: whether rows stay in dimension 0 of all that is recorded.
-        partials: of elementwise operations, which serve all directions.
-        basis: first derivatives of the input, where they are its standard basis in each row.
     """
 
     values: list[Tensor]
@@ -185,8 +182,6 @@ class Recording(NamedTuple):
     steps: list[Step]
     create_graph: bool
     keeps_rows: Callable[[], bool]
-    partials: dict[Any, Any]
-    basis: Tensor | None = None
 
     def value(self, slot: int) -> Tensor:
         """Tensor in a slot, unless it is a copy of an overwritten one, to which no graph leads."""
@@ -205,9 +200,10 @@ class Site(NamedTuple):
     scheme: Scheme
 
     @property
-    def shape(self) -> torch.Size:
-        """Shape of the first result."""
-        return self.recording.values[self.node.outs[0] or 0].shape
+    def shapes(self) -> list[Any]:
+        """Shapes of the results, ``None`` for one without derivative."""
+        values = self.recording.values
+        return [None if slot is None else values[slot].shape for slot in self.node.outs]
 
     def stacks(self, order: int) -> dict[int, Tensor]:
         """Derivatives of one order, zeros written out; nothing if all are zero."""
@@ -233,14 +229,11 @@ class Step(NamedTuple):
     Attributes:
         rule: gives the derivatives of its results.
         done: slots that nobody uses after it.
-        is_curved: whether it leads to an operation that is not linear. Elsewhere, lower derivatives
-            serve nothing but themselves.
     """
 
     node: Node
     rule: Callable[[Site], Derivative]
     done: set[int]
-    is_curved: bool
 
 
 # --- propagation -------------------------------------------------------------------------------
@@ -251,9 +244,6 @@ def along_directions(
     seeds: dict[int, Tensor],
     scheme: Scheme,
     pairs: Sequence[tuple[int, ...]] = (),
-    lowest: int = 1,
-    *,
-    basis: bool = False,
 ) -> list[Jet]:
     """Jets of the outputs, from directions ``(K, *x.shape)`` by the numbers of inputs.
 
@@ -262,29 +252,26 @@ def along_directions(
         seeds: zero where a direction belongs to another input.
         scheme: what the jets hold.
         pairs: of directions, where these make up all of the second derivatives, the highest.
-        lowest: the order below which derivatives may be missing.
-        basis: whether the directions, of one input, are of its standard basis.
     """
-    recording = recording._replace(basis=next(iter(seeds.values())) if basis else None)
     jets = by_adjoints(recording, seeds, pairs) if pairs else None
     zeros = [None] * (scheme.order - 1)
     inputs: Jets = {j: (seed, *zeros) for j, seed in seeds.items()}
-    return jets or propagate(recording, inputs, scheme, lowest)
+    return jets or propagate(recording, inputs, scheme)
 
 
 def propagate(
-    recording: Recording, jets: Jets, scheme: Scheme, lowest: int = 1, sources: Terms | None = None
+    recording: Recording, jets: Jets, scheme: Scheme, sources: Terms | None = None
 ) -> list[Jet]:
     """Jets of the outputs, from jets of inputs by their number.
 
-    Derivatives of an order below ``lowest`` may be missing. Second ones that operations make of
-    first ones are added to ``sources``, where that is a list, and go no further.
+    Second derivatives that operations make of first ones are added to ``sources``, where that is a
+    list, and go no further.
     """
     live, zero = dict(jets), (None,) * scheme.order
     with torch.set_grad_enabled(recording.create_graph):
         for step in recording.steps:
             if not live.keys().isdisjoint(step.node.slots):
-                results = _results(recording, step, live, scheme, lowest)
+                results = _results(recording, step, live, scheme)
                 if sources is not None:
                     sources += [(slot, s) for slot, (_, s) in results.items() if s is not None]
                     results = {slot: (first, None) for slot, (first, _) in results.items()}
@@ -294,22 +281,21 @@ def propagate(
     return [zero if slot is None else live.get(slot, zero) for slot in recording.slots]
 
 
-def _results(recording: Recording, step: Step, live: Jets, scheme: Scheme, lowest: int) -> Jets:
+def _results(recording: Recording, step: Step, live: Jets, scheme: Scheme) -> Jets:
     """Jets of the results of an operation, by slot, in the dtypes of their values."""
-    node, lowest = step.node, 1 if step.is_curved else lowest
+    node = step.node
     jets = {slot: live[slot] for slot in node.slots if slot in live}
     constants = {slot: recording.value(slot) for slot in node.slots if slot not in live}
     if constants:
         slots = tuple([slot for slot in node.slots if slot in live])
         node = node._replace(args=filled(node.args, constants), slots=slots)
     derivative = step.rule(Site(node, recording, jets, scheme))
-    orders = [derivative(order) for order in range(lowest, scheme.order + 1)]
+    orders = [derivative(order) for order in range(1, scheme.order + 1)]
     results: Jets = {}
     for slot, *stacks in zip(node.outs, *orders):
         if slot is not None and any(stack is not None for stack in stacks):
             dtype = recording.values[slot].dtype
-            cast = [None if stack is None else stack.to(dtype) for stack in stacks]
-            results[slot] = (*[None] * (lowest - 1), *cast)
+            results[slot] = tuple([None if stack is None else stack.to(dtype) for stack in stacks])
     return results
 
 
@@ -341,7 +327,7 @@ def by_adjoints(
     scheme = _of_pairs([[moving.index(k) for k in pair] for pair in pairs], outs[0].device)
     moved = rows_of(moving, outs[0].device)
     jets: Jets = {j: (take(seed, moved), None) for j, seed in seeds.items()}
-    propagate(recording, jets, scheme, 2, sources)
+    propagate(recording, jets, scheme, sources)
     if not all(recording.values[slot].requires_grad for slot, _ in sources):
         return None  # overwritten later on
     terms = [*seeds.items(), *sources]

@@ -19,12 +19,12 @@ from funcjac._environment.torch_private import backward, over_basis, vector_jaco
 from funcjac._taylor.operation_kinds import (
     AFFINE,
     ALONG_DIMENSIONS,
+    DECOMPOSITIONS,
     ELEMENTWISE,
     LINEAR,
     NUMBERED,
     OBSTINATE,
     PRODUCTS,
-    decomposition,
 )
 from funcjac._taylor.propagation import (
     Derivative,
@@ -53,20 +53,17 @@ def make_recording(
     if recorder.failure is not None:
         raise recorder.failure
     values, slots = recorder.values, [recorder.slot(out) for out in outputs]
-    used, curved = set[int](slot for slot in slots if slot is not None), set[int]()
+    used = set[int](slot for slot in slots if slot is not None)
     steps: list[Step] = []
     for node in reversed(recorder.nodes):
         if used.isdisjoint(node.outs):
             continue
         if any(values[slot]._backward_hooks for slot in node.outs if slot is not None):
             raise UntraceableError("a gradient hook changes derivatives on their way back")
-        is_curved = not curved.isdisjoint(node.outs)
-        steps.append(Step(node, rule_of(node.op), {*node.slots} - used, is_curved))
+        steps.append(Step(node, rule_of(node.op), {*node.slots} - used))
         used.update(node.slots)
-        if is_curved or not _is_linear(node):
-            curved.update(node.slots)
     keeps_rows = lambda: all(_keeps_rows(step.node, values) for step in steps)  # noqa: E731
-    return Recording(values, slots, steps[::-1], create_graph, keeps_rows, {})
+    return Recording(values, slots, steps[::-1], create_graph, keeps_rows)
 
 
 @functools.cache
@@ -85,15 +82,7 @@ def rule_of(op: Any) -> Callable[[Site], Derivative]:
             return _product
     if torch.Tag.pointwise in op.tags or name in ELEMENTWISE:
         return _elementwise
-    return _opaque if decomposition(op) is None else _taken_apart
-
-
-def _is_linear(node: Node) -> bool:
-    """Whether an operation is linear in all of its arguments that depend on the input."""
-    rule = rule_of(node.op)
-    if rule is _product:
-        return sum(type(arg) is Slot for arg in node.args[node.name in AFFINE :]) < 2
-    return rule in (_linear, _sum)
+    return _taken_apart if name in DECOMPOSITIONS else _opaque
 
 
 def _keeps_rows(node: Node, values: Sequence[Tensor]) -> bool:
@@ -154,7 +143,7 @@ def _sum(site: Site) -> Derivative:
     alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
     factors = (1, -alpha if node.name == "sub" else alpha)
     terms = [(f, arg) for f, arg in zip(factors, node.args) if type(arg) is Slot]
-    jets = [(factor, _spread(site.jets[slot], site.shape)) for factor, slot in terms]
+    jets = [(factor, _spread(site.jets[slot], site.shapes[0])) for factor, slot in terms]
 
     def derivative(order: int) -> Tensors:
         return [functools.reduce(added, [_scaled(f, jet[order - 1]) for f, jet in jets])]
@@ -179,7 +168,7 @@ def _scaled(factor: Any, stack: Tensor | None) -> Tensor | None:
 
 def _product(site: Site) -> Derivative:
     """Leibniz' rule for ``a @ b`` and ``beta c + alpha a @ b``, by the operation itself."""
-    node, scheme, shape = site.node, site.scheme, site.shape
+    node, scheme, shape = site.node, site.scheme, site.shapes[0]
     offset = node.args[0] if node.name in AFFINE else None
     first, second, *rest = node.args if offset is None else node.args[1:]
     if any(type(arg) is Slot for arg in rest):  # the bias of a convolution
@@ -218,12 +207,9 @@ def _multiplication(site: Site, first: Any, second: Any, rest: list[Any]) -> Any
         if node.name in ("mm", "bmm", *AFFINE):
             if y is not None or b.ndim != 2:
                 return a @ b
-            if a is site.recording.basis and len(a) == len(b) and a.shape[1] > 1:
-                rows = b.clone(memory_format=torch.contiguous_format)  # a view would spoil strides
-                return rows.unsqueeze(1).expand(-1, a.shape[1], -1)
             return on_one_row(lambda stack: stack @ b, a)
 
-        def run(*rows: Tensor) -> list[Tensor]:
+        def run(*rows: Tensor) -> list[Any]:
             return [node.op(a if x is None else rows[0], b if y is None else rows[-1], *rest)]
 
         return over_basis(run, *[stack for stack in (x, y) if stack is not None])[0]
@@ -236,11 +222,11 @@ def _multiplication(site: Site, first: Any, second: Any, rest: list[Any]) -> Any
 
 def _elementwise(site: Site) -> Derivative:
     """The chain rule of any order, for an operation that works on each element by itself."""
-    scheme, of_nodes = site.scheme, site.recording.partials
-    key = site.node.outs, site.node.slots, scheme.order
-    partials = of_nodes[key] = of_nodes.get(key) or _Partials(site)
-    jets = [_spread(jet, site.shape) for jet in site.jets.values()]
-    multiply = functools.partial(on_one_row, torch.mul)
+    scheme, partials = site.scheme, _partials(site)
+    jets = [_spread(jet, site.shapes[0]) for jet in site.jets.values()]
+
+    def multiply(*stacks: Tensor) -> Tensor:
+        return on_one_row(lambda *stacks: functools.reduce(torch.mul, stacks), *stacks)
 
     def derivative(order: int) -> Tensors:
         total: Tensor | None = None
@@ -254,103 +240,83 @@ def _elementwise(site: Site) -> Derivative:
     return derivative
 
 
-class _Partials(dict[Index, "Tensor | None"]):
+def _partials(site: Site) -> dict[Index, Tensor | None]:
     """Partial derivatives of an elementwise operation, by the numbers of its variables.
 
     They are tensors of the result's shape: plain autograd gives them by differentiating the sum
     of the result again and again.
     """
-
-    def __init__(self, site: Site) -> None:
-        self.create_graph, self.order = site.recording.create_graph, site.scheme.order
-        node, values = site.node, site.recording.values
-        x, out = values[node.slots[0]], values[node.outs[0] or 0]
-        self.inputs = [x]
-        # The graph of func's run serves, where both are still in it and of one shape.
-        attached = x.requires_grad and out.requires_grad and x.shape == out.shape
-        if len(node.slots) > 1 or not attached:
-            with torch.enable_grad():
-                copies = {slot: x.expand(site.shape) for slot, x in site.variables().items()}
-                self.inputs, (out, *_) = list(copies.values()), node.run(copies)
-        self[()] = out
-
-    def __missing__(self, name: Index) -> Tensor | None:
-        """All of one order, which are needed together."""
-        count, graph = len(self.inputs), self.create_graph or len(name) < self.order
-        for lower in itertools.combinations_with_replacement(range(count), len(name) - 1):
-            partial, grads = self[lower], [None] * count
+    node, values, highest = site.node, site.recording.values, site.scheme.order
+    x, out = values[node.slots[0]], values[node.outs[0] or 0]
+    inputs = [x]
+    # The graph of func's run serves, where both are still in it and of one shape.
+    attached = x.requires_grad and out.requires_grad and x.shape == out.shape
+    if len(node.slots) > 1 or not attached:
+        with torch.enable_grad():
+            copies = {slot: x.expand(site.shapes[0]) for slot, x in site.variables().items()}
+            inputs, (out, *_) = list(copies.values()), node.run(copies)
+    partials: dict[Index, Tensor | None] = {(): out}
+    for order in range(1, highest + 1):
+        graph = site.recording.create_graph or order < highest
+        for lower in itertools.combinations_with_replacement(range(len(inputs)), order - 1):
+            partial, grads = partials[lower], [None] * len(inputs)
             if partial is not None:
                 ones = partial.new_ones(()).expand(partial.shape)
                 with torch.set_grad_enabled(graph):
-                    grads = backward(partial, self.inputs, ones, retain=True, graph=graph)
-            self.update({tuple(sorted((*lower, i))): grad for i, grad in enumerate(grads)})
-        return self[name]
+                    grads = backward(partial, inputs, ones, retain=True, graph=graph)
+            partials.update({tuple(sorted((*lower, i))): grad for i, grad in enumerate(grads)})
+    return partials
 
 
 # --- operations of unknown structure -----------------------------------------------------------
 
 
 def _opaque(site: Site) -> Derivative:
-    """Any operation, by three reverse passes for a second derivative.
+    """Any operation; its variables count as one, and so do its results."""
+    scheme, variables = site.scheme, site.variables()
+    xs, shapes = list(variables.values()), site.shapes
+    stacks = [site.stacks(order).values() for order in range(1, scheme.order + 1)]
+    jet = tuple(torch.cat([s.flatten(1) for s in row], 1) if row else None for row in stacks)
 
-    By transposes of vector-Jacobian products, not by forward-mode formulas (J. Townsend, "A new
-    trick for calculating Jacobian vector products", 2017).
-    """
-    if site.scheme.order > 2:
-        raise UntraceableError(f"{site.node.op} has no rule for derivatives of order three")
-    variables = site.variables()
-    with torch.enable_grad():
-        results = site.node.run(variables)
-        places = [i for i, out in enumerate(results) if getattr(out, "requires_grad", False)]
-        cotangents, grads = _pulled([results[i] for i in places], list(variables.values()))
-    graph = site.recording.create_graph
+    def run(*rows: Tensor) -> list[Any]:
+        outs = zip(shapes, site.node.run(dict(zip(variables, rows))))
+        return [torch.cat([out.flatten() for shape, out in outs if shape is not None])]
 
-    def pushed(*tangents: Tensor) -> Tensors:
-        return _contracted(grads, tangents, cotangents, graph=graph)
+    @torch.enable_grad()
+    def along(*directions: Tensor) -> Tensor | None:
+        """A derivative of any order: a product with all directions but one, transposed.
+
+        By vector-Jacobian products, not by forward-mode formulas (J. Townsend, "A new trick for
+        calculating Jacobian vector products", 2017).
+        """
+        copies = [x.expand(len(directions[0]), *x.shape) for x in xs]
+        roots: Sequence[Any] = over_basis(run, *copies)
+        vectors = cotangents = [torch.zeros_like(roots[0], requires_grad=True)]
+        for direction in directions:
+            roots = _pulled(roots, vectors, copies, graph=True)
+            parts = zip(direction.split([x.numel() for x in xs], 1), copies)
+            vectors = [part.reshape(x.shape).to(x.dtype) for part, x in parts]
+        return _pulled(roots, vectors, cotangents, graph=site.recording.create_graph)[0]
 
     def derivative(order: int) -> Tensors:
-        tangents, slopes = list(site.stacks(order).values()), site.stacks(1)
-        with torch.enable_grad():
-            stacks = over_basis(pushed, *tangents) if tangents else [None] * len(places)
-            if order == 2 and slopes:
-                curvature = _curvature(site, places, slopes)
-                stacks = [added(a, b) for a, b in zip(stacks, curvature)]
-        return list(map(dict(zip(places, stacks)).get, range(len(results))))
+        names = scheme.names(order, 1)
+        terms = [scheme.coefficient(order, name, [jet], along) for name in names]
+        total = functools.reduce(added, terms)
+        if total is None:
+            return [None] * len(shapes)
+        columns = iter(total.split([shape.numel() for shape in shapes if shape is not None], 1))
+        return [None if s is None else next(columns).reshape(len(total), *s) for s in shapes]
 
     return derivative
 
 
-def _curvature(site: Site, places: list[int], slopes: dict[int, Tensor]) -> Tensors:
-    """Second derivatives of the results, each pair of directions with copies of its own."""
-    variables = site.variables()
-    left, right = zip(*map(site.scheme.pairs, slopes.values()))
-    copies = [x.expand(len(stack), *x.shape) for x, stack in zip(variables.values(), left)]
-
-    def run(*rows: Tensor) -> Tensors:
-        results = site.node.run(dict(zip(variables, rows)))
-        return [results[place] for place in places]
-
-    cotangents, grads = _pulled(over_basis(run, *copies), copies)
-    along_left = _contracted(grads, left, copies, graph=True)
-    seconds = _contracted(along_left, right, cotangents, graph=site.recording.create_graph)
-    return [None if second is None else site.scheme.weighted(second) for second in seconds]
-
-
-def _pulled(outs: Sequence[Any], inputs: list[Tensor]) -> tuple[list[Tensor], Tensors]:
-    """Cotangents, and the vector-Jacobian products as linear functions of them."""
-    cotangents = [torch.zeros_like(out, requires_grad=True) for out in outs]
-    return cotangents, vector_jacobian(outs, inputs, cotangents, retain=True, graph=True)
-
-
-def _contracted(
-    outs: Tensors, vectors: Sequence[Tensor], inputs: list[Tensor], *, graph: bool
-) -> Tensors:
+def _pulled(outs: Tensors, vectors: Any, inputs: list[Tensor], *, graph: bool) -> Tensors:
     """Gradient of ``sum(outs * vectors)`` by ``inputs``."""
     pairs = [(out, v) for out, v in zip(outs, vectors) if out is not None and out.requires_grad]
     if not pairs:
         return [None] * len(inputs)
-    live, vectors = zip(*pairs)
-    return vector_jacobian(live, inputs, vectors, retain=True, graph=graph)
+    live, cotangents = zip(*pairs)
+    return vector_jacobian(live, inputs, cotangents, retain=True, graph=graph)
 
 
 def _taken_apart(site: Site) -> Derivative:
@@ -358,9 +324,7 @@ def _taken_apart(site: Site) -> Derivative:
     values = site.variables()
     recorder = Recorder(list(values.values()))
     with torch.enable_grad(), recorder:
-        outs = site.node._replace(op=decomposition(site.node.op)).run(values)
-    if len(outs) != len(site.node.outs):
-        raise UntraceableError(f"{site.node.op} does not return what its decomposition does")
+        outs = site.node._replace(op=DECOMPOSITIONS[site.node.name]).run(values)
     inner = make_recording(recorder, outs, create_graph=site.recording.create_graph)
     seeds = {number: site.jets[slot] for number, slot in enumerate(values)}
     jets = propagate(inner, seeds, site.scheme)

@@ -6,15 +6,12 @@ with dropout ends the process in forward mode under vmap.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from funcjac._environment.torch_private import composed_attention
 
 
 def scaled_dot_product_attention(
@@ -26,16 +23,20 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """Torch's composition without dropout, and dropout of the weights that it returns."""
-    if attn_mask is not None and attn_mask.dtype == torch.bool:  # which it would add as numbers
-        hidden = torch.zeros_like(attn_mask, dtype=query.dtype)
-        attn_mask = hidden.masked_fill(~attn_mask, -math.inf)
-    out, weights = composed_attention(query, key, value, attn_mask, 0.0, is_causal, **kwargs)
+    """Torch's composition without dropout; with it, dropout of the weights of a unit value."""
+
+    def attention(value: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, is_causal=is_causal, **kwargs
+            )
+
     if not dropout_p:
-        return out
+        return attention(value)
     if kwargs.get("enable_gqa"):
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    return F.dropout(weights, dropout_p) @ value
+    unit = torch.eye(key.shape[-2], dtype=key.dtype, device=key.device)
+    return F.dropout(attention(unit.expand(*key.shape[:-1], -1)), dropout_p) @ value
 
 
 def multi_head_attention_forward(

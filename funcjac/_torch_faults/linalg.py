@@ -117,10 +117,9 @@ def solve(x: Tensor, B: Tensor, *, left: bool = True) -> Tensor:  # noqa: N803  
 
 
 def lu_solve(LU, pivots, B, *, left=True, adjoint=False) -> Tensor:  # noqa: N803
-    """By the inverse."""
+    """By the inverse of the product."""
     order, lower, upper = torch.lu_unpack(LU, pivots)
-    inverse = torch.linalg.solve_triangular(lower, order.mT, upper=False, unitriangular=True)
-    inverse = torch.linalg.solve_triangular(upper, inverse, upper=True)
+    inverse = torch.linalg.inv(order @ lower @ upper)
     inverse = inverse.mH if adjoint else inverse
     return inverse @ B if left else B @ inverse
 

@@ -100,13 +100,6 @@ BATCH_NORMS = {
 _moving_batch_norm = BATCH_NORMS[torch.native_batch_norm]
 
 
-def native_batch_norm(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``aten.native_batch_norm`` without statistics, which have no gradient."""
-    x = args[0]
-    out = _batch_norm(**dict(zip(_WEIGHTS.format("training").split(), args)))
-    return out.to(x.dtype), x.new_zeros(0), x.new_zeros(0)
-
-
 def legit_batch_norm(x: Tensor, weight: Maybe, bias: Maybe, *args: Any) -> Any:
     """With running statistics, or without."""
     return _moving_batch_norm(x, weight, bias, *(args if len(args) > 3 else (None, None, *args)))

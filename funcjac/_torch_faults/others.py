@@ -114,8 +114,6 @@ def logcumsumexp(x: Tensor, dim: int) -> Tensor:
 def logaddexp(x: Tensor, other: Tensor) -> Tensor:
     """Torch's second derivative is NaN where the arguments are far apart."""
     dtype = torch.result_type(x, other)
-    if not dtype.is_floating_point and not dtype.is_complex:
-        return torch.logaddexp(x, other)  # refuses it
     pair = torch.broadcast_tensors(x.to(dtype), other.to(dtype))
     return torch.stack(pair).logsumexp(0)
 

@@ -56,21 +56,15 @@ class UseReplacements(TorchFunctionMode):
         return run(*first, *args, **rest)
 
 
-def graph_names(tensors: Iterable[Tensor]) -> frozenset[str]:
-    """Names of the nodes in the autograd graph of ``tensors``.
+def graph_names(nodes: Iterable[Any], tensors: Iterable[Tensor]) -> frozenset[str]:
+    """Names of the nodes of a graph that leads to ``tensors``.
 
     Of some operations, further outputs alone have a wrong gradient: for those ``name.k``, too.
     """
-    names: set[str] = set()
-    seen: set[Any] = set()
-    edges: list[Any] = [(x.grad_fn, x.output_nr) for x in tensors]
-    while edges:
-        node, k = edges.pop()
-        if node is not None:
-            names |= {node.name(), f"{node.name()}.{k}"}
-            edges += () if node in seen else node.next_functions
-            seen.add(node)
-    return frozenset(names)
+    edges = [(x.grad_fn, x.output_nr) for x in tensors]
+    edges += [edge for node in nodes for edge in node.next_functions]
+    names = [(node.name(), k) for node, k in edges if node is not None]
+    return frozenset({name for name, _ in names} | {f"{name}.{k}" for name, k in names})
 
 
 def needs_replacement(node_names: Iterable[str], *, again: bool) -> bool:

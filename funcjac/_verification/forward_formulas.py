@@ -7,7 +7,7 @@ import torch
 from funcjac._arguments.call import Call
 from funcjac._environment.state import rng_state, set_rng_state
 from funcjac._environment.torch_private import EagerMode, with_memory
-from funcjac._torch_faults import UseReplacements, forward_faults
+from funcjac._torch_faults.replace import UseReplacements, forward_faults
 
 
 class _Names(EagerMode):

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from funcjac import _taylor as taylor
 from funcjac import (
     batch_hessian,
     batch_hessian_diagonal,
@@ -22,6 +21,8 @@ from funcjac import (
     batch_partials,
 )
 from funcjac._taylor import propagation
+from funcjac._taylor.recorder import Recorder
+from funcjac._taylor.rules import make_recording
 from tests.oracles import diagonal
 
 aten = torch.ops.aten
@@ -318,12 +319,12 @@ def test_what_cannot_be_followed_is_refused_each_time():
             return 2 * grad
 
     x = randn(4, 3).requires_grad_()
-    recorder = taylor.Recorder([x])
+    recorder = Recorder([x])
     with recorder:
         out = Double.apply(x.sin())
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no history"):
-            taylor.make_recording(recorder, [out], create_graph=False)
+            make_recording(recorder, [out], create_graph=False)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -513,3 +514,25 @@ def test_another_precision_inside_is_kept(transform, dtype):
     found = transform(lambda x: net(x.to(dtype)).double())(x)
     right = transform(copy.deepcopy(net).double())(x)
     torch.testing.assert_close(found, right, rtol=0.1, atol=0.1 if dtype != torch.float32 else 1e-4)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_third_derivatives_of_an_operation_of_unknown_structure_are_right(grad):
+    def inverse(x):
+        a, b = x.unbind(1)
+        rows = torch.stack([torch.stack([3 + a, b], 1), torch.stack([a, 3 + b], 1)], 1)
+        return torch.linalg.inv(rows)[:, 0, 0]  # (3 + b) / (9 + 3 a + 3 b)
+
+    indices, x = [(0, 0, 0), (0, 0, 1), (1, 1)], randn(4, 2).abs().requires_grad_(grad)
+    a, b = x.unbind(1)
+    total = 9 + 3 * a + 3 * b
+    right = (
+        -162 * (3 + b) / total**4,
+        18 / total**3 - 162 * (3 + b) / total**4,
+        18 * (3 + b) / total**3 - 6 / total**2,
+    )
+    found = batch_partials(inverse, indices, mode="taylor")(x)
+    torch.testing.assert_close([t.detach() for t in found], [t.detach() for t in right])
+    if grad:
+        wanted = torch.autograd.grad(sum(right).sum(), x)
+        torch.testing.assert_close(torch.autograd.grad(sum(found).sum(), x), wanted)

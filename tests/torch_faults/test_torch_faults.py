@@ -14,13 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from funcjac._torch_faults import (
-    FAULTS,
-    UseReplacements,
-    forward_faults,
-    graph_names,
-    needs_replacement,
-)
+from funcjac._torch_faults import replace
+from funcjac._torch_faults.replace import UseReplacements, forward_faults, needs_replacement
+from funcjac._torch_faults.table import FAULTS
 from tests.oracles import SINCE_2_13
 from tests.sweeps import forward_formulas as formulas
 from tests.sweeps.forward_formulas import Function, Trial
@@ -560,6 +556,16 @@ def test_everything_on_the_table_is_wrong(row, findings):
 
 
 # --- what runs instead -----------------------------------------------------------------------
+
+
+def graph_names(outs):
+    nodes, stack = set(), [x.grad_fn for x in outs]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            stack += [further for further, _ in node.next_functions]
+    return replace.graph_names(nodes, outs)
 
 
 def replaced(name: str) -> Function:
