@@ -1,6 +1,7 @@
 """Functions of torch's private API.
 
-All of it is there in torch 2.11 to 2.13: a release that removes something fails here, by its name.
+Whether a transform is at work (``peek_interpreter_stack``) and the switch of vmap's slow
+fallback are needed; the others only save time, and say what runs without them.
 """
 
 import functools
@@ -22,20 +23,23 @@ from torch.utils._pytree import tree_map_only
 
 Tensors = Sequence[Tensor | None]
 
-_C: Any = torch._C
-_FUNCTORCH: Any = _C._functorch
-_ENGINE: Any = torch.autograd.Variable._execution_engine
+_FUNCTORCH: Any = getattr(torch._C, "_functorch", None)
+_ENGINE: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
+_VMAP: Any = getattr(getattr(_FUNCTORCH, "TransformType", None), "Vmap", None)
+_is_zero: Any = getattr(Tensor, "_is_zerotensor", lambda _: False)
 
 # Raised by torch inside of a function to leave it: no failure of the function.
-CONTROL_FLOW: tuple[type[Exception], ...] = (torch.utils.checkpoint._StopRecomputationError,)
+_STOP = getattr(torch.utils.checkpoint, "_StopRecomputationError", None)
+CONTROL_FLOW: tuple[type[Exception], ...] = () if _STOP is None else (_STOP,)
 
-updating_batch_norm: Any = torch.ops.aten._batch_norm_with_update
+# Wrong once differentiated three times. Without it, nothing is replaced.
+updating_batch_norm: Any = getattr(torch.ops.aten, "_batch_norm_with_update", None)
 # Raises where a compiled graph finds a tensor to be false, as nothing public does.
-assert_async: Any = torch._assert_async
+assert_async: Any = getattr(torch, "_assert_async", lambda *_: None)
 
 _NONE = type(None)
-_PROXY = _C._TorchDispatchModeKey.PROXY
-_dispatch_mode = _C._get_dispatch_mode
+_PROXY: Any = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)
+_dispatch_mode: Any = getattr(torch._C, "_get_dispatch_mode", lambda _: None)
 
 
 def has_levels() -> bool:
@@ -62,11 +66,11 @@ def is_transformed() -> bool:
 
 
 def sees_values() -> bool:
-    """Whether values can be looked at: no ``torch.vmap``, no compiler."""
-    if torch.compiler.is_compiling():
+    """Whether values can be looked at: no ``torch.vmap``, no compiler; without this API, never."""
+    stack = getattr(pyfunctorch, "retrieve_all_functorch_interpreters", None)
+    if stack is None or torch.compiler.is_compiling():
         return False
-    levels = pyfunctorch.retrieve_all_functorch_interpreters()
-    return all(level.key() != _FUNCTORCH.TransformType.Vmap for level in levels)
+    return all(level.key() != _VMAP for level in stack())
 
 
 def nonstrict_trace(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,29 +86,35 @@ def assumed_constant(function: Any) -> Any:
 
 
 def bypassing_wrapper() -> Any:
-    """Lets a dispatch mode see into a graph of Dynamo, for Taylor in compiled code."""
-    return importlib.import_module("torch._higher_order_ops.wrap").dynamo_bypassing_wrapper
+    """Lets a dispatch mode see into a graph of Dynamo; without it no Taylor in compiled code."""
+    wraps = importlib.import_module("torch._higher_order_ops.wrap")
+    return getattr(wraps, "dynamo_bypassing_wrapper", None)
+
+
+_autograd: Any = getattr(torch._C, "_autograd", None)
+_top_hooks: Any = getattr(_autograd, "_top_saved_tensors_default_hooks", lambda _: ())
 
 
 def saves_by_hooks() -> bool:
-    """Whether hooks (of a checkpoint) are at work on what autograd saves."""
-    return _C._autograd._top_saved_tensors_default_hooks(False) is not None
+    """Whether hooks (of a checkpoint) are at work on what autograd saves; without this, yes."""
+    return _top_hooks(False) is not None
 
 
 def is_wrapped(value: object) -> bool:
-    """Whether a tensor belongs to a torch.func transform."""
-    return isinstance(value, Tensor) and _FUNCTORCH.is_functorch_wrapped_tensor(value)
+    """Whether a tensor belongs to a torch.func transform; without this, none does."""
+    probe = getattr(_FUNCTORCH, "is_functorch_wrapped_tensor", None)
+    return probe is not None and isinstance(value, Tensor) and probe(value)
 
 
 def with_memory(args: Any) -> Any:
     """Arguments of an operation, for a dispatch mode to run it with.
 
     Operations below a mode read the zeros of forward mode, which have no memory: the process would
-    die.
+    die, as it does without this private API.
     """
     if forward_ad._current_level < 0:
         return args
-    return tree_map_only(Tensor, lambda x: torch.zeros_like(x) if x._is_zerotensor() else x, args)
+    return tree_map_only(Tensor, lambda x: torch.zeros_like(x) if _is_zero(x) else x, args)
 
 
 class EagerMode(TorchDispatchMode):
@@ -121,7 +131,7 @@ def load_forward_formulas() -> None:
     """Load what torch loads at its first dual number, without its warning about TorchScript."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        forward_ad._maybe_load_decompositions()
+        getattr(forward_ad, "_maybe_load_decompositions", lambda: None)()
 
 
 def backward(
@@ -130,7 +140,7 @@ def backward(
     """``torch.autograd.grad`` of a tensor, or a place in a graph; ``None`` for no dependence."""
     if type(out) is not GradientEdge and not out.requires_grad:
         return (None,) * len(inputs)
-    if type(out) not in _ROOTS:
+    if _ENGINE is None or type(out) not in _ROOTS:
         return vector_jacobian((out,), inputs, (cotangent,), retain=retain, graph=graph)
     return _ENGINE.run_backward(  # as below, without another step
         (out,), (cotangent,), retain, graph, tuple(inputs), True, accumulate_grad=False
@@ -147,14 +157,14 @@ def vector_jacobian(
 
     They take as long as the backward pass of a small layer, and half a second to import.
     """
-    if not _ROOTS.issuperset(map(type, outs)):  # subclasses of tensors
+    if _ENGINE is None or not _ROOTS.issuperset(map(type, outs)):
         return torch.autograd.grad(outs, inputs, cotangents, retain, graph, allow_unused=True)
     return _ENGINE.run_backward(
         tuple(outs), tuple(cotangents), retain, graph, tuple(inputs), True, accumulate_grad=False
     )
 
 
-_warn_of_fallback = _FUNCTORCH._set_vmap_fallback_warning_enabled
+_warn_of_fallback: Any = getattr(_FUNCTORCH, "_set_vmap_fallback_warning_enabled", lambda _: None)
 
 
 @contextmanager
@@ -173,10 +183,10 @@ _ZEROS = itertools.repeat(0)
 def over_basis(function: Callable[..., Tensors], *vectors: Tensor) -> Tensors:
     """``function`` of each of ``vectors`` ``(k, ...)`` at once; ``None`` results stay ``None``.
 
-    Equals ``torch.vmap(function, randomness="same")``, which runs in compiled code, but for its
-    handling of trees, which costs more than a small backward pass.
+    Equals ``torch.vmap(function, randomness="same")``, which runs in compiled code and without
+    this private API, but for its handling of trees, which costs more than a small backward pass.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not hasattr(_FUNCTORCH, "_vmap_increment_nesting"):
         return _by_vmap(function, vectors)
     count, results = len(vectors[0]), []
     level = _FUNCTORCH._vmap_increment_nesting(count, "same")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from funcjac._engines.run_func import graph_nodes
 from funcjac._torch_faults import replace
 from funcjac._torch_faults.replace import UseReplacements, forward_faults, needs_replacement
 from funcjac._torch_faults.table import FAULTS
@@ -559,13 +560,7 @@ def test_everything_on_the_table_is_wrong(row, findings):
 
 
 def graph_names(outs):
-    nodes, stack = set(), [x.grad_fn for x in outs]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in nodes:
-            nodes.add(node)
-            stack += [further for further, _ in node.next_functions]
-    return replace.graph_names(nodes, outs)
+    return replace.graph_names(graph_nodes(outs, []), outs)
 
 
 def replaced(name: str) -> Function:
