@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from funcjac._engines.run_func import graph_nodes
 from funcjac._torch_faults import replace
 from funcjac._torch_faults.replace import UseReplacements, forward_faults, needs_replacement
 from funcjac._torch_faults.table import FAULTS
@@ -560,7 +559,12 @@ def test_everything_on_the_table_is_wrong(row, findings):
 
 
 def graph_names(outs):
-    return replace.graph_names(graph_nodes(outs, []), outs)
+    nodes, to_visit = [], [out.grad_fn for out in outs]
+    for node in to_visit:
+        if node is not None and node not in nodes:
+            nodes.append(node)
+            to_visit += [before for before, _ in node.next_functions]
+    return replace.graph_names(nodes, outs)
 
 
 def replaced(name: str) -> Function:
