@@ -179,6 +179,23 @@ def test_trees_and_several_inputs(mode):
     torch.testing.assert_close(tree_leaves(found), tree_leaves(right))
 
 
+def test_trees_of_batch_dimensions():
+    in_dims, out_dims = ({"b": 1, "a": 0}, {"k": None, "m": None}), {"sum": 1, "all": (0, 0)}
+
+    def func(d, powers):
+        a, b = d["a"] ** powers["k"], d["b"].T * powers["m"]
+        return {"all": (a, b), "sum": (a + b).sin().T}
+
+    def step(x, in_dims=in_dims):  # Dynamo cannot keep structures of dicts without tensors
+        transform = batch_jacobian(func, in_dims=in_dims, out_dims=out_dims)
+        return transform({"a": x, "b": 2 * x.T}, {"m": 3.0, "k": 2})
+
+    assert_as_eager(step, randn(B, 3), [])
+    for wrong in ({"a": 0, "c": 1}, (0, 1), {"a": 0}):
+        with pytest.raises(RuntimeError, match="expected in_dims to be an int or a prefix tree"):
+            compiled(lambda x, wrong=wrong: step(x, (wrong, None)))(randn(B, 3))
+
+
 def test_columns():
     net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     u = lambda x, t: net(torch.cat([x, t], 1))
