@@ -90,6 +90,9 @@ def assert_as_eager(function, x, leaves, run=None):
 def test_made_once(name):
     net = network()
     assert_as_eager(TRANSFORMS[name](net), randn(B, 3), list(net.parameters()))
+    transform = TRANSFORMS[name](net)  # whose numbers Dynamo takes for sizes then
+    run = compiled(transform, dynamic=True)
+    assert_as_eager(transform, randn(B, 3), list(net.parameters()), run)
 
 
 @every_transform
@@ -413,6 +416,26 @@ def test_one_graph_for_all_batches(name):
         torch._dynamo.mark_dynamic(x, 0)
         torch.testing.assert_close(run(x), transform(x), rtol=1e-10, atol=1e-10)
     assert counter.frame_count == 1
+
+
+def test_matrices_of_each_row_are_not_copied():
+    """Neither those on the left, nor on the right, nor those that a weight multiplies."""
+    weight = randn(3, 2).requires_grad_()
+
+    def func(x):
+        a = (x.unsqueeze(1) * x.unsqueeze(2) + x.unsqueeze(1)).sin()
+        return ((a @ a.mT.exp() @ (2 * a)) @ weight).flatten(1)
+
+    transform = batch_jacobian(func, mode="rev")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    run = compiled(transform, counter, dynamic=True)
+    for batch in (B, 7):
+        assert_as_eager(transform, randn(batch, 3), [weight], run)
+    assert counter.frame_count == 1
+    graph = torch.fx.experimental.proxy_tensor.make_fx(transform)(randn(B, 3)).graph
+    graph.eliminate_dead_code()
+    products = [n for n in graph.nodes if n.target is torch.ops.aten.bmm.default]
+    assert {n.meta["val"].shape[0] for n in products} == {B}
 
 
 @pytest.mark.parametrize("name", ["jacobian", "laplacian"])
