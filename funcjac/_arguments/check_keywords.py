@@ -55,6 +55,6 @@ def _check_dims(check: Any, in_dims: Any, out_dims: Any) -> None:
     expected = "in_dims to be an int or a tuple with one entry for each positional argument"
     remedy = "Write None in the tuple for what all rows share."
     check(is_right, TypeError, expected, repr(in_dims), remedy)
-    is_right = all(type(leaf) is int for leaf in pytree.flatten_args(out_dims)[0])
+    is_right = all(type(leaf) is int for leaf in pytree.leaves(out_dims))
     remedy = "Every output of a batched function has a batch dimension."
     check(is_right, TypeError, "out_dims to be an int or a tree of ints", repr(out_dims), remedy)

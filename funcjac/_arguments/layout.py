@@ -56,6 +56,13 @@ class Layout:
     diff_dims: tuple[int | None, ...]
 
 
+def as_constants(value: Any) -> Any:
+    """Numbers in tuples as constants: Dynamo takes attributes for sizes that may change."""
+    if isinstance(value, tuple):
+        return tuple([as_constants(entry) for entry in value])
+    return operator.index(value) if type(value) is int else value
+
+
 def make_layout(
     options: Options, args: tuple[Any, ...], leaves: list[Any], spec: TreeSpec | None
 ) -> Layout:

@@ -21,9 +21,10 @@ TreeSpec = optree.PyTreeSpec
 
 def flatten(tree: Tree, *, none_is_leaf: bool = False) -> tuple[list[Any], TreeSpec]:
     """Leaves and structure of an output or an input; ``None`` is structure."""
-    leaves, spec = optree.tree_flatten(tree, none_is_leaf=none_is_leaf, namespace=NAMESPACE)
+    words: Any = {"none_is_leaf": none_is_leaf, "namespace": NAMESPACE}
     if torch.compiler.is_compiling():
-        return leaves, spec
+        return optree.tree_flatten(tree, _is_constant, **words)
+    leaves, spec = optree.tree_flatten(tree, **words)
     nodes = getattr(torch_pytree, "SUPPORTED_NODES", {})
     unknown = {type(leaf) for leaf in leaves if type(leaf) is not Tensor} & nodes.keys()
     for kind in unknown:
@@ -34,6 +35,18 @@ def flatten(tree: Tree, *, none_is_leaf: bool = False) -> tuple[list[Any], TreeS
 def flatten_args(tree: Tree) -> tuple[list[Any], TreeSpec]:
     """Leaves and structure of arguments; ``None`` is a leaf, as it is in ``in_dims``."""
     return flatten(tree, none_is_leaf=True)
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """Leaves alone, of which ``None`` is one."""
+    if torch.compiler.is_compiling():
+        return optree.tree_leaves(tree, none_is_leaf=True, namespace=NAMESPACE)
+    return flatten_args(tree)[0]
+
+
+def _is_constant(tree: Tree) -> bool:
+    """Whether a tree is a dict without tensors, whose structure Dynamo cannot keep."""
+    return isinstance(tree, dict) and not any(isinstance(leaf, Tensor) for leaf in leaves(tree))
 
 
 def _register(kind: type, node: Any) -> None:
@@ -64,7 +77,16 @@ def unflatten(spec: TreeSpec | None, leaves: list[Any]) -> Tree:
 
 def broadcast(prefix: Tree, tree: Tree) -> list[Any]:
     """One entry of a prefix tree for each leaf of ``tree`` (``None`` is a leaf of both)."""
-    return optree.broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
+    if not torch.compiler.is_compiling():
+        return optree.broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
+    containers = (tuple, list, dict)
+    if not isinstance(prefix, containers) or _is_constant(tree):
+        return [prefix] * len(flatten_args(tree)[0])
+    trees = (prefix, tree) if isinstance(tree, containers) else (prefix, ())
+    keys, expected = (sorted(x) if isinstance(x, dict) else range(len(x)) for x in trees)
+    if keys != expected:
+        raise ValueError("expected a prefix tree")
+    return [dim for key in keys for dim in broadcast(prefix[key], tree[key])]
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Tree) -> Tree:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from funcjac._arguments.call import Call, Output
-from funcjac._arguments.layout import Layout, Options
+from funcjac._arguments.layout import Layout, Options, as_constants
 from funcjac._dispatch.attempt import lean
 from funcjac._dispatch.choose_engine_mode_chunk import Sizes, chunk, routes_of, sizes_of
 from funcjac._engines.run_func import (
@@ -36,6 +36,7 @@ from funcjac._engines.run_func import (
     split_derivatives,
     split_tensors,
 )
+from funcjac._engines.shared_matrices import SharedMatrices
 from funcjac._environment.torch_private import assert_async, bypassing_wrapper, nonstrict_trace
 from funcjac._taylor.recorder import Recorder
 from funcjac._taylor.rules import make_recording
@@ -115,7 +116,7 @@ def _as_request(call: Call, graph: tuple[bool, bool], inputs: int, outs: int) ->
     keywords = options.name, options.mode, options.engine, options.chunk_size
     flags = options.return_value, *graph, options.check is True
     class_of = kind.__module__, kind.__name__, operator.as_numbers()
-    return repr((keywords, flags, (dims, inputs, outs), class_of))
+    return repr(as_constants((keywords, flags, (dims, inputs, outs), class_of)))
 
 
 def _as_call(request: Any, batch: Any, leaves: list[Tensor]) -> Call:
@@ -261,7 +262,7 @@ def _first_that_works(run: Run, sizes: Sizes) -> Derivatives | Exception:
         routes = itertools.chain([Route("fwd" if forward else "taylor", chunk_size)], routes)
     for route in routes:
         try:
-            with torch.set_grad_enabled(again):
+            with torch.set_grad_enabled(again), SharedMatrices():
                 return operator.compute(run, route)
         except Exception as failure:  # noqa: PERF203  traced once
             error = error or lean(failure)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from funcjac._arguments.call import Call
+from funcjac._arguments.layout import as_constants
 from funcjac._engines import vmap
 from funcjac._engines.nesting import Index, by_order, nested_partials
 from funcjac._engines.rows import as_block, batch_first, coordinates, row_shape, row_sizes
@@ -56,7 +57,7 @@ class Partials(SecondOrder):
                 expected, remedy = "an input with rows (d,)", "Reshape it inside of func."
                 raise refuse(name, ValueError, expected, f"rows {tuple(row)}", remedy)
             size += row.numel()
-        entries = list(itertools.chain.from_iterable(self.indices))
+        entries = list(itertools.chain.from_iterable(as_constants(self.indices)))
         if min(entries, default=0) < -size or max(entries, default=-1) >= size:
             expected = f"indices between {-size} and {size - 1}"
             raise refuse(name, ValueError, expected, list(self.indices))

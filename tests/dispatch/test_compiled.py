@@ -90,6 +90,9 @@ def assert_as_eager(function, x, leaves, run=None):
 def test_made_once(name):
     net = network()
     assert_as_eager(TRANSFORMS[name](net), randn(B, 3), list(net.parameters()))
+    transform = TRANSFORMS[name](net)  # whose numbers Dynamo takes for sizes then
+    run = compiled(transform, dynamic=True)
+    assert_as_eager(transform, randn(B, 3), list(net.parameters()), run)
 
 
 @every_transform
@@ -177,6 +180,23 @@ def test_trees_and_several_inputs(mode):
     assert_as_eager(step, randn(B, 2), [scale])
     found, right = compiled(lambda x: step(x, "auto"))(randn(B, 2)), step(randn(B, 2))
     torch.testing.assert_close(tree_leaves(found), tree_leaves(right))
+
+
+def test_trees_of_batch_dimensions():
+    in_dims, out_dims = ({"b": 1, "a": 0}, {"k": None, "m": None}), {"sum": 1, "all": (0, 0)}
+
+    def func(d, powers):
+        a, b = d["a"] ** powers["k"], d["b"].T * powers["m"]
+        return {"all": (a, b), "sum": (a + b).sin().T}
+
+    def step(x, in_dims=in_dims):  # Dynamo cannot keep structures of dicts without tensors
+        transform = batch_jacobian(func, in_dims=in_dims, out_dims=out_dims)
+        return transform({"a": x, "b": 2 * x.T}, {"m": 3.0, "k": 2})
+
+    assert_as_eager(step, randn(B, 3), [])
+    for wrong in ({"a": 0, "c": 1}, (0, 1), {"a": 0}):
+        with pytest.raises(RuntimeError, match="expected in_dims to be an int or a prefix tree"):
+            compiled(lambda x, wrong=wrong: step(x, (wrong, None)))(randn(B, 3))
 
 
 def test_columns():
@@ -396,6 +416,26 @@ def test_one_graph_for_all_batches(name):
         torch._dynamo.mark_dynamic(x, 0)
         torch.testing.assert_close(run(x), transform(x), rtol=1e-10, atol=1e-10)
     assert counter.frame_count == 1
+
+
+def test_matrices_of_each_row_are_not_copied():
+    """Neither those on the left, nor on the right, nor those that a weight multiplies."""
+    weight = randn(3, 2).requires_grad_()
+
+    def func(x):
+        a = (x.unsqueeze(1) * x.unsqueeze(2) + x.unsqueeze(1)).sin()
+        return ((a @ a.mT.exp() @ (2 * a)) @ weight).flatten(1)
+
+    transform = batch_jacobian(func, mode="rev")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    run = compiled(transform, counter, dynamic=True)
+    for batch in (B, 7):
+        assert_as_eager(transform, randn(batch, 3), [weight], run)
+    assert counter.frame_count == 1
+    graph = torch.fx.experimental.proxy_tensor.make_fx(transform)(randn(B, 3)).graph
+    graph.eliminate_dead_code()
+    products = [n for n in graph.nodes if n.target is torch.ops.aten.bmm.default]
+    assert {n.meta["val"].shape[0] for n in products} == {B}
 
 
 @pytest.mark.parametrize("name", ["jacobian", "laplacian"])
