@@ -93,12 +93,8 @@ def routes_of(run: Run, sizes: Sizes, taylor_chunk: int | None) -> Iterator[Rout
 
 
 def nested_route(run: Run, sizes: Sizes, route: Route) -> Route:
-    """What runs where a route gives no finite numbers: reverse passes of one output each."""
-    options = run.call.options
-    if route.mode == "fwd":
-        return first_order_route("rev", options.chunk_size, sizes)
-    route = options.operator.route(run.call, sizes) if route.mode == "taylor" else route
-    return route._replace(mode=route.mode.replace("fwd", "rev"))
+    """What runs where a route gives no finite numbers: itself, but for Taylor propagation."""
+    return run.call.options.operator.route(run.call, sizes) if route.mode == "taylor" else route
 
 
 def first_order_route(mode: str, chunk_size: int | None, sizes: Sizes) -> Route:

@@ -19,7 +19,6 @@ from funcjac._engines.run_func import (
     Run,
     computed,
     detached,
-    is_finite,
     kind_of,
     read_graph,
     retire,
@@ -95,26 +94,19 @@ def by_vmap(attempt: Attempt) -> Derivatives:
         if not attempt.is_due:
             check_forward_formulas(attempt.call, again=torch.is_grad_enabled() or "_" in mode)
     # Node names do not show all that torch.func differentiates wrongly.
-    call, start = _call_of_rows(attempt)._replace(replaced=True), rng_state()
-    result = _by_rows(attempt, call, mode)
-    reverse = "rev" if "rev" in attempt.operator.modes else "rev_over_rev"
-    if mode != reverse and not is_finite(result):
-        set_rng_state(start)
-        result = _by_rows(attempt, call, reverse)
-    if attempt.is_due:
-        verify(attempt, _with_draws_of_vmap(attempt), result, "vmap")
-    attempt.outcome.route = Route(mode, attempt.options.chunk_size)
-    create_graph = torch.is_grad_enabled() and (attempt.plain is None or attempt.plain.create_graph)
-    return result if create_graph else detached(result)
+    call = _call_of_rows(attempt)._replace(replaced=True)
 
-
-def _by_rows(attempt: Attempt, call: Call, mode: str) -> Derivatives:
     def compute(*row: Any) -> Any:
         return attempt.operator.compute_row(call, *row, mode)
 
     attempt.outcome.runs += 1
     with without_wrapped(attempt.function.modules):
-        return vmap.by_vmap(call, compute)
+        result = vmap.by_vmap(call, compute)
+    if attempt.is_due:
+        verify(attempt, _with_draws_of_vmap(attempt), result, "vmap")
+    attempt.outcome.route = Route(mode, attempt.options.chunk_size)
+    create_graph = torch.is_grad_enabled() and (attempt.plain is None or attempt.plain.create_graph)
+    return result if create_graph else detached(result)
 
 
 def _call_of_rows(attempt: Attempt) -> Call:
@@ -181,10 +173,9 @@ def by_loop(attempt: Attempt) -> Derivatives:
 def _one_row(attempt: Attempt, call: Call) -> Derivatives:
     attempt.outcome.runs += 1
     run, facts = read_graph(run_once(call))
-    sizes = sizes_of(run, facts.widest)
-    route = attempt.operator.route(call, sizes)._replace(chunk=1)  # no vmap
+    route = attempt.operator.route(call, sizes_of(run, facts.widest))._replace(chunk=1)  # no vmap
     attempt.outcome.route = route
-    result = computed(run, route, nested_route(run, sizes, route)._replace(chunk=1))
+    result = computed(run, route, route)
     if not run.create_graph:
         return detached(result)
     retire(run)

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from funcjac._arguments.call import Call
-from funcjac._dispatch.choose_engine_mode_chunk import engines_of, nested_route, sizes_of
+from funcjac._dispatch.choose_engine_mode_chunk import engines_of, sizes_of
 from funcjac._dispatch.decisions import FunctionKey, decision_of, make_key
 from funcjac._dispatch.messages import failure
 from funcjac._engines.loop import by_loop
 from funcjac._engines.run_func import (
     Derivatives,
     Run,
-    computed,
     join_derivatives,
     split_derivatives,
 )
@@ -142,9 +141,8 @@ def _computed(run: Run, verify: FunctionKey | None) -> tuple[Derivatives, str | 
     operator, outs = run.call.options.operator, run.output.leaves
     operator.check_output(run.call, outs)
     widest = max([x.numel() for x in (*run.inputs, *outs)], default=1)
-    sizes = sizes_of(run, widest)
-    route = operator.route(run.call, sizes)
-    result = computed(run, route, nested_route(run, sizes, route) if sees_values() else route)
+    route = operator.route(run.call, sizes_of(run, widest))
+    result = operator.compute(run, route)
     if verify is None or not run.call.batch or not any(x.numel() for x in run.inputs):
         return result, None
     problem, _ = problem_of(run._replace(create_graph=False), result, 1, verify.modules)

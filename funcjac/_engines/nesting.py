@@ -22,6 +22,7 @@ from funcjac._engines.rows import (
     coordinates,
     flat_rows,
     row_shape,
+    units,
 )
 from funcjac._engines.run_func import Route, Run
 from funcjac._engines.sum import Blocks, Maybe, column_root, contracted, jacobian, pushforwards
@@ -195,13 +196,19 @@ def _partials_of_one(
 ) -> dict[Index, Maybe]:
     """Partial derivatives of output ``m`` of each row, by their indices."""
     partials: dict[Index, Maybe] = {}
-    # What follows begins before a column was taken out: tensors, and which column of theirs.
+    # Gradients that are differentiated further, whole, and which column of each.
     roots: dict[Index, tuple[Maybe, int | None]] = {}
     inputs, dims, is_plain = run.inputs, run.call.layout.diff_dims, not is_functional()
+    is_copied = is_plain and all(x.ndim == 2 and dim == 0 for x, dim in zip(inputs, dims))
     for order, step in enumerate(steps):
         graph = run.create_graph or order + 1 < len(steps)
         for index, entries in step.items():
-            root, cotangent = _root(*roots[index]) if index else column_root(out, m)
+            if index:
+                root, cotangent = _root(*roots[index], is_copied)
+            elif is_copied and out.numel() == out.shape[0]:
+                root, cotangent = out, torch.ones_like(out)
+            else:
+                root, cotangent = column_root(out, m)
             grads: Sequence[Maybe] = [None] * len(inputs)
             if root is not None:
                 grads = backward(root, inputs, cotangent, retain=True, graph=graph)
@@ -219,15 +226,19 @@ def _partials_of_one(
     return partials
 
 
-def _root(grad: Maybe, column: int | None) -> tuple[Maybe, Any]:
-    """A first derivative, and the cotangent of a column of it."""
+def _root(grad: Maybe, column: int | None, is_copied: bool) -> tuple[Maybe, Any]:
+    """A gradient, and the cotangent of a column of it.
+
+    One that is no view is made and passed on in less time, but two gradients may be that tensor.
+    """
     if grad is None:
         return None, None
-    if column is None:
-        return grad, torch.ones_like(grad)
-    cotangent = torch.zeros_like(grad)
-    cotangent.select(1, column).fill_(1)
-    return grad, cotangent
+    if is_copied:
+        cotangent = torch.zeros_like(grad)
+        cotangent.select(1, column or 0).fill_(1)
+        return grad, cotangent
+    unit = grad.new_ones(()) if column is None else units(grad.shape[-1], column, 1, grad)
+    return grad, unit.expand(grad.shape)
 
 
 def _column(grad: Maybe, dim: int | None, n: int, batch: int) -> Maybe:

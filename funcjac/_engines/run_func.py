@@ -202,8 +202,7 @@ _shape = operator.attrgetter("shape")
 def computed(run: Run, route: Route, nested: Route) -> Derivatives:
     """The derivatives by one route, with a graph where one is kept.
 
-    Zero times infinity is NaN: one infinite factor is in all directions of Taylor propagation, and
-    in all columns of forward mode. Then ``nested`` runs, whose passes see one entry each.
+    One infinite factor makes all directions of Taylor propagation NaN: ``nested`` runs then.
     """
     operator = run.call.options.operator
     needs_graph = run.create_graph or operator.is_second_order
@@ -211,13 +210,9 @@ def computed(run: Run, route: Route, nested: Route) -> Derivatives:
         with torch.set_grad_enabled(needs_graph):
             return computed(run, route, nested)
     result = operator.compute(run, route)
-    return result if route == nested or is_finite(result) else operator.compute(run, nested)
-
-
-def is_finite(result: Derivatives) -> bool:
-    """Whether all derivatives are; a sum tells most times, and may overflow."""
-    blocks = [block.detach() for row in result.blocks for block in row]
-    return all(math.isfinite(block.sum()) or block.isfinite().all() for block in blocks)
+    if route.mode != "taylor" or all(b.isfinite().all() for row in result.blocks for b in row):
+        return result
+    return operator.compute(run, nested)
 
 
 # --- results as lists of tensors ---------------------------------------------------------------

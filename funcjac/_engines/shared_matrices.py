@@ -16,17 +16,17 @@ _RESHAPES = {_EXPAND, _aten.clone.default, *_VIEWS}
 
 
 class _Stack(NamedTuple):
-    """What a tensor shows in another form."""
+    """The matrices that a tensor holds, ``k`` for each row."""
 
-    tensor: Tensor  # the form itself, which keeps its id
-    whole: Tensor  # (k, B, m, n)
-    shared: Tensor | None  # (B, m, n), if the stack repeats it
+    tensor: Tensor  # held, so that no other one gets its id
+    whole: Tensor  # the same, (k, B, m, n)
+    shared: Tensor | None  # (B, m, n), if all k are these
 
 
 class SharedMatrices(TorchDispatchMode):
     """Below vmap, matmul repeats the matrices of each row ``k`` times, to multiply ``k B`` pairs.
 
-    Here the others are joined: ``(B, k m, n)`` times ``(B, n, p)``, or ``(B, m, n)`` times
+    Here the other factors are joined: ``(B, k m, n)`` times ``(B, n, p)``, or ``(B, m, n)`` times
     ``(B, n, k p)``. Nobody uses the copies then, and a compiler drops them.
     """
 
@@ -44,6 +44,8 @@ class SharedMatrices(TorchDispatchMode):
         stack = self.stacks.get(id(x))
         if stack is not None and func in _VIEWS and _same(args[1], stack.whole.shape):
             return _ALIAS(stack.whole)
+        if func._schema.is_mutable:  # a write may reach any of them
+            self.stacks.clear()
         out = func(*args, **(kwargs or {}))
         if func is _EXPAND and out.ndim == 4 and stack is None:
             stack = _Stack(out, out, x if _same(x.shape, out.shape[1:]) else None)
@@ -56,10 +58,10 @@ class SharedMatrices(TorchDispatchMode):
         return tensor
 
 
-def _same(shape: Any, other: Any) -> bool:
+def _same(left: Any, right: Any) -> bool:
     """Whether shapes are equal; no guard compares symbolic ones."""
-    pairs = zip(shape, other)
-    return len(shape) == len(other) and all(statically_known_true(m == n) for m, n in pairs)
+    pairs = zip(left, right)
+    return len(left) == len(right) and all(statically_known_true(m == n) for m, n in pairs)
 
 
 def _is_form(shape: Any, k: int, batch: int, m: int, n: int) -> bool:

@@ -9,6 +9,7 @@ independent, which is how the loop over rows uses this file.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ from funcjac._environment.torch_private import (
     has_levels,
     is_traced,
     over_basis,
+    sees_values,
     vector_jacobian,
 )
 
@@ -51,7 +53,10 @@ def jacobian(run: Run, route: Route) -> Derivatives:
         return Derivatives(list(map(functools.partial(_rows, run, route.chunk), outs)), run.output)
     products = pushforwards(outs, run.inputs, create_graph=run.create_graph)
     columns = [_columns(run, j, push, route.chunk) for j, push in enumerate(products)]
-    return Derivatives(list(map(list, zip(*columns))), run.output)
+    blocks = list(map(list, zip(*columns)))
+    if not is_traced() and sees_values():
+        blocks = [_without_spread_poles(run, *pair) for pair in zip(outs, blocks)]
+    return Derivatives(blocks, run.output)
 
 
 def _rows(run: Run, chunk: int | None, out: Tensor) -> list[Tensor]:
@@ -97,6 +102,30 @@ def _columns(run: Run, j: int, push: Product, chunk: int | None) -> list[Tensor]
     joined = join(passes(), row.numel(), -1, len(outs), create_graph=run.create_graph)
     pairs = zip(joined, outs)
     return [as_block(block, (*out.shape, *row), out, (x,)) for block, out in pairs]
+
+
+def _without_spread_poles(run: Run, out: Tensor, blocks: list[Tensor]) -> list[Tensor]:
+    """Derivatives of one output; by reverse passes of elements that have NaN among theirs.
+
+    Zero times infinity is NaN: in forward mode a pole of one element reaches others.
+    """
+    if all(math.isfinite(block.detach().sum()) for block in blocks):
+        return blocks
+    batch, count, rows = run.call.batch, out.shape[1:].numel(), []
+    has_value = ~out.detach().reshape(batch, count, 1).isnan()  # what is NaN has no derivative
+    flat = [block.detach().reshape(batch, count, block[:1].numel() // count) for block in blocks]
+    is_nan = torch.cat([(block.isnan() & has_value).flatten(2) for block in flat], 2)
+    elements = is_nan.any(2).any(0).nonzero().flatten()
+    for m in elements.tolist():
+        root, cotangent = column_root(out, m)
+        rows.append(backward(root, run.inputs, cotangent, retain=True, graph=run.create_graph))
+    for j, (x, dim) in enumerate(zip(run.inputs, run.dims)) if rows else ():
+        shape = (batch, *row_shape(x, dim))
+        grads = [None if row[j] is None else batch_first(row[j], dim, batch) for row in rows]
+        stack = torch.stack([as_block(grad, shape, out, (x,)) for grad in grads], 1)
+        whole = blocks[j].reshape(batch, count, *shape[1:]).index_copy(1, elements, stack)
+        blocks[j] = whole.view(blocks[j].shape)
+    return blocks
 
 
 # --- products ----------------------------------------------------------------------------------
@@ -183,10 +212,10 @@ def column_root(out: Tensor, m: int) -> tuple[Any, Tensor]:
     if node is not None and node.name() == "StackBackward0" and not out._backward_hooks:
         edge = node.next_functions[m] if out.ndim == 2 and node._saved_dim in (1, 2**64 - 1) else ()
         if edge and edge[0] is not None:
-            return GradientEdge(*edge), out.new_ones(out.shape[0])
+            return GradientEdge(*edge), out.new_ones(()).expand(out.shape[0])
     row = out.shape[1:]
     if row.numel() == 1:
-        return out, torch.ones_like(out)  # takes a fourth of the time of an expanded one
+        return out, out.new_ones(()).expand(out.shape)
     return out, spread(units(row.numel(), m, 1, out), row, out.shape[0], 0)[0]
 
 

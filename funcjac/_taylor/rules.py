@@ -276,7 +276,9 @@ def _opaque(site: Site) -> Derivative:
     scheme, variables = site.scheme, site.variables()
     xs, shapes = list(variables.values()), site.shapes
     stacks = [site.stacks(order).values() for order in range(1, scheme.order + 1)]
-    jet = tuple(torch.cat([s.flatten(1) for s in row], 1) if row else None for row in stacks)
+    jet = tuple(
+        torch.cat([s.unsqueeze(1).flatten(1) for s in row], 1) if row else None for row in stacks
+    )
 
     def run(*rows: Tensor) -> list[Any]:
         outs = zip(shapes, site.node.run(dict(zip(variables, rows))))

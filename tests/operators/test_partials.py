@@ -222,3 +222,12 @@ def test_rows_that_mix_where_they_are_differentiated_again(func, indices, mode):
     """A factor of each row's own stands in each step of the reference, not in the first alone."""
     with pytest.raises(BatchMixingError, match=r"^batch_partials: "):
         batch_partials(func, indices, mode=mode, check=True)(randn(5, 3))
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+def test_results_are_apart(shape):
+    """One gradient of two arguments is one tensor in torch."""
+    partials = batch_partials(lambda a, b: a + b, [(0,), (1,)], argnums=(0, 1))
+    u_a, u_b = partials(torch.randn(shape), torch.randn(shape))
+    u_a.fill_(7)
+    assert (u_b == 1).all()

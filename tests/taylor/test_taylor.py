@@ -536,3 +536,10 @@ def test_third_derivatives_of_an_operation_of_unknown_structure_are_right(grad):
     if grad:
         wanted = torch.autograd.grad(sum(right).sum(), x)
         torch.testing.assert_close(torch.autograd.grad(sum(found).sum(), x), wanted)
+
+
+@pytest.mark.parametrize("operation", [torch.alias_copy, torch.amax])
+def test_operations_of_unknown_structure_take_numbers(operation):
+    func = lambda x: torch.stack([operation(number.sin()) for number in x.unbind()])
+    x = randn(3)
+    torch.testing.assert_close(batch_laplacian(func, mode="taylor", check=False)(x), -x.sin())
