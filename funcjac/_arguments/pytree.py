@@ -21,10 +21,10 @@ TreeSpec = optree.PyTreeSpec
 
 def flatten(tree: Tree, *, none_is_leaf: bool = False) -> tuple[list[Any], TreeSpec]:
     """Leaves and structure of an output or an input; ``None`` is structure."""
-    words: Any = {"none_is_leaf": none_is_leaf, "namespace": NAMESPACE}
+    keywords: Any = {"none_is_leaf": none_is_leaf, "namespace": NAMESPACE}
     if torch.compiler.is_compiling():
-        return optree.tree_flatten(tree, _is_constant, **words)
-    leaves, spec = optree.tree_flatten(tree, **words)
+        return optree.tree_flatten(tree, _is_constant, **keywords)
+    leaves, spec = optree.tree_flatten(tree, **keywords)
     nodes = getattr(torch_pytree, "SUPPORTED_NODES", {})
     unknown = {type(leaf) for leaf in leaves if type(leaf) is not Tensor} & nodes.keys()
     for kind in unknown:

@@ -87,8 +87,8 @@ def by_vmap(attempt: Attempt) -> Derivatives:
     """Rows apart by ``torch.vmap``."""
     mode = attempt.options.mode
     if attempt.function.scripted:
-        words = "torch.func differentiates TorchScript wrongly from its second call on"
-        raise RefusedError(words)
+        message = "torch.func differentiates TorchScript wrongly from its second call on"
+        raise RefusedError(message)
     if "fwd" in mode:  # forward formulas see through no_grad: always verified
         attempt.is_due = attempt.options.check is not False
         if not attempt.is_due:

@@ -83,8 +83,8 @@ def _at_levels(call: Call, token: Any, function: FunctionKey) -> Derivatives:
                 decision.rows |= is_due
                 return result
             if options.engine == "sum":
-                words = f"{options.name}: sum was verified and refused: {problem}."
-                raise VerificationError(words)
+                message = f"{options.name}: sum was verified and refused: {problem}."
+                raise VerificationError(message)
     with without_wrapped(function.modules):
         return _by_rows(call)  # which raises what func itself raises
 

@@ -56,7 +56,7 @@ class Scheme(NamedTuple):
     ) -> Tensor | None:
         """What ``f``'s derivative ``name`` adds to one of ``f(*variables)`` (Faà di Bruno).
 
-        ``multiply`` makes of derivatives of variables that derivative along them, or its factor.
+        ``multiply`` gives ``f``'s derivative along those of its variables that it is called with.
         """
         if len(name) == 1:
             stack = jets[name[0]][order - 1]

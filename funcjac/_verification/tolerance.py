@@ -50,7 +50,7 @@ def error_and_size(computed: Tensor, reference: Tensor) -> tuple[float, float]:
     if not reference.numel():
         return 0.0, 0.0
     error = vector_norm(computed - reference, math.inf).item()
-    if math.isfinite(error):  # then all numbers are: most times nothing else is looked at
+    if math.isfinite(error):  # then all numbers are
         return error, vector_norm(reference, math.inf).item()
     return error_of(computed, reference).max().item(), largest([reference])
 

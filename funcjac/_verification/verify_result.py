@@ -84,7 +84,7 @@ def _rounded_in_run(run: Run, probe: Probe, entries: list[Entry]) -> list[float]
 
 
 def _is_near(computed: Tensor, reference: Tensor, norm: Tensor, limit: float) -> bool:
-    """Whether all is finite, and errors are small beside what was added up: most times."""
+    """Whether all is finite, and errors are small beside what was added up, as they mostly are."""
     if not reference.numel():
         return True
     error = (computed.detach() - reference).abs_()
