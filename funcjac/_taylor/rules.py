@@ -291,7 +291,7 @@ def _opaque(site: Site) -> Derivative:
         By vector-Jacobian products, not by forward-mode formulas (J. Townsend, "A new trick for
         calculating Jacobian vector products", 2017).
         """
-        copies = [x.expand(len(directions[0]), *x.shape) for x in xs]
+        copies = [x.expand(len(directions[0]), *x.shape).contiguous() for x in xs]
         roots: Sequence[Any] = over_basis(run, *copies)
         vectors = cotangents = [torch.zeros_like(roots[0], requires_grad=True)]
         for direction in directions:
