@@ -149,7 +149,6 @@ def test_one_module_imports_optree():
 # What is private to torch and stands in one place of its own, where a comment says why.
 _NAMED_WHERE_USED = {
     "_arguments/pytree.py": {"torch.utils._pytree"},
-    "_taylor/operation_kinds.py": {"torch._decomp"},
     "_diagnostics/explain.py": {"torch.utils._pytree"},
 }
 
@@ -166,7 +165,7 @@ def test_private_torch_in_one_place(name):
         and ast.unparse(node).startswith("torch.")
     }
     private |= {module for module in imports(name) if module.startswith("torch._")}
-    private -= {"torch.utils._pytree", "torch._decomp"} & _NAMED_WHERE_USED.get(name, set())
+    private -= _NAMED_WHERE_USED.get(name, set())
     assert not private or name == "_environment/torch_private.py", private
 
 

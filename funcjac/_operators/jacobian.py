@@ -112,7 +112,7 @@ def batch_jacobian_of(
         chunk_size: basis vectors per pass; ``None`` leaves it to the rule.
         create_graph: whether the result can be differentiated; ``None`` follows grad mode.
         retain_graph: ``False`` frees the graph afterwards, by one more backward pass.
-        check: ``"auto"`` verifies calls 1, 2, 4, 8, … of each graph (by the names of its nodes),
+        check: ``"auto"`` verifies calls 1, 2, 4, 8, … of each graph (by the kinds of its nodes),
             ``True`` every call, ``False`` none. With a hook on an input, or a retained
             gradient, nothing is verified: it would see random numbers.
 

@@ -241,18 +241,6 @@ def test_differences_convict_plain_autograd() -> None:
     assert judged(lambda f, a: lambda x: right(f, a)(x) * 3, case) == WRONG
 
 
-def test_poles_that_torch_spreads_under_vmap_are_told_from_others() -> None:
-    roots = lambda x: torch.cat([x.sqrt(), x * x])
-    case = case_of(roots)
-    case = replace(case, args=(case.args[0].abs() * torch.tensor([0.0, 1.0]),))
-    in_vmap = next(t for t in TRANSFORMS if t.name == "batch_hessian in torch.vmap")
-    assert judge(case, truth_of(case), in_vmap).kind == TORCH
-    more = lambda f, a: lambda x: batch_hessian(f, a)(x).index_fill(3, torch.tensor(1), torch.nan)
-    assert judge(case, truth_of(case), replace(in_vmap, make=more)).kind == WRONG
-    other = lambda f, a: lambda x: batch_hessian(f, a)(x).nan_to_num(7.0)
-    assert judge(case, truth_of(case), replace(in_vmap, make=other)).kind == WRONG
-
-
 def test_differences_acquit_plain_autograd_at_kinks_and_elsewhere() -> None:
     for row in (sine, torch.exp, lambda x: (x - x[0]).abs() + x, lambda x: x.round()):
         truth = truth_of(case_of(row))

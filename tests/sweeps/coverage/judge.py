@@ -15,7 +15,7 @@ from funcjac import BatchMixingError, VerificationError
 from tests.fresh import fresh
 from tests.sweeps.coverage.oracle import Truth
 from tests.sweeps.coverage.samples import Case, Parts
-from tests.sweeps.coverage.transforms import HESSIAN, MisshapenError, Transform, contracted
+from tests.sweeps.coverage.transforms import MisshapenError, Transform, contracted
 
 # From good to bad; a case has the worst class of its calls.
 RIGHT = "right"
@@ -154,12 +154,6 @@ def _beside_vmap(outcome: Outcome, case: Case, truth: Truth, transform, args, tu
         outs = func(*[x.unsqueeze(0) for x in inputs])
         return torch.cat([out.reshape(-1) for out in ([outs] if type(outs) is Tensor else outs)])
 
-    def hessians(*args: Tensor) -> Tensor:
-        hess = torch.func.hessian(row, argnums)(*args)  # (M, *in_j, *in_k)
-        sizes = [args[i].numel() for i in argnums]
-        flat = [[b.reshape(-1, n, m) for b, m in zip(bs, sizes)] for bs, n in zip(hess, sizes)]
-        return torch.cat([torch.cat(blocks, 2) for blocks in flat], 1)
-
     def rows(*args: Tensor) -> tuple[Tensor, Tensor]:
         values, jacs = [], []
         for inputs in zip(*[x.unbind(0) for x in args]):
@@ -179,13 +173,6 @@ def _beside_vmap(outcome: Outcome, case: Case, truth: Truth, transform, args, tu
         return Outcome(DOCUMENTED, f"{words} (here: {outcome.detail[:200]})")
     if _gap(values[0].flatten(1), truth.value.roll(turn, 0), 1e-9):
         return Outcome(TORCH, f"torch.vmap gives other values (here: {outcome.detail[:200]})")
-    # Values cannot be looked at, and forward mode spreads poles.
-    if outcome.detail.startswith("not finite") and transform.kind is HESSIAN:
-        hess = torch.vmap(torch.vmap(hessians))(*_two(args))[0]
-        blind = ~truth.value.isfinite()[:, :, None, None]
-        known = torch.where(blind, torch.nan, truth.hess).roll(turn, 0)
-        if _gap(hess, known, 1e-6) == outcome.detail:
-            return Outcome(TORCH, f"torch.func.hessian, under torch.vmap, is {outcome.detail}")
     right = truth.differences.get("jacobian", truth.jac)
     right = right if transform.kind.order == "jacobian" else None
     if outcome.kind == WRONG and right is not None and _gap(jacs[0], right.roll(turn, 0), 1e-6):

@@ -17,8 +17,7 @@ MEANING = {
     RIGHT: "every call agrees with the loop over rows, and all of the caller's is as it was",
     DOCUMENTED: "an error that the documentation promises, of an engine or mode that was asked "
     "for, or where rows depend on one another, or where the loop over rows fails too",
-    TORCH: "what PyTorch's plain autograd gives, which central differences contradict, or, inside "
-    "of `torch.vmap`, what `torch.func.hessian` gives",
+    TORCH: "what PyTorch's plain autograd gives, which central differences contradict",
     "refused, though the loop is right": "a documented error of `auto`, which should be right",
     "silently wrong": "a result that neither the loop nor central differences give",
     "changed the caller's state": "values, flags, gradients, hooks, modules, random state: not "
