@@ -16,14 +16,12 @@ def draw(path: str) -> None:
     timings = main()
     figure, axes = pyplot.subplots(1, len(timings), sharey=True, figsize=(10, 3), layout="tight")
     for ax, (title, table) in zip(axes, timings.items()):
-        for name, (seconds, remark) in table.items():
-            text = remark.split(":")[0]
-            if seconds is not None:
-                text = as_time(seconds) + (" (slow fallback)" if remark else "")
-            bar = ax.barh(
-                name, 1e3 * (seconds or 1e-3), color="tab:blue" if name == OURS else "0.75"
-            )
-            ax.bar_label(bar, [text], padding=3, fontsize=8, color="tab:red" if remark else "black")
+        for name, timing in table.items():
+            failed = isinstance(timing, str)
+            text = timing.split(":")[0] if failed else as_time(timing)
+            width, color = 1 if failed else 1e3 * timing, "tab:blue" if name == OURS else "0.75"
+            bar = ax.barh(name, width, color=color)
+            ax.bar_label(bar, [text], padding=3, fontsize=8, color="tab:red" if failed else "black")
         ax.set(title=title, xscale="log", xlim=(1, 1e4), xlabel="milliseconds")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()

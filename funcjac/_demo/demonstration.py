@@ -22,8 +22,7 @@ from funcjac._diagnostics.meter import Meter
 # Digits whose Jacobians are computed: the full Jacobian costs the square of that.
 WIDTH, COUNT = 100, 128
 REFERENCE, OURS = "loop over rows", "funcjac.batch_jacobian"
-# Seconds of a usual run, or None; what it raises or warns of.
-Timing = tuple[float | None, str]
+Timing = float | str  # seconds of a usual run, or what it raises
 
 
 def main() -> dict[str, dict[str, Timing]]:
@@ -127,8 +126,8 @@ def compare(ways: dict[str, Callable[[], Tensor]]) -> dict[str, Timing]:
     print(f"{tuple(reference.shape)}, entries up to {reference.abs().max():.3g}\n")
     print(f"{'':<34}{'time':>10}{'peak memory':>14}{'difference from the loop':>27}")
     for name, way in ways.items():
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             try:
                 first = timeit(way, number=1)
                 rounds = min(max(int(1 / first), 1), 7)  # of a second in all, if it is not slower
@@ -136,23 +135,15 @@ def compare(ways: dict[str, Callable[[], Tensor]]) -> dict[str, Timing]:
                 with Meter() as meter:
                     jac = way()
             except Exception as error:  # whatever a way raises is its row in the table
-                timings[name] = None, first_sentence(error)
-                remark = textwrap.shorten(timings[name][1], WIDTH - 36, placeholder="...")
-                print(f"{name:<36}{remark}")
+                sentence = str(error).strip().splitlines()[0].split(". ")[0]
+                timings[name] = text = f"{type(error).__name__}: {sentence.rstrip('.')}"
+                print(f"{name:<36}{textwrap.shorten(text, WIDTH - 36, placeholder='...')}")
                 continue
-        slow = [w.message for w in caught if "performance drop" in str(w.message)]
-        timings[name] = seconds, first_sentence(slow[0]) if slow else ""
+        timings[name] = seconds
         difference = "reference" if name == REFERENCE else f"{(jac - reference).abs().max():.1e}"
         print(f"{name:<34}{as_time(seconds):>10}{meter.peak / 2**20:>10.1f} MiB{difference:>27}")
-        if slow:
-            print(textwrap.indent(textwrap.fill(timings[name][1], WIDTH - 2), "  "))
     print(f"\nThe first call of funcjac, verified, took {as_time(first)}.\n")
     return timings
-
-
-def first_sentence(error: Exception | Warning | str) -> str:
-    sentence = str(error).strip().splitlines()[0].split(". ")[0]
-    return f"{type(error).__name__}: {sentence.rstrip('.')}"
 
 
 def heading(text: str) -> None:

@@ -85,9 +85,8 @@ class Explanation:
             f"most {_amount(self.memory, 'B', 1024)} at once; {self.operations} operations, the "
             f"widest of {self.widest} numbers",
             *[f"left   {reason}" for reason in self.reasons],
-            *map(str, self.attempts),
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.attempts)])
 
     def plot(self, ax: Any = None) -> Any:
         """Draw what ``measure=True`` timed, by matplotlib; returns the axes.

@@ -95,13 +95,9 @@ def by_vmap(attempt: Attempt) -> Derivatives:
             check_forward_formulas(attempt.call, again=torch.is_grad_enabled() or "_" in mode)
     # Node names do not show all that torch.func differentiates wrongly.
     call = _call_of_rows(attempt)._replace(replaced=True)
-
-    def compute(*row: Any) -> Any:
-        return attempt.operator.compute_row(call, *row, mode)
-
     attempt.outcome.runs += 1
     with without_wrapped(attempt.function.modules):
-        result = vmap.by_vmap(call, compute)
+        result = vmap.by_vmap(call, lambda *row: attempt.operator.compute_row(call, *row, mode))
     if attempt.is_due:
         verify(attempt, _with_draws_of_vmap(attempt), result, "vmap")
     attempt.outcome.route = Route(mode, attempt.options.chunk_size)

@@ -7,6 +7,7 @@ compiler traces, rows are kept apart by ``torch.vmap`` itself, and one by one wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from funcjac._arguments.call import Call
 from funcjac._dispatch.choose_engine_mode_chunk import engines_of, sizes_of
-from funcjac._dispatch.decisions import FunctionKey, decision_of, make_key
+from funcjac._dispatch.decisions import Decision, FunctionKey, decision_of, make_key
 from funcjac._dispatch.messages import failure
 from funcjac._engines.loop import by_loop
 from funcjac._engines.run_func import (
@@ -25,7 +26,14 @@ from funcjac._engines.run_func import (
     split_derivatives,
 )
 from funcjac._engines.vmap import by_vmap
-from funcjac._environment.state import rng_state, set_rng_state, without_wrapped
+from funcjac._environment.state import (
+    buffers_in_training,
+    put_back,
+    rng_state,
+    same_rng_state,
+    set_rng_state,
+    without_wrapped,
+)
 from funcjac._environment.torch_private import CONTROL_FLOW, has_levels, is_traced, sees_values
 from funcjac._verification.forward_formulas import check_forward_formulas
 from funcjac._verification.verify_result import problem_of
@@ -64,40 +72,47 @@ def solve_inside(call: Call, token: Any) -> Derivatives:
 
 
 def _at_levels(call: Call, token: Any, function: FunctionKey) -> Derivatives:
-    """By the sum trick, verified where values can be looked at; otherwise with rows apart."""
-    options, batch = call.options, call.batch
-    has_values = sees_values()
-    if "sum" in engines_of(call)[0] and (has_values or options.engine == "sum" or batch == 1):
+    """By the sum trick, or with rows apart; verified where values can be looked at."""
+    engine, has_values, start = call.options.engine, sees_values(), rng_state()
+    decision, verify = Decision(), None
+    if has_values and call.batch > 1:
         decision = decision_of(make_key((token, "inside"), function, call))
         decision.calls += 1
-        is_due = has_values and batch != 1 and decision.is_due(options.check, batch)
+        verify = function if decision.is_due(call.options.check, call.batch) else None
+    if "sum" in engines_of(call)[0] and (has_values or engine == "sum" or call.batch == 1):
         try:
-            result, problem = _through_graph(call, function if is_due else None)
+            result, problem = _through_graph(call, verify)
+            _refuse(call, "sum", problem)
         except (BatchMixingError, *CONTROL_FLOW):
             raise
         except Exception:
-            if options.engine == "sum":
+            if engine == "sum":
                 raise
         else:
-            if problem is None:
-                decision.rows |= is_due
-                return result
-            if options.engine == "sum":
-                message = f"{options.name}: sum was verified and refused: {problem}."
-                raise VerificationError(message)
+            decision.rows |= verify is not None
+            return result
     with without_wrapped(function.modules):
-        return _by_rows(call)  # which raises what func itself raises
+        result = _by_rows(call)  # which raises what func itself raises
+    if verify is not None and same_rng_state(start, rng_state()):
+        buffers = buffers_in_training(function.modules)
+        _, problem = _through_graph(call, verify, lambda _: result)
+        put_back(buffers)
+        _refuse(call, engine.replace("auto", "vmap"), problem)
+        decision.rows = True
+    return result
+
+
+def _refuse(call: Call, engine: str, problem: str | None) -> None:
+    if problem is not None:
+        text = f"{call.options.name}: {engine} was verified and refused: {problem}."
+        raise VerificationError(text)
 
 
 def _row_compute(call: Call) -> Any:
-    mode = call.options.mode
+    mode, operator = call.options.mode, call.options.operator
     if call.options.engine != "vmap":  # forward formulas are for whoever asks for them
         mode = mode.replace("fwd", "transposed")
-
-    def compute(function: Any, xs: Any, extras: Any) -> Any:
-        return call.options.operator.compute_row(call, function, xs, extras, mode)
-
-    return compute
+    return lambda *row: operator.compute_row(call, *row, mode)
 
 
 def _by_rows(call: Call) -> Derivatives:
@@ -120,14 +135,26 @@ def _one_row(call: Call) -> Derivatives:
     return _through_graph(call._replace(options=options), None)[0]
 
 
-def _through_graph(call: Call, verify: FunctionKey | None) -> tuple[Derivatives, str | None]:
+def _by_rule(run: Run) -> Derivatives:
+    operator = run.call.options.operator
+    widest = max([x.numel() for x in (*run.inputs, *run.output.leaves)], default=1)
+    return operator.compute(run, operator.route(run.call, sizes_of(run, widest)))
+
+
+def _through_graph(
+    call: Call, verify: FunctionKey | None, compute: Callable[[Run], Derivatives] = _by_rule
+) -> tuple[Derivatives, str | None]:
     """Derivatives through the graph of one run at a level of torch.func of its own."""
     rest: list[Any] = []
 
     def primal(*inputs: Tensor) -> Any:
-        output = call([x.clone() for x in inputs])  # func may write into its input
+        output, problem = call([x.clone() for x in inputs]), None  # func may write into its input
         run = Run(call, list(inputs), output, create_graph=True)
-        result, problem = _computed(run, verify)
+        call.options.operator.check_output(call, output.leaves)
+        result = compute(run)
+        if verify is not None and any(x.numel() for x in inputs):
+            run, engine = run._replace(create_graph=False), "sum" if compute is _by_rule else "vmap"
+            problem, _ = problem_of(run, result, 1, verify.modules, engine)
         tensors, others = split_derivatives(result)
         rest[:] = [others, problem]
         return sum([x.sum() for x in inputs]), tuple(tensors)
@@ -135,15 +162,3 @@ def _through_graph(call: Call, verify: FunctionKey | None) -> tuple[Derivatives,
     _, _, tensors = torch.func.vjp(primal, *call.inputs, has_aux=True)  # type: ignore[misc]
     others, problem = rest
     return join_derivatives(others, tensors), problem
-
-
-def _computed(run: Run, verify: FunctionKey | None) -> tuple[Derivatives, str | None]:
-    operator, outs = run.call.options.operator, run.output.leaves
-    operator.check_output(run.call, outs)
-    widest = max([x.numel() for x in (*run.inputs, *outs)], default=1)
-    route = operator.route(run.call, sizes_of(run, widest))
-    result = operator.compute(run, route)
-    if verify is None or not run.call.batch or not any(x.numel() for x in run.inputs):
-        return result, None
-    problem, _ = problem_of(run._replace(create_graph=False), result, 1, verify.modules)
-    return result, problem

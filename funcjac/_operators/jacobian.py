@@ -175,8 +175,7 @@ def _in_plain_code(run: Run, retain_graph: bool) -> Derivatives:
         result = _solved(run)
         if not retain_graph:
             live = [out for out in run.output.leaves if out.requires_grad]
-            zeros = [torch.zeros_like(out) for out in live]
-            torch.autograd.grad(live, run.inputs, zeros, allow_unused=True)
+            torch.autograd.grad(live, run.inputs, [*map(torch.zeros_like, live)], allow_unused=True)
     finally:
         for x, grad in retained:  # a retained gradient is that of backward(), not of these passes
             x.grad = grad

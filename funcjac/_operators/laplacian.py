@@ -229,7 +229,8 @@ def _by_taylor(
                 right = slice(size, None)
             scheme = second_order(left, right, part.weights if total else None)
             each = [] if total else [(k, k + (right.start or 0)) for k in range(size)]
-            jets = along_directions(recording, {j: seeds}, scheme, each)
+            basis = seeds if part.basis and part.right is None else None
+            jets = along_directions(recording._replace(basis=basis), {j: seeds}, scheme, each)
             slopes = [f[:size] if firsts and f is not None else None for f, _ in jets]
             seconds = [second for _, second in jets]
             if total:

@@ -175,6 +175,7 @@ class Recording(NamedTuple):
         slots: of the outputs; ``None`` for one that does not depend on the input.
         steps: operations that the outputs need.
         keeps_rows: whether rows stay in dimension 0 of all that is recorded.
+        basis: first derivatives of the input, where they are its standard basis in each row.
     """
 
     values: list[Tensor]
@@ -182,6 +183,7 @@ class Recording(NamedTuple):
     steps: list[Step]
     create_graph: bool
     keeps_rows: Callable[[], bool]
+    basis: Tensor | None = None
 
     def value(self, slot: int) -> Tensor:
         """Tensor in a slot, unless it is a copy of an overwritten one, to which no graph leads."""

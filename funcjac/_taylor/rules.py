@@ -207,6 +207,9 @@ def _multiplication(site: Site, first: Any, second: Any, rest: list[Any]) -> Any
         if node.name in ("mm", "bmm", *AFFINE):
             if y is not None or b.ndim != 2:
                 return a @ b
+            if a is site.recording.basis and len(a) == len(b) and a.shape[1] > 1:
+                rows = b.clone(memory_format=torch.contiguous_format)  # a view would spoil strides
+                return rows.unsqueeze(1).expand(-1, a.shape[1], -1)
             return on_one_row(lambda stack: stack @ b, a)
 
         def run(*rows: Tensor) -> list[Any]:

@@ -126,6 +126,24 @@ def test_mixing_is_no_matter_of_the_engine(name, engine):
         batch_jacobian(FUNCTIONS[name], engine=engine)(randn(B, 3))
 
 
+@pytest.mark.parametrize("keywords", [{"engine": "vmap"}, {"engine": "loop"}, {"argnums": (0, 1)}])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_mixing_is_no_matter_of_the_engine_inside_of_a_gradient(name, keywords):
+    """Where rows are kept apart because they share an argument, too."""
+    func, x, shared = FUNCTIONS[name], randn(B, 3), randn(3)
+    jac = batch_jacobian(lambda x, w: func(x) * w, in_dims=(0, None), **keywords)
+    blocks = lambda x: jac(x, shared)[0] if "argnums" in keywords else jac(x, shared)
+    for _ in range(2):  # what was refused is looked at again
+        with pytest.raises(BatchMixingError):
+            torch.func.grad(lambda x: blocks(x).sum())(x)
+
+
+def test_rows_apart_inside_of_a_gradient_pass():
+    jac = batch_jacobian(lambda x, w: x.sin() * w, argnums=1, in_dims=(0, None))
+    x = randn(B, 3)
+    equal(torch.func.grad(lambda x: jac(x, randn(3)).sum())(x), x.cos())
+
+
 @pytest.mark.parametrize("name", ["mean", "neighbour"])
 def test_mixing_in_float32_is_refused(name):
     with pytest.raises(BatchMixingError):

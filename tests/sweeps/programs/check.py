@@ -163,6 +163,7 @@ def takes_shared(program: Program) -> bool:
 AGAIN = re.compile(
     "norm|attention|Multihead|Norm|det|solve|chol|logcumsum|logaddexp|hardsig|cumprod|scatter"
     r"|\*\*|pow|pdist|cdist|unpool|in_place|_\(|\+=|\*=|\] ="
+    r"|topk|sort|kthvalue|\.(max|min|median|mode)\("  # whose derivative is a scatter
 )
 
 
