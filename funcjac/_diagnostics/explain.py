@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from funcjac._arguments import pytree
 from funcjac._diagnostics.meter import Meter
 from funcjac._dispatch.attempt import Outcome
+from funcjac._environment.torch_private import uncompiled
 from funcjac._operators.transform import Transform, transform_of
 from funcjac.errors import brief, refuse
 
@@ -138,7 +140,7 @@ def explain(
     transform = transform_of(transformed, "explain")
     always = replace(transform.options, check=transform.options.check and True)
     outcome, verified = Outcome(meter=Meter()), Transform(transform.func, always)
-    with outcome.meter as meter:
+    with uncompiled() or nullcontext(), outcome.meter as meter:
         result = verified.evaluate(args, kwargs, outcome)
     sizes, route = outcome.sizes, outcome.route
     passes = transform.options.operator.passes(route.mode, sizes.outputs, sizes.inputs)

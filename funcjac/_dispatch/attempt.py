@@ -22,13 +22,7 @@ from funcjac._engines.run_func import (
     read_graph,
     run_once,
 )
-from funcjac._environment.state import (
-    Buffers,
-    buffers_in_training,
-    put_back,
-    rng_state,
-    set_rng_state,
-)
+from funcjac._environment import state
 from funcjac._environment.torch_private import CONTROL_FLOW, saves_by_hooks
 from funcjac._taylor.recorder import Recorder
 from funcjac._torch_faults.replace import graph_names, needs_replacement
@@ -88,10 +82,10 @@ class Attempt:
         if self.is_due:
             forget_children(function.modules)
         self.call = call._replace(clone=decision.clone, replaced=decision.replaced)
-        self.settled, self.start = settled, rng_state()
+        self.settled, self.start = settled, state.rng_state()
         self.plain: Run | None = None
         self.signature = 0
-        self.buffers: Buffers = []
+        self.buffers: state.Buffers = []
         self.draws = self.in_func = False
 
     def run(self, recorder_of: Callable[..., Any] | None = None) -> tuple[Run, Facts]:
@@ -107,12 +101,12 @@ class Attempt:
         """Run ``func``; once more if it writes into its input."""
         self.in_func, is_first = True, not self.decision.has_run
         if is_first:
-            self.buffers = buffers_in_training(self.function.modules)
+            self.buffers = state.buffers_in_training(self.function.modules)
         try:
             run = run_once(self.call, recorder_of, copy=is_first)
         except ChangedInputError:
-            put_back(self.buffers)
-            set_rng_state(self.start)
+            state.put_back(self.buffers)
+            state.set_rng_state(self.start)
             self.decision.clone = True
             self.call = self.call._replace(clone=True)
             self.outcome.runs += 1
@@ -144,13 +138,13 @@ class Attempt:
 
     def _replaced(self, run: Run) -> Run | None:
         """Another run, of replacements, if they give the same values."""
-        call, after = run.call._replace(replaced=True), rng_state()
-        moved = buffers_in_training(self.function.modules)
+        call, after = run.call._replace(replaced=True), state.rng_state()
+        moved = state.buffers_in_training(self.function.modules)
         # A version does not tell of batch norm that it wrote into its running statistics.
         small = [x for x in self.function.tensors if is_plain(x) and x.numel() <= _MOST_RESTORED]
         statistics = [(x, x.clone()) for x in small]
-        set_rng_state(self.start)
-        put_back(self.buffers)
+        state.set_rng_state(self.start)
+        state.put_back(self.buffers)
         self.outcome.runs += 1
         try:
             replaced = run_once(call, None if run.recorder is None else Recorder)
@@ -165,11 +159,11 @@ class Attempt:
         except Exception:  # not all that torch takes is replaced
             pass
         finally:  # values and versions stay those of the first run
-            put_back(moved)
+            state.put_back(moved)
             for x, values in statistics:
                 if not torch.equal(x.nan_to_num(), values.nan_to_num()):
                     x.data.copy_(values)
-        set_rng_state(after)
+        state.set_rng_state(after)
         return None
 
 

@@ -24,13 +24,7 @@ from funcjac._engines.run_func import (
     retire,
     run_once,
 )
-from funcjac._environment.state import (
-    has_lazy,
-    rng_state,
-    same_rng_state,
-    set_rng_state,
-    without_wrapped,
-)
+from funcjac._environment import state
 from funcjac._taylor.recorder import Recorder
 from funcjac._verification.forward_formulas import check_forward_formulas
 from funcjac._verification.row_independence import check_rows
@@ -96,7 +90,7 @@ def by_vmap(attempt: Attempt) -> Derivatives:
     # Node names do not show all that torch.func differentiates wrongly.
     call = _call_of_rows(attempt)._replace(replaced=True)
     attempt.outcome.runs += 1
-    with without_wrapped(attempt.function.modules):
+    with state.without_wrapped(attempt.function.modules):
         result = vmap.by_vmap(call, lambda *row: attempt.operator.compute_row(call, *row, mode))
     if attempt.is_due:
         verify(attempt, _with_draws_of_vmap(attempt), result, "vmap")
@@ -122,12 +116,12 @@ def reference(attempt: Attempt) -> None:
     """
     if attempt.plain is not None:
         return
-    lazy = has_lazy(attempt.function.modules)
+    lazy = state.has_lazy(attempt.function.modules)
     run, _ = attempt.run()
-    if lazy or same_rng_state(attempt.start, rng_state()):
+    if lazy or state.same_rng_state(attempt.start, state.rng_state()):
         return
     attempt.draws = attempt.in_func = True
-    set_rng_state(attempt.start)
+    state.set_rng_state(attempt.start)
     if attempt.options.randomness == "error":
         raise drew(attempt.options)
     if attempt.is_due:
@@ -137,7 +131,7 @@ def reference(attempt: Attempt) -> None:
 
 def _with_draws_of_vmap(attempt: Attempt) -> Run:
     """The plain run, or one that draws what ``torch.vmap`` drew."""
-    plain, after = attempt.plain, rng_state()
+    plain, after = attempt.plain, state.rng_state()
     assert plain is not None
     if not attempt.draws:
         return plain
@@ -145,20 +139,20 @@ def _with_draws_of_vmap(attempt: Attempt) -> Run:
     def values(function: Any, xs: Any, _: Any) -> Any:
         return [], function(*xs)[1]
 
-    set_rng_state(attempt.start)
+    state.set_rng_state(attempt.start)
     with torch.enable_grad():
         output = vmap.by_vmap(attempt.call.with_inputs(plain.inputs), values).output
-    set_rng_state(after)
+    state.set_rng_state(after)
     return plain._replace(output=plain.output._replace(leaves=output.leaves))
 
 
 def by_loop(attempt: Attempt) -> Derivatives:
     """One row after the other."""
     call = _call_of_rows(attempt)
-    plain, start = attempt.plain, rng_state()
+    plain, start = attempt.plain, state.rng_state()
     result = loop.by_loop(call, functools.partial(_one_row, attempt))
-    if attempt.options.randomness == "error" and not same_rng_state(start, rng_state()):
-        set_rng_state(start)
+    if attempt.options.randomness == "error" and not state.same_rng_state(start, state.rng_state()):
+        state.set_rng_state(start)
         raise drew(attempt.options)
     if plain is not None and attempt.is_due and not attempt.draws:
         with suppress(torch.linalg.LinAlgError):  # of a singular row, which stops no other

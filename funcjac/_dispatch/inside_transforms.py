@@ -26,14 +26,7 @@ from funcjac._engines.run_func import (
     split_derivatives,
 )
 from funcjac._engines.vmap import by_vmap
-from funcjac._environment.state import (
-    buffers_in_training,
-    put_back,
-    rng_state,
-    same_rng_state,
-    set_rng_state,
-    without_wrapped,
-)
+from funcjac._environment import state
 from funcjac._environment.torch_private import CONTROL_FLOW, has_levels, is_traced, sees_values
 from funcjac._verification.forward_formulas import check_forward_formulas
 from funcjac._verification.verify_result import problem_of
@@ -65,15 +58,15 @@ def solve_inside(call: Call, token: Any) -> Derivatives:
     except Exception as error:
         if str(error).startswith(f"{call.options.name}: "):  # refused by the library itself
             raise
-        state = rng_state()
+        start = state.rng_state()
         call._replace(clone=True)(call.inputs)  # raises what func itself raises
-        set_rng_state(state)
+        state.set_rng_state(start)
         raise failure(call.options, [("", error)], None) from error
 
 
 def _at_levels(call: Call, token: Any, function: FunctionKey) -> Derivatives:
     """By the sum trick, or with rows apart; verified where values can be looked at."""
-    engine, has_values, start = call.options.engine, sees_values(), rng_state()
+    engine, has_values, start = call.options.engine, sees_values(), state.rng_state()
     decision, verify = Decision(), None
     if has_values and call.batch > 1:
         decision = decision_of(make_key((token, "inside"), function, call))
@@ -91,12 +84,12 @@ def _at_levels(call: Call, token: Any, function: FunctionKey) -> Derivatives:
         else:
             decision.rows |= verify is not None
             return result
-    with without_wrapped(function.modules):
+    with state.without_wrapped(function.modules):
         result = _by_rows(call)  # which raises what func itself raises
-    if verify is not None and same_rng_state(start, rng_state()):
-        buffers = buffers_in_training(function.modules)
+    if verify is not None and state.same_rng_state(start, state.rng_state()):
+        buffers = state.buffers_in_training(function.modules)
         _, problem = _through_graph(call, verify, lambda _: result)
-        put_back(buffers)
+        state.put_back(buffers)
         _refuse(call, engine.replace("auto", "vmap"), problem)
         decision.rows = True
     return result

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from funcjac._arguments import pytree
 from funcjac._arguments.call import Call, Output
+from funcjac._environment.torch_private import uncompiled
 
 
 class Derivatives(NamedTuple):
@@ -120,10 +121,12 @@ def run_once(call: Call, recorder_of: Any = None, *, copy: bool = False) -> Run:
         recorder = recorder_of(inputs)
     versions = list(map(_version, inputs))
     try:
-        if recorder is None and torch.is_grad_enabled():
+        again = call.options.operator.is_second_order or call.options.mode == "fwd"
+        stance = uncompiled() if again or any(map(_grad_fn, inputs)) else None
+        if recorder is None and stance is None and torch.is_grad_enabled():
             output = call(inputs)
         else:
-            with torch.enable_grad(), recorder or contextlib.nullcontext():
+            with torch.enable_grad(), stance or nullcontext(), recorder or nullcontext():
                 output = call(inputs)
     except RuntimeError as error:
         if call.clone or "leaf Variable" not in str(error):

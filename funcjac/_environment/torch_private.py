@@ -7,9 +7,10 @@ fallback are needed; the others only save time, and say what runs without them.
 import functools
 import importlib
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -115,6 +116,18 @@ def with_memory(args: Any) -> Any:
     if forward_ad._current_level < 0:
         return args
     return tree_map_only(Tensor, lambda x: torch.zeros_like(x) if _is_zero(x) else x, args)
+
+
+def uncompiled() -> Any:
+    """A context that runs what ``func`` compiled as written, to be differentiated twice, or None.
+
+    Dynamo would go into dispatch modes, too. Without this private API it costs more.
+    """
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    if any(getattr(dynamo, "cached_backends", {0: dynamo}).values()) and not is_traced():
+        with suppress(RuntimeError):  # between two graphs of a compiled caller
+            return torch.compiler.set_stance("force_eager")
+    return None
 
 
 class EagerMode(TorchDispatchMode):

@@ -1,6 +1,7 @@
 """Under ``no_grad``, ``inference_mode``, autocast, ``torch.compile``, anomaly mode, threads."""
 
 import itertools
+import logging
 import subprocess
 import sys
 import threading
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from funcjac import batch_jacobian
+from funcjac import batch_hessian, batch_jacobian, explain
 from tests.tensors import equal, randn
 
 B = 4
@@ -270,13 +271,27 @@ def test_compile_after_eager_and_back():
     equal(jacobian(x), derivative(net, x))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@quiet
-def test_compiled_module_inside():
-    """The other way round: right by some engine."""
-    net, x = network(grad=False), randn(B, 3)
-    jac = batch_jacobian(torch.compile(net, backend="eager"))(x)
-    equal(jac, derivative(net, x))
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("mode", ["rev", "fwd", "rev_over_rev", "taylor", "nested"])
+@pytest.mark.filterwarnings("error:.*Dynamo:UserWarning")
+def test_compiled_module_inside(mode, backend, caplog):
+    """Right in each call, without a word; compiled where it is differentiated once."""
+    net, x, runs = network(grad=False), randn(B, 3), []
+    net.register_forward_hook(lambda *_: runs.append(torch.compiler.is_compiling()))
+    compiled_net = torch.compile(net, backend=backend)
+    if mode in ("rev", "fwd"):
+        transformed, expected = batch_jacobian(compiled_net, mode=mode), derivative(net, x)
+    elif mode == "nested":
+        transformed = batch_jacobian(batch_jacobian(compiled_net))
+        expected = second_derivative(net, x)
+    else:
+        transformed, expected = batch_hessian(compiled_net, mode=mode), second_derivative(net, x)
+    runs.clear()
+    for _ in range(3):
+        equal(transformed(x), expected)
+    assert any(runs) is (mode == "rev")
+    assert explain(transformed, x).engine == "sum"
+    assert [r.message for r in caplog.records if r.levelno >= logging.WARNING] == []
     torch._dynamo.reset()
 
 
