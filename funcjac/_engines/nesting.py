@@ -11,7 +11,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,13 +30,8 @@ from funcjac._environment.torch_private import backward, is_functional
 
 Index = tuple[int, ...]
 Step = dict[Index, list[tuple[int, Index]]]
-
-
-class Along(NamedTuple):
-    """First and second derivatives along directions, ``(K, B, *out)`` for each output."""
-
-    firsts: list[Maybe]
-    seconds: list[Maybe]
+# First and second derivatives along directions, ``(K, B, *out)`` for each output.
+Along = tuple[list[Maybe], list[Maybe]]
 
 
 def along(run: Run, pairs: Sequence[Directions], route: Route) -> list[Along]:
@@ -49,12 +44,12 @@ def along(run: Run, pairs: Sequence[Directions], route: Route) -> list[Along]:
             return [_of_gradient(run, j, grad, pairs[j], outer) for j, grad in enumerate(firsts)]
         return _of_tangents(run, g, firsts, pairs[g].narrow(n, n + 1), outer)
 
-    result = [Along([], []) for _ in pairs]
+    result: list[Along] = [([], []) for _ in pairs]
     for i, j, columns in _nested(run, inner, [pair.left for pair in pairs], further):
         out = run.output.leaves[i]
         axis, shape = -1 if inner == "rev" else 0, (len(pairs[j].left), *out.shape)
-        result[j].firsts.append(_stacked([first for first, _ in columns], axis, shape, out))
-        result[j].seconds.append(_stacked([second for _, second in columns], axis, shape, out))
+        result[j][0].append(_stacked([first for first, _ in columns], axis, shape, out))
+        result[j][1].append(_stacked([second for _, second in columns], axis, shape, out))
     return result
 
 
@@ -67,7 +62,7 @@ def hessian_blocks(run: Run, route: Route) -> tuple[list[Blocks], Blocks]:
 
     def further(g: int, n: int, firsts: list[Tensor]) -> list[Any]:
         nested = run._replace(output=run.output._replace(leaves=firsts))
-        seconds = jacobian(nested, outer).blocks
+        seconds = jacobian(nested, outer, of_gradients=inner == "rev").blocks
         return [(_released(run, first), *blocks) for first, blocks in zip(firsts, seconds)]
 
     jac: Blocks = [[] for _ in run.output.leaves]

@@ -45,9 +45,11 @@ def basis_chunks(
 ) -> Iterable[Tensor]:
     """The standard basis of one row, ``(k, ..., B, ...)`` at a time with the batch at ``dim``."""
     count = row.numel()
-    if chunk is None or chunk >= count:
+    # In a batch of one, a cotangent may come out as it went in.
+    if batch != 1 and (chunk is None or chunk >= count):
         return [spread(identity(count, like), row, batch, dim)] if count else []
-    return (spread(units(count, i, chunk, like), row, batch, dim) for i in range(0, count, chunk))
+    size = chunk or count or 1
+    return (spread(units(count, i, size, like), row, batch, dim) for i in range(0, count, size))
 
 
 def units(count: int, start: int, size: int, like: Tensor) -> Tensor:
@@ -152,12 +154,17 @@ def _zeros(like: Tensor, axis: int, size: int) -> Tensor:
     return like.new_zeros(shape)
 
 
-def apart_from(vectors: Tensor, tensor: Tensor) -> Tensor:
-    """A copy, if a tensor lies in the memory of basis vectors, which are kept for other calls."""
-    if is_functional() or type(tensor) is not Tensor or type(vectors) is not Tensor:
-        return tensor
-    shared = tensor.untyped_storage().data_ptr() == vectors.untyped_storage().data_ptr()
-    return tensor.clone() if shared else tensor
+def mirrored(hess: Sequence[Sequence[Tensor]], ndims: Sequence[int]) -> list[list[Tensor]]:
+    """``H[k][j]`` as ``H[j][k]``: ``(..., *in_k, *in_j) -> (..., *in_j, *in_k)``, of columns.
+
+    Zero times a pole is NaN in any pass: in the row of one entry by plain autograd, in a column by
+    forward mode. What is finite is symmetric.
+    """
+
+    def swapped(block: Tensor, first: int, second: int) -> Tensor:
+        return block.movedim([*range(-second, 0)], [*range(-first - second, -first)])
+
+    return [[swapped(hess[k][j], n, m) for k, n in enumerate(ndims)] for j, m in enumerate(ndims)]
 
 
 def added(total: Tensor | None, piece: Tensor | None) -> Tensor | None:

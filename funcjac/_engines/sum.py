@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from funcjac._engines.rows import (
-    apart_from,
     as_block,
     basis_chunks,
     batch_first,
     flat_rows,
     join,
+    mirrored,
     row_shape,
     spread,
     units,
@@ -46,15 +46,17 @@ Blocks = list[list[Tensor]]
 _FEWEST_PEELED = 16
 
 
-def jacobian(run: Run, route: Route) -> Derivatives:
-    """The Jacobian of each row, ``(B, *out, *in)`` of each output by each input."""
+def jacobian(run: Run, route: Route, *, of_gradients: bool = False) -> Derivatives:
+    """The Jacobian of each row, ``(B, *out, *in)``; ``of_gradients`` by the inputs: a Hessian."""
     outs = run.output.leaves
     if route.mode == "rev":
         return Derivatives(list(map(functools.partial(_rows, run, route.chunk), outs)), run.output)
     products = pushforwards(outs, run.inputs, create_graph=run.create_graph)
     columns = [_columns(run, j, push, route.chunk) for j, push in enumerate(products)]
     blocks = list(map(list, zip(*columns)))
-    if not is_traced() and sees_values():
+    if of_gradients:
+        blocks = mirrored(blocks, [out.ndim - 1 for out in outs])
+    elif not is_traced() and sees_values():
         blocks = [_without_spread_poles(run, *pair) for pair in zip(outs, blocks)]
     return Derivatives(blocks, run.output)
 
@@ -76,10 +78,7 @@ def _rows(run: Run, chunk: int | None, out: Tensor) -> list[Tensor]:
             grads = list(of_each(product, vectors))  # (k, ..., B, ...) -> (B, k, *in)
             for j, (grad, dim) in enumerate(zip(grads, dims)):
                 if grad is not None:
-                    # In a batch of one, a cotangent may come out as it went in.
-                    grad = apart_from(vectors, grad) if batch == 1 else grad
-                    rows = grad.unsqueeze(0)[:batch] if dim is None else grad.movedim(dim + 1, 0)
-                    grads[j] = rows
+                    grads[j] = grad[None][:batch] if dim is None else grad.movedim(dim + 1, 0)
             yield vectors.shape[0], grads
 
     blocks = []
@@ -114,8 +113,7 @@ def _without_spread_poles(run: Run, out: Tensor, blocks: list[Tensor]) -> list[T
     batch, count, rows = run.call.batch, out.shape[1:].numel(), []
     has_value = ~out.detach().reshape(batch, count, 1).isnan()  # what is NaN has no derivative
     flat = [block.detach().reshape(batch, count, block[:1].numel() // count) for block in blocks]
-    is_nan = torch.cat([(block.isnan() & has_value).flatten(2) for block in flat], 2)
-    elements = is_nan.any(2).any(0).nonzero().flatten()
+    elements = (torch.cat(flat, 2).isnan() & has_value).any(2).any(0).nonzero().flatten()
     for m in elements.tolist():
         root, cotangent = column_root(out, m)
         rows.append(backward(root, run.inputs, cotangent, retain=True, graph=run.create_graph))
@@ -185,9 +183,8 @@ def peel(out: Tensor, inputs: Sequence[Tensor]) -> tuple[Any, Tensor] | None:
     (bias, _), (left, place), (weight, _) = node.next_functions
     if left is None or not (_is_constant(bias, inputs) and _is_constant(weight, inputs)):
         return None
-    rows = node._saved_mat2.t()
-    alpha = node._saved_alpha
-    return GradientEdge(left, place), rows if alpha == 1 else alpha * rows
+    # A product: in a batch of one, results may lie in the memory of cotangents.
+    return GradientEdge(left, place), node._saved_alpha * node._saved_mat2.t()
 
 
 def _is_constant(node: Any, inputs: Sequence[Tensor]) -> bool:
@@ -260,8 +257,7 @@ def contracted(
         row = row_shape(like, at)
         count, chunks = row.numel(), basis_chunks(like, row, batch, at, route.chunk)
     else:
-        count = len(vectors)
-        chunks = vectors.to(like.dtype).split(route.chunk or count)
+        count, chunks = len(vectors), vectors.to(like.dtype).split(route.chunk or len(vectors))
 
     def passes() -> Iterator[tuple[int, list[Maybe]]]:
         start = 0

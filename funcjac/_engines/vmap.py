@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from funcjac._arguments.call import Call, Output
-from funcjac._engines.rows import as_block
+from funcjac._engines.rows import as_block, mirrored
 from funcjac._engines.run_func import Derivatives, check_aux, join_tensors, split_tensors
 from funcjac._environment.torch_private import load_forward_formulas, quiet_fallback
 
@@ -155,9 +155,9 @@ def hessian(f: RowFunction, xs: Tensors, mode: str, chunk: int | None) -> Any:
         return blocks, (blocks, along)
 
     hess, (jac, along) = jacobian(first, xs, outer, chunk)
-    n = len(xs)
-    starts = range(0, len(jac), n)
-    return [hess[i : i + n] for i in starts], [jac[i : i + n] for i in starts], along
+    n, ndims = len(xs), [x.ndim for x in xs]
+    hess, jac = ([rows[i : i + n] for i in range(0, len(rows), n)] for rows in (hess, jac))
+    return hess if outer == "rev" else [mirrored(bands, ndims) for bands in hess], jac, along
 
 
 def _split(mode: str) -> list[str]:

@@ -238,7 +238,7 @@ def _by_taylor(
             yield size, slopes if total else [*slopes, *seconds]
 
     joined = join(passes(), count, 0, outputs * (1 if total else 2), create_graph=graph)
-    return Along(joined[:outputs], sums if total else joined[outputs:])
+    return joined[:outputs], sums if total else joined[outputs:]
 
 
 def _placed(rows: Tensor, x: Tensor, dim: int | None) -> Tensor:

@@ -89,7 +89,8 @@ class Operator:
 
     def own_inputs(self, call: Call) -> list[tuple[int, ...]]:
         """For each of the operator's own blocks: the inputs that it has axes of."""
-        return list(itertools.product(range(len(call.layout.diff)), repeat=self.order))
+        inputs = range(len(call.layout.diff))  # a compiler that saw two orders takes no repeat=
+        return list(itertools.product(*[inputs for _ in range(self.order)]))
 
     def by_inputs(self, call: Call) -> list[tuple[int, ...]]:
         """The same for every block, those of the Jacobian too."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from funcjac import batch_hessian, batch_jacobian, explain
+from funcjac import batch_hessian, batch_jacobian, batch_laplacian, explain
 from tests.tensors import equal, randn
 
 B = 4
@@ -213,6 +213,15 @@ def test_compile(engine, mode, backend):
     run = compiled(batch_jacobian(net, engine=engine, mode=mode), backend)
     equal(run(x), derivative(net, x))
     equal(run(2 * x), derivative(net, 2 * x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@every_backend
+def test_transforms_of_several_orders_compile_in_one_process(backend):
+    x = randn(B, 3)
+    for transform in (batch_jacobian, batch_hessian, batch_laplacian, batch_jacobian):
+        transformed = transform(torch.sin, engine="vmap")
+        equal(compiled(transformed, backend)(x), transformed(x))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

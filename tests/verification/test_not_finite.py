@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from funcjac import (
     BatchMixingError,
@@ -101,6 +102,62 @@ def test_forward_mode_does_not_spread_poles(way):
         finite = right.isfinite()
         assert result[finite].isfinite().all()
         equal(result[finite], right[finite])
+
+
+def pooled(x, y):
+    """Poles in two inputs; a third of the outputs, and their derivatives, are no numbers."""
+    powers = nn.functional.lp_pool1d(x.flatten(1).unsqueeze(1), 1.5, 2).flatten(1)
+    return torch.cat([powers, x[:, 0] * y[:, :2].sqrt(), (x[:, :, 0] * y[:, 2:]).sin()], 1)
+
+
+def in_vmap(transformed):
+    def first_of_two(*args):
+        both = torch.vmap(transformed)(*[torch.stack([x, x.flip(0)]) for x in args])
+        return tree_map(lambda h: h[0], both)
+
+    return first_of_two
+
+
+def as_aux_of_grad(transformed):
+    def loss(*args):
+        return args[0].sum(), transformed(*args)
+
+    return lambda *args: torch.func.grad(loss, has_aux=True)(*args)[1]
+
+
+def compiled(transformed):
+    torch._dynamo.reset()
+    return torch.compile(transformed, backend="aot_eager", fullgraph=True)
+
+
+MIXED = {"mode": "fwd_over_rev", "check": False}
+HESSIANS = {
+    "in torch.vmap": (in_vmap, {}),
+    "in torch.vmap in chunks": (in_vmap, {"chunk_size": 2}),
+    "fwd_over_rev in torch.vmap": (in_vmap, MIXED),
+    "fwd_over_rev in torch.func.grad": (as_aux_of_grad, {**MIXED, "engine": "sum"}),
+    "fwd_over_rev compiled": (compiled, MIXED),
+    "vmap compiled": (compiled, {"engine": "vmap"}),
+    "vmap": (lambda transformed: transformed, {"engine": "vmap"}),
+    "vmap fwd_over_rev": (lambda transformed: transformed, {**MIXED, "engine": "vmap"}),
+    "sum fwd_over_rev": (lambda transformed: transformed, {**MIXED, "engine": "sum"}),
+}
+
+
+@pytest.mark.parametrize("way", HESSIANS)
+def test_hessians_have_their_poles_where_plain_autograd_has_them(way):
+    """Forward over reverse, where nobody looks."""
+    x = torch.tensor([[[8.0, 3.0], [-0.7, 7.0], [2.0, 5.0]]], dtype=f64).repeat(2, 1, 1)
+    y = torch.tensor([[0.0, 0.5, 0.3], [0.7, 0.9, 0.0]], dtype=f64)
+    place, words = HESSIANS[way]
+    hess = place(batch_hessian(pooled, argnums=(0, 1), **words))(x, y)
+    right = oracles.hessian(pooled, (x, y), argnums=(0, 1))
+    for result, expected in zip(tree_leaves(hess), tree_leaves(right), strict=True):
+        has_value = pooled(x, y).isfinite()
+        result, expected = result[has_value], expected[has_value]
+        finite = expected.isfinite()
+        assert result[finite].isfinite().all()
+        equal(result[finite], expected[finite])
 
 
 @pytest.mark.parametrize("engine", ["sum", "loop"])
