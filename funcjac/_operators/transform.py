@@ -144,14 +144,15 @@ class Transform:
         if is_transformed():
             compiling = torch.compiler.is_compiling()
             call = bind(self.func, options, args, kwargs, compiling=compiling)
-            return options.operator.assemble(call, solve_inside(call, key))
-        is_inference = torch.is_inference_mode_enabled()
-        call = None if is_inference else bind(self.func, options, args, kwargs)
-        if call is None or any(map(_is_inference, call.leaves)):
-            with torch.inference_mode(False), torch.no_grad():
-                args, kwargs = usable((args, kwargs))
-                return self.evaluate(args, kwargs, outcome)
-        result = solve(call, key, outcome)
+            result = solve_inside(call, key)
+        else:
+            is_inference = torch.is_inference_mode_enabled()
+            call = None if is_inference else bind(self.func, options, args, kwargs)
+            if call is None or any(map(_is_inference, call.leaves)):
+                with torch.inference_mode(False), torch.no_grad():
+                    args, kwargs = usable((args, kwargs))
+                    return self.evaluate(args, kwargs, outcome)
+            result = solve(call, key, outcome)
         is_tree = result.output.spec is not None or type(options.argnums) is not int
         if self._has_parts or is_tree or not call.layout.plain:
             return options.operator.assemble(call, result)
