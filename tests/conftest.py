@@ -7,6 +7,8 @@ import warnings
 import pytest
 import torch
 
+from tests.tensors import set_seed
+
 HERE = pathlib.Path(__file__).parent
 # They take longest. ``make test`` hands out whole files, in this order: two workers end together.
 LONGEST = [
@@ -41,11 +43,12 @@ def _one_thread():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         importlib.import_module("torch._decomp.decompositions_for_jvp")
+        importlib.import_module("torch._dynamo")
 
 
 @pytest.fixture(autouse=True)
 def _torch_as_it_was():
-    torch.manual_seed(0)
+    set_seed(0)
     before = _settings()
     yield
     assert _settings() == before

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import functional
 
+from tests.tensors import set_seed
+
 NAMESPACE = "funcjac"
 # It added derivatives: of aminmax, the second of grid_sample.
 SINCE_2_13 = hasattr(F, "linear_cross_entropy")
@@ -39,10 +41,10 @@ def by_rows(
     call = _Call(func, args, kwargs or {}, argnums, in_dims, out_dims)
     rows = []
     if seed is not None:
-        torch.manual_seed(seed)
+        set_seed(seed)
     for b in range(call.batch):
         if seed is not None and replay:
-            torch.manual_seed(seed)
+            set_seed(seed)
         rows.append(call.jacobian(call.row(b), [0], graph)[0])
     return call.stack(rows)
 
@@ -55,7 +57,7 @@ def by_batch(func, args, kwargs=None, *, argnums=0, in_dims=0, out_dims=0, seed=
     """
     call = _Call(func, args, kwargs or {}, argnums, in_dims, out_dims)
     if seed is not None:
-        torch.manual_seed(seed)
+        set_seed(seed)
     return call.stack(call.jacobian(call.leaves, range(call.batch), graph))
 
 
@@ -74,7 +76,7 @@ def by_differences(func, args, kwargs=None, *, argnums=0, in_dims=0, out_dims=0,
             sides = []
             for sign in (1, -1):
                 if seed is not None:
-                    torch.manual_seed(seed)
+                    set_seed(seed)
                 leaves = list(call.leaves)
                 leaves[i] = x.detach() + sign * step
                 with torch.no_grad():

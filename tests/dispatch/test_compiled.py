@@ -27,6 +27,7 @@ from funcjac import (
     batch_laplacian,
     batch_partials,
 )
+from tests.tensors import set_seed
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 B = 4
@@ -54,7 +55,7 @@ def randn(*shape):
 
 
 def network():
-    torch.manual_seed(0)
+    set_seed(0)
     return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 5)).double()
 
 
