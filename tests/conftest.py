@@ -7,24 +7,27 @@ import warnings
 import pytest
 import torch
 
+from tests.tensors import set_seed
+
 HERE = pathlib.Path(__file__).parent
 # They take longest. ``make test`` hands out whole files, in this order: two workers end together.
 LONGEST = [
+    "test_examples.py",
     "dispatch/test_compiled.py",
-    "torch_faults/test_torch_faults.py",
     "operators/test_second_order_cases.py",
-    "dispatch/test_contexts.py",
+    "sweeps/test_coverage.py",
+    "torch_faults/test_torch_faults.py",
+    "operators/test_jacobian_cases.py",
     "dispatch/test_stale.py",
     "operators/test_nesting.py",
-    "sweeps/test_coverage.py",
-    "operators/test_second_order_nesting.py",
-    "engines/test_memory.py",
-    "dispatch/test_rule.py",
-    "operators/test_jacobian_cases.py",
-    "sweeps/test_programs.py",
-    "sweeps/test_compiled_functions.py",
-    "test_examples.py",
     "test_demo.py",
+    "dispatch/test_contexts.py",
+    "operators/test_second_order_nesting.py",
+    "taylor/test_taylor.py",
+    "sweeps/test_compiled_functions.py",
+    "engines/test_memory.py",
+    "sweeps/test_programs.py",
+    "dispatch/test_rule.py",
 ]
 
 
@@ -41,11 +44,12 @@ def _one_thread():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         importlib.import_module("torch._decomp.decompositions_for_jvp")
+        importlib.import_module("torch._dynamo")
 
 
 @pytest.fixture(autouse=True)
 def _torch_as_it_was():
-    torch.manual_seed(0)
+    set_seed(0)
     before = _settings()
     yield
     assert _settings() == before

@@ -2,8 +2,8 @@
 
 Each oracle takes a function and its arguments as a batched function has them, and returns what a
 transform should: output structure outside, input structure inside. Jacobians come by rows, by the
-batch and by differences; higher derivatives by rows, each run as a batch of one through
-``torch.autograd.functional``.
+batch and by differences; higher derivatives by rows, each run as a batch of one, by nested
+``torch.autograd.grad``.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import functional
+
+from tests.tensors import set_seed
 
 NAMESPACE = "funcjac"
 # It added derivatives: of aminmax, the second of grid_sample.
@@ -39,10 +41,10 @@ def by_rows(
     call = _Call(func, args, kwargs or {}, argnums, in_dims, out_dims)
     rows = []
     if seed is not None:
-        torch.manual_seed(seed)
+        set_seed(seed)
     for b in range(call.batch):
         if seed is not None and replay:
-            torch.manual_seed(seed)
+            set_seed(seed)
         rows.append(call.jacobian(call.row(b), [0], graph)[0])
     return call.stack(rows)
 
@@ -55,7 +57,7 @@ def by_batch(func, args, kwargs=None, *, argnums=0, in_dims=0, out_dims=0, seed=
     """
     call = _Call(func, args, kwargs or {}, argnums, in_dims, out_dims)
     if seed is not None:
-        torch.manual_seed(seed)
+        set_seed(seed)
     return call.stack(call.jacobian(call.leaves, range(call.batch), graph))
 
 
@@ -74,7 +76,7 @@ def by_differences(func, args, kwargs=None, *, argnums=0, in_dims=0, out_dims=0,
             sides = []
             for sign in (1, -1):
                 if seed is not None:
-                    torch.manual_seed(seed)
+                    set_seed(seed)
                 leaves = list(call.leaves)
                 leaves[i] = x.detach() + sign * step
                 with torch.no_grad():
@@ -251,14 +253,20 @@ def derivatives(func, args, kwargs=None, *, create_graph=False, **words) -> Deri
     rows = rows_of(func, args, kwargs, create_graph=create_graph, **words)
     values, jacs, hessians = [], [], []
     for run, z in zip(rows.run, rows.flat):
-        values.append(run(z))
-        jacs.append(functional.jacobian(run, z, create_graph=create_graph))
-        found = [
-            functional.hessian(lambda z: run(z)[m], z, create_graph=create_graph)
-            for m in range(len(values[-1]))
+        z = z.clone() if create_graph and z.requires_grad else z.detach().requires_grad_()
+        with torch.enable_grad():
+            value = run(z)
+        size = len(z)
+        slopes = [gradients(out, [z], create_graph=True)[0] for out in value]
+        bends = [
+            gradients(entry, [z], create_graph=create_graph)[0] for jac in slopes for entry in jac
         ]
-        hessians.append(torch.stack(found) if found else z.new_zeros(0, len(z), len(z)))
-    return Derivatives(rows, torch.stack(values), torch.stack(jacs), torch.stack(hessians))
+        values.append(value)
+        jacs.append(torch.stack(slopes) if slopes else z.new_zeros(0, size))
+        hess = torch.stack(bends) if bends else z.new_zeros(0, size)
+        hessians.append(hess.reshape(-1, size, size))
+    found = [torch.stack(tensors) for tensors in (values, jacs, hessians)]
+    return Derivatives(rows, *(found if create_graph else [x.detach() for x in found]))
 
 
 def hessian(func, args, kwargs=None, **words):

@@ -18,5 +18,10 @@ def fixed_randn(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=f64)
 
 
+def set_seed(number: int) -> None:
+    """As ``torch.manual_seed``, which also queues a call, with its stack, for each other device."""
+    torch.default_generator.manual_seed(number)
+
+
 def equal(got, expected, tolerance=1e-10):
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance / 100)

@@ -18,6 +18,14 @@ with warnings.catch_warnings():
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+# Imports take longer than most notebooks, which share a process for that, and nothing else.
+RESET = """
+%reset -f
+import torch
+torch.set_default_dtype(torch.float32)
+torch.default_generator.manual_seed(-1)
+del torch
+"""
 
 
 class ThisInterpreter(AsyncKernelManager):
@@ -29,22 +37,44 @@ class ThisInterpreter(AsyncKernelManager):
         return KernelSpec(argv=argv, display_name="Python 3", language="python")
 
 
-def test_there_are_notebooks():
-    assert NOTEBOOKS
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path):
-    if "compiled" in path.stem and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
-        pytest.skip("torch.compile needs a C++ compiler")
-    notebook = nbformat.read(path, as_version=4)
+@pytest.fixture(scope="module")
+def client():
+    """Runs notebooks in one process, each with names, generator and default dtype as new."""
     client = NotebookClient(
-        notebook,
+        nbformat.v4.new_notebook(),
         kernel_manager_class=ThisInterpreter,
         timeout=120,
         resources={"metadata": {"path": str(ROOT)}},
     )
-    client.execute()
+    yield client
+    with client.setup_kernel():  # ends it
+        pass
+
+
+def run(client, *cells):
+    client.nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(RESET), *cells])
+    client.execute(cleanup_kc=False)
+    return client.nb.cells[1:]
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+def test_nothing_of_a_notebook_is_left_for_the_next(client):
+    sources = "import torch; x = torch.ones(2)", "torch.set_default_dtype(torch.float64)"
+    run(client, *map(nbformat.v4.new_code_cell, sources))
+    left = "import torch; print('x' in globals(), 'plt' in globals(), torch.get_default_dtype())"
+    (cell,) = run(client, nbformat.v4.new_code_cell(left))
+    assert cell.outputs[0].text.strip() == "False False torch.float32"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path, client):
+    if "compiled" in path.stem and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+        pytest.skip("torch.compile needs a C++ compiler")
+    notebook = nbformat.read(path, as_version=4)
+    run(client, *notebook.cells)
     assert "assert" in notebook.cells[-1].source
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.tensors import set_seed
+
 f32, f64 = torch.float32, torch.float64
 
 
@@ -66,7 +68,7 @@ class Case:
         before = torch.get_default_dtype()
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript and CSR warn that they are old or new
-            torch.manual_seed(0)
+            set_seed(0)
             torch.set_default_dtype(dtype or before)
             try:
                 return self.make()

@@ -17,6 +17,7 @@ from funcjac import (
     batch_partials,
     explain,
 )
+from tests.tensors import set_seed
 
 B = 6
 TRANSFORMS = {
@@ -65,7 +66,7 @@ by_pair = pytest.mark.parametrize(("net", "name"), PAIRS)
 
 
 def made(net):
-    torch.manual_seed(3)
+    set_seed(3)
     return NETWORKS[net](), torch.randn(B, 3)
 
 
@@ -183,7 +184,7 @@ def test_the_choice_is_a_function_of_the_call(net, name):
 
 @pytest.mark.parametrize(("inputs", "outputs", "mode"), [(2, 40, "fwd"), (40, 2, "rev")])
 def test_the_smaller_side_decides_the_mode(inputs, outputs, mode):
-    torch.manual_seed(0)
+    set_seed(0)
     net = nn.Sequential(nn.Linear(inputs, 8), nn.Tanh(), nn.Linear(8, outputs))
     assert explain(batch_jacobian(net), torch.randn(B, inputs)).mode == mode
 
@@ -206,7 +207,7 @@ def test_the_engine_goes_by_meaning():
 
 def test_memory_of_a_pass_is_bounded():
     """A wide output: what a pass holds does not grow with the whole basis."""
-    torch.manual_seed(0)
+    set_seed(0)
     net = nn.Sequential(nn.Linear(32, 256), nn.Tanh(), nn.Linear(256, 2048)).requires_grad_(False)
     found = explain(batch_jacobian(net, mode="rev"), torch.randn(64, 32))
     assert found.passes == 2048

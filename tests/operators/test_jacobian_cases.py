@@ -19,6 +19,7 @@ from tests import oracles
 from tests.cases.case import Case, Setup
 from tests.cases.first_order import CASES
 from tests.oracles import NAMESPACE
+from tests.tensors import set_seed
 
 # ``fwd`` of the engines ``sum`` and ``loop`` is one way, the transposed VJP.
 ROUTES = ["auto", "vmap/rev", "vmap/fwd", "sum/rev", "sum/fwd", "loop/rev"]
@@ -40,7 +41,7 @@ def transformed(case: Case, setup: Setup, route: str):
     jac = batch_jacobian(setup.func, engine=engine, mode=mode, **case.keywords)
 
     def call():
-        torch.manual_seed(SEED)
+        set_seed(SEED)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EngineFallbackWarning)
             return jac(*setup.args, **setup.kwargs)

@@ -36,6 +36,7 @@ from tests.sweeps.coverage.samples import Case, Parts, Skipped, Unit, rng_of, un
 from tests.sweeps.coverage.transforms import HESSIAN, JACOBIAN, TRANSFORMS, Transform
 
 SEED, SAMPLE = 4, 150
+SLOW = {"op ormqr", "op pca_lowrank"}  # as long as forty others; the sweep has them
 PROMISED = [transform for transform in TRANSFORMS if transform.promised]
 
 
@@ -44,10 +45,11 @@ def sampled() -> list[Unit]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = [unit for unit in units() if not unit.name.startswith(("op _", "nn.Lazy"))]
-    return sorted(rng_of(SEED).sample(found, SAMPLE), key=lambda unit: unit.name)
+    drawn = [unit for unit in rng_of(SEED).sample(found, SAMPLE) if unit.name not in SLOW]
+    return sorted(drawn, key=lambda unit: unit.name)
 
 
-@pytest.mark.parametrize("number", range(SAMPLE))
+@pytest.mark.parametrize("number", range(SAMPLE - len(SLOW)))
 def test_auto_is_right_where_the_loop_over_rows_is(number: int) -> None:
     unit = sampled()[number]  # to list all units takes seconds, which collecting need not
     records = list(records_of(unit, 1, SEED, transforms=PROMISED))

@@ -15,7 +15,7 @@ from tests.sweeps.programs.search import search
 from tests.sweeps.programs.shrink import shrink
 from tests.sweeps.programs.steps import MIXING, STEPS
 
-SEED, SECONDS, SHARE = 0, 20, 0.2
+SEED, SECONDS, SHARE = 0, 12, 0.2
 
 
 def test_random_programs_are_differentiated_right() -> None:

@@ -60,12 +60,10 @@ def test_directions_that_rows_share_pass_the_first_layer_once():
 def test_the_rule_chooses_the_mode():
     """Forward mode for a wide output: rows of the basis of the input go through the graph."""
     net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 40)).double()
-    assert "eye" in traced(batch_jacobian(net), randn(B, 2))
-    wide = traced(batch_jacobian(net, mode="rev"), randn(B, 2))
-    assert wide != traced(batch_jacobian(net), randn(B, 2))
-    assert traced(batch_jacobian(net, mode="fwd"), randn(B, 2)) == traced(
-        batch_jacobian(net), randn(B, 2)
-    )
+    names = traced(batch_jacobian(net), randn(B, 2))
+    assert "eye" in names
+    assert names != traced(batch_jacobian(net, mode="rev"), randn(B, 2))
+    assert names == traced(batch_jacobian(net, mode="fwd"), randn(B, 2))
 
 
 @pytest.mark.parametrize(("widths", "mode"), [((3, 8, 5), "fwd"), ((5, 2, 10), "rev")])

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from tests.tensors import set_seed
+
 f64 = torch.float64
 ROWS = 3
 # A sample is taken whole up to these sizes of a row, else a few of its elements are moved.
@@ -111,7 +113,7 @@ def op_cases(op: Any, samples: int, seed: int) -> Iterator[Case | Skipped]:
     if not op.supports_dtype(f64, "cpu"):
         yield Skipped(unit, "", "does not run in float64 on CPUs")
         return
-    torch.manual_seed(seed)
+    set_seed(seed)
     given = list(op.sample_inputs("cpu", f64, requires_grad=True))
 
     def piece(i: int) -> Callable[[], tuple[Any, Any]]:
@@ -275,7 +277,7 @@ def _look(function, base) -> tuple[list[Tensor], list[int], bool]:
     found = []
     for seed in (1, 1, 2):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            set_seed(seed)
             before = torch.get_rng_state()
             try:
                 found.append(function(*[_attached(x) for x in base]))
@@ -306,7 +308,7 @@ def _seeded(row, *, drawn: bool):
 
     def fixed(*args: Tensor) -> tuple[Tensor, ...]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(5)
+            set_seed(5)
             return row(*args)
 
     return fixed
@@ -426,7 +428,7 @@ def _same_by_vmap(make, args) -> bool:
 
 def module_cases(info: Any, training: bool, samples: int, seed: int) -> Iterator[Case | Skipped]:
     unit = f"{info.name} {'train' if training else 'eval'}"
-    torch.manual_seed(seed)
+    set_seed(seed)
     given = info.module_inputs_func(
         info, device="cpu", dtype=f64, requires_grad=True, training=training
     )
@@ -436,7 +438,7 @@ def module_cases(info: Any, training: bool, samples: int, seed: int) -> Iterator
     def built(i: int) -> nn.Module:
         words = given[i].constructor_input
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            set_seed(seed)
             module = info.module_cls(*words.args, **words.kwargs).to(f64)
             if any(map(torch.nn.parameter.is_lazy, module.parameters())):
                 forward = given[i].forward_input

@@ -18,6 +18,7 @@ from tests.sweeps.programs.program import (
     is_moderate,
 )
 from tests.sweeps.programs.steps import MIXING, STEPS, Draft
+from tests.tensors import set_seed
 
 MIXED_SHARE = 0.08
 
@@ -109,7 +110,7 @@ def _is_smooth_at(program: Program, scope: dict[str, Any], point: int) -> bool:
     args = eval(program.arguments(point), scope)
     leaves, spec = optree.tree_flatten(args)
     floats = [i for i, x in enumerate(leaves) if x.is_floating_point()]
-    torch.manual_seed(point)
+    set_seed(point)
     direction = [torch.randn_like(leaves[i]) for i in floats]
     weights: list[Tensor] = []
 
