@@ -23,19 +23,8 @@ from funcjac._arguments.call import Call, Output
 from funcjac._arguments.layout import Layout, Options, as_constants
 from funcjac._dispatch.attempt import lean
 from funcjac._dispatch.choose_engine_mode_chunk import Sizes, chunk, routes_of, sizes_of
-from funcjac._engines.run_func import (
-    Derivatives,
-    Route,
-    Run,
-    attached,
-    detached,
-    graph_leaves,
-    graph_nodes,
-    join_tensors,
-    retire,
-    split_derivatives,
-    split_tensors,
-)
+from funcjac._engines import run_func
+from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._engines.shared_matrices import SharedMatrices
 from funcjac._environment.torch_private import assert_async, bypassing_wrapper, nonstrict_trace
 from funcjac._taylor.recorder import Recorder
@@ -73,10 +62,10 @@ def solve_traced(call: Call) -> Derivatives:
         else:
             output = run(*inputs)
     call.options.operator.check_output(call, output.leaves)
-    aux, kept = split_tensors(output.aux)
+    aux, kept = run_func.split_tensors(output.aux)
     weighs = [x for x in (*call.inputs, *call.extras) if x.requires_grad]
     blocks, outs, aux = _derivatives(call, (graph, bool(weighs)), inputs, output.leaves, aux)
-    return Derivatives(blocks, Output(outs, output.spec, join_tensors(kept, aux)))
+    return Derivatives(blocks, Output(outs, output.spec, run_func.join_tensors(kept, aux)))
 
 
 def solve_existing(call: Call, output: Output, *, graph: bool) -> Derivatives:
@@ -180,7 +169,7 @@ def _leave(request: str, batch: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
     mark: _Mark = vars(inputs[0]).get(_MARK, (_Mark(), 0))[0]
     recorder, mark.recorder = mark.recorder, None  # which would keep the run alive
     output = Output(outs, None, list(aux))
-    create_graph = graph and (weighs or _has_leaves(attached(output), inputs))
+    create_graph = graph and (weighs or _has_leaves(run_func.attached(output), inputs))
     run = Run(call, inputs, output, create_graph, recorder)
     # No more passes than memory asks for: each is written into the graph.
     sizes = sizes_of(run, _widest(outs, inputs))._replace(create_graph=True, on_cpu=False)
@@ -196,10 +185,10 @@ def _leave(request: str, batch: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
     if check:
         _assert_rows(run)
     if not create_graph:
-        result = detached(result)
+        result = run_func.detached(result)
     elif _MARK in vars(inputs[0]):
-        retire(run)
-    return tuple(split_derivatives(result)[0])
+        run_func.retire(run)
+    return tuple(run_func.split_derivatives(result)[0])
 
 
 def _assert_rows(run: Run) -> None:
@@ -228,14 +217,16 @@ def _assert_rows(run: Run) -> None:
 
 def _has_leaves(outs: Sequence[Tensor], inputs: list[Tensor]) -> bool:
     """Whether something else requires grad; AOTAutograd hides its inputs behind error nodes."""
-    if any(node.name() == "torch::autograd::Error" for node in graph_nodes(outs, inputs)):
+    if any(node.name() == "torch::autograd::Error" for node in run_func.graph_nodes(outs, inputs)):
         return True
-    return any(all(leaf is not x for x in inputs) for leaf in graph_leaves(outs, inputs))
+    return any(all(leaf is not x for x in inputs) for leaf in run_func.graph_leaves(outs, inputs))
 
 
 def _widest(outs: Sequence[Tensor], inputs: list[Tensor]) -> Any:
     """Elements of the widest tensor that leads to ``outs``; which one that is adds no guard."""
-    shapes = [meta.shape for node in graph_nodes(outs, inputs) for meta in node._input_metadata]
+    shapes = [
+        meta.shape for node in run_func.graph_nodes(outs, inputs) for meta in node._input_metadata
+    ]
     return max([math.prod(shape) for shape in shapes], key=_hint, default=1)
 
 
@@ -247,7 +238,7 @@ def _first_that_works(run: Run, sizes: Sizes) -> Derivatives | Exception:
     error: Exception | None = None
     options, operator = run.call.options, run.call.options.operator
     again = run.create_graph or operator.is_second_order
-    if any(n.name() == _CUSTOM for n in graph_nodes(run.output.leaves, run.inputs)):
+    if any(n.name() == _CUSTOM for n in run_func.graph_nodes(run.output.leaves, run.inputs)):
         if again or options.mode == "fwd":  # which differentiates a reverse pass
             return RuntimeError("Dynamo takes second derivatives of an autograd.Function wrongly")
         options = replace(options, mode="rev")

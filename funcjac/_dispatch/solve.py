@@ -13,18 +13,8 @@ from funcjac._dispatch.choose_engine_mode_chunk import engines_of, nested_route,
 from funcjac._dispatch.decisions import Decision, FunctionKey, decision_of, make_key
 from funcjac._dispatch.engines import BY_ENGINE, reference
 from funcjac._dispatch.messages import failure, is_out_of_memory, warn_of_fallback
-from funcjac._engines.run_func import (
-    ChangedInputError,
-    Derivatives,
-    Route,
-    Run,
-    computed,
-    detached,
-    kind_of,
-    read_graph,
-    retire,
-    run_once,
-)
+from funcjac._engines import run_func
+from funcjac._engines.run_func import ChangedInputError, Derivatives, Route, Run
 from funcjac._taylor.recorder import Recorder
 from funcjac._verification.row_independence import check_rows
 from funcjac.errors import brief
@@ -51,12 +41,12 @@ def _settled(call: Call, decision: Decision) -> tuple[Run | None, Derivatives | 
     if decision.clone or decision.replaced:
         call = call._replace(clone=decision.clone, replaced=decision.replaced)
     try:
-        run = run_once(call, Recorder if decision.records else None)
+        run = run_func.run_once(call, Recorder if decision.records else None)
     except ChangedInputError:
         decision.clone = True
         return None, None
-    run, facts = read_graph(run)
-    kind, signature = kind_of(run, facts), facts.signature
+    run, facts = run_func.read_graph(run)
+    kind, signature = run_func.kind_of(run, facts), facts.signature
     known = routes = decision.routes.get(kind)
     if routes is None and not decision.left and engines_of(call)[0][0] == "sum":
         routes = _by_rule(run, facts.widest)
@@ -73,15 +63,15 @@ def _settled(call: Call, decision: Decision) -> tuple[Run | None, Derivatives | 
     if known is None:
         decision.remember(kind, routes)
     try:
-        result = computed(run, *routes)
+        result = run_func.computed(run, *routes)
     except NOT_CAUGHT:
         raise
     except Exception:  # values may decide: everything is tried
         decision.routes.clear()
         return run, None
     if not run.create_graph:
-        return run, detached(result)
-    retire(run)
+        return run, run_func.detached(result)
+    run_func.retire(run)
     return run, result
 
 
@@ -112,7 +102,7 @@ def _by_engines(attempt: Attempt) -> Derivatives:
             _leave(attempt, engine, error, errors)
             continue
         if attempt.plain is not None and attempt.plain.create_graph:
-            retire(attempt.plain)
+            run_func.retire(attempt.plain)
         if errors and errors[0][0] in decision.left:
             warn_of_fallback(options, attempt.function, *errors[0], engine)
         return result

@@ -8,9 +8,10 @@ import functools
 import importlib
 import itertools
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -124,10 +125,28 @@ def uncompiled() -> Any:
     Dynamo would go into dispatch modes, too. Without this private API it costs more.
     """
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    if any(getattr(dynamo, "cached_backends", {0: dynamo}).values()) and not is_traced():
-        with suppress(RuntimeError):  # between two graphs of a compiled caller
-            return torch.compiler.set_stance("force_eager")
-    return None
+    compiles = any(getattr(dynamo, "cached_backends", {0: dynamo}).values()) and not is_traced()
+    # Between two graphs of a compiled caller, torch refuses it.
+    is_within = getattr(_EVAL_FRAME, "get_eval_frame_callback", bool)()
+    return _force_eager() if compiles and not is_within else None
+
+
+_EVAL_FRAME: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+_STANCES: list[Any] = []  # one for each call at work, of any thread: a stance is the process's own
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def _force_eager() -> Iterator[None]:
+    with _LOCK:
+        _STANCES.append(_STANCES[0] if _STANCES else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _LOCK:
+            stance = _STANCES.pop()
+            if not _STANCES:
+                stance.__exit__(None, None, None)
 
 
 class EagerMode(TorchDispatchMode):

@@ -267,3 +267,30 @@ def test_each_call_runs_func_once():
     jacobian = batch_jacobian(func)
     assert not together(*[lambda: [jacobian(randn(4, 3)) for _ in range(10)]] * THREADS)
     assert len(runs) == 10 * THREADS
+
+
+def test_what_func_compiled_is_compiled_again_afterwards():
+    """Whoever comes last, or fails: how the process compiles is as before."""
+    net, compilations = nn.Linear(3, 2).double(), []
+    compiled = torch.compile(net, backend=lambda graph, _: compilations.append(1) or graph)
+    barrier, x = threading.Barrier(THREADS, timeout=WAIT), randn(4, 3)
+
+    def func(x, i):
+        barrier.wait()  # all have begun
+        out = compiled(x)
+        if i:
+            barrier.wait()  # one is done
+            raise ZeroDivisionError
+        return out
+
+    def work(i):
+        batch_hessian(lambda x: func(x, i))(x)
+        barrier.wait()
+
+    raised = together(*[lambda i=i: work(i) for i in range(THREADS)])
+    assert set(map(type, raised.values())) == {ZeroDivisionError}, raised
+    assert raised.keys() == {*range(1, THREADS)}
+    assert not compilations
+    compiled(x)
+    assert compilations
+    torch._dynamo.reset()
