@@ -274,9 +274,11 @@ def test_what_func_compiled_is_compiled_again_afterwards():
     net, compilations = nn.Linear(3, 2).double(), []
     compiled = torch.compile(net, backend=lambda graph, _: compilations.append(1) or graph)
     barrier, x = threading.Barrier(THREADS, timeout=WAIT), randn(4, 3)
+    begun = threading.Event()
 
     def func(x, i):
-        barrier.wait()  # all have begun
+        begun.set()
+        barrier.wait()  # all have begun, the first before the others
         out = compiled(x)
         if i:
             barrier.wait()  # one is done
@@ -284,6 +286,7 @@ def test_what_func_compiled_is_compiled_again_afterwards():
         return out
 
     def work(i):
+        assert i == 0 or begun.wait(WAIT)
         batch_hessian(lambda x: func(x, i))(x)
         barrier.wait()
 
