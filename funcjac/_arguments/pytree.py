@@ -4,7 +4,6 @@ Classes may be registered with torch's pytree, or with optree globally or in the
 ``"funcjac"``.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,14 +99,21 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
     )
 
 
+class _Bare(str):
+    """Text that stands without quotes where it is part of a tree."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
 def sketch(tree: Tree) -> str:
     """The tree in one short line: shapes of tensors, kinds of all else."""
 
-    def leaf(x: Any) -> str:
-        return type(x).__name__ + (str(tuple(x.shape)) if isinstance(x, Tensor) else "")
+    def leaf(x: Any) -> _Bare:
+        shape = str(tuple(x.shape)) if isinstance(x, Tensor) else ""
+        return _Bare(f"{type(x).__name__}{shape}")
 
     text = repr(optree.tree_map(leaf, tree, namespace=NAMESPACE))
-    text = re.sub(r"'(\w+(?:\([\d, ]*\))?)'(?!:)", r"\1", text)  # leaves without quotes
     return text if len(text) <= 200 else text[:200] + "..."
 
 

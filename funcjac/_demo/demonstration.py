@@ -135,7 +135,7 @@ def compare(ways: dict[str, Callable[[], Tensor]]) -> dict[str, Timing]:
                 with Meter() as meter:
                     jac = way()
             except Exception as error:  # whatever a way raises is its row in the table
-                sentence = str(error).strip().splitlines()[0].split(". ")[0]
+                sentence = str(error).strip().partition("\n")[0].split(". ")[0]
                 timings[name] = text = f"{type(error).__name__}: {sentence.rstrip('.')}"
                 print(f"{name:<36}{textwrap.shorten(text, WIDTH - 36, placeholder='...')}")
                 continue

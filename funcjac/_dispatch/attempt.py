@@ -13,15 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from funcjac._arguments.call import Call, is_plain
 from funcjac._dispatch.choose_engine_mode_chunk import Sizes, sizes_of
 from funcjac._dispatch.decisions import Decision, FunctionKey, forget_children
-from funcjac._engines.run_func import (
-    ChangedInputError,
-    Derivatives,
-    Facts,
-    Route,
-    Run,
-    read_graph,
-    run_once,
-)
+from funcjac._engines import run_func
+from funcjac._engines.run_func import ChangedInputError, Derivatives, Facts, Route, Run
 from funcjac._environment import state
 from funcjac._environment.torch_private import CONTROL_FLOW, saves_by_hooks
 from funcjac._taylor.recorder import Recorder
@@ -92,7 +85,7 @@ class Attempt:
         """Run ``func`` and read its graph; once more with replacements where torch is wrong."""
         self.outcome.runs += 1
         run = self._run_func(recorder_of) if self.settled is None else self.settled
-        run, facts = self._without_faults(*read_graph(run))
+        run, facts = self._without_faults(*run_func.read_graph(run))
         self.plain, self.signature, self.decision.has_run = run, facts.signature, True
         self.outcome.operations = facts.operations
         return run, facts
@@ -103,14 +96,14 @@ class Attempt:
         if is_first:
             self.buffers = state.buffers_in_training(self.function.modules)
         try:
-            run = run_once(self.call, recorder_of, copy=is_first)
+            run = run_func.run_once(self.call, recorder_of, copy=is_first)
         except ChangedInputError:
             state.put_back(self.buffers)
             state.set_rng_state(self.start)
             self.decision.clone = True
             self.call = self.call._replace(clone=True)
             self.outcome.runs += 1
-            run = run_once(self.call, recorder_of)
+            run = run_func.run_once(self.call, recorder_of)
         self.operator.check_output(run.call, run.output.leaves)
         if self.is_due and not self.decision.signatures:
             self.outcome.runs += check_attached(run, self.function.modules)
@@ -132,7 +125,7 @@ class Attempt:
         replaced = self._replaced(run)
         if replaced is None:
             return run, facts
-        run, facts = read_graph(replaced)
+        run, facts = run_func.read_graph(replaced)
         self.outcome.sizes = sizes_of(run, facts.widest)
         return run, facts
 
@@ -147,7 +140,7 @@ class Attempt:
         state.put_back(self.buffers)
         self.outcome.runs += 1
         try:
-            replaced = run_once(call, None if run.recorder is None else Recorder)
+            replaced = run_func.run_once(call, None if run.recorder is None else Recorder)
             pairs, limit = zip(run.output.leaves, replaced.output.leaves), tolerance_of(run)
             if all(is_alike(a.detach(), b.detach(), limit) for a, b in pairs):
                 self.decision.replaced, self.call = True, call

@@ -86,13 +86,14 @@ _CHILDREN: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary
 class FunctionKey:
     """What is found behind a function: code, modules, switches."""
 
-    __slots__ = ("modules", "parts", "scripted", "tensors")
+    __slots__ = ("compiles", "modules", "parts", "scripted", "tensors")
 
     def __init__(self, func: Any) -> None:
         self.parts: list[Any] = []  # of the key
         self.modules: list[nn.Module] = []  # that were met, not their children
         self.tensors: list[Tensor] = []  # that were met, but those of modules
         self.scripted = False  # whether TorchScript is among them
+        self.compiles = False  # whether something that torch.compile made is among them
         self._describe(func, 0)
 
     def _describe(self, item: Any, depth: int) -> None:
@@ -104,9 +105,10 @@ class FunctionKey:
         elif isinstance(item, nn.Module):
             self.modules.append(item)
             self.parts.append(weakref.ref(item))  # an id may be given out again
-            children, scripted = _CHILDREN.get(item) or _children(item)
+            children, scripted, compiles = _CHILDREN.get(item) or _children(item)
             self.parts.append(bytes((item.training, *map(_is_training, children))))
-            self.scripted = self.scripted or scripted
+            self.scripted |= scripted
+            self.compiles |= compiles
         elif kind is types.MethodType:
             self._describe(item.__func__, depth)
             self._describe(item.__self__, depth + 1)
@@ -145,6 +147,7 @@ class FunctionKey:
         if code in self.parts:
             return
         self.parts.append(code)
+        self.compiles |= hasattr(func, "_torchdynamo_orig_callable")
         if depth >= _NESTED:
             return
         cells = [cell.cell_contents for cell in func.__closure__ or () if cell != _UNBOUND]
@@ -171,11 +174,12 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
     return tuple({*code.co_names, *itertools.chain(*inner)})
 
 
-def _children(module: nn.Module) -> tuple[list[nn.Module], bool]:
+def _children(module: nn.Module) -> tuple[list[nn.Module], bool, bool]:
     children = list(module.modules())[1:]  # without the module itself, which would never go
     scripted = any(isinstance(m, torch.jit.ScriptModule) for m in (module, *children))
-    _CHILDREN[module] = children, scripted
-    return children, scripted
+    compiles = any("_orig_mod" in m._modules or m._compiled_call_impl for m in (module, *children))
+    _CHILDREN[module] = children, scripted, compiles
+    return children, scripted, compiles
 
 
 def forget_children(modules: list[nn.Module]) -> None:

@@ -12,18 +12,8 @@ from funcjac._arguments.call import Call
 from funcjac._dispatch.attempt import NOT_CAUGHT, Attempt, lean, verify
 from funcjac._dispatch.choose_engine_mode_chunk import nested_route, routes_of, sizes_of
 from funcjac._dispatch.messages import drew, is_out_of_memory
-from funcjac._engines import loop, vmap
-from funcjac._engines.run_func import (
-    Derivatives,
-    Route,
-    Run,
-    computed,
-    detached,
-    kind_of,
-    read_graph,
-    retire,
-    run_once,
-)
+from funcjac._engines import loop, run_func, vmap
+from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._environment import state
 from funcjac._taylor.recorder import Recorder
 from funcjac._verification.forward_formulas import check_forward_formulas
@@ -44,7 +34,7 @@ def by_sum(attempt: Attempt) -> Derivatives:
         is_new = (facts.signature, route.mode) not in decision.signatures
         check = attempt.options.check is not False and (attempt.is_due or is_new)
         try:
-            result = computed(run, route, nested)
+            result = run_func.computed(run, route, nested)
             if check:
                 verify(attempt, run, result, "sum", route.mode)
         except NOT_CAUGHT:
@@ -57,10 +47,10 @@ def by_sum(attempt: Attempt) -> Derivatives:
                 decision.left[route.way] = brief(error)
             outcome.reasons.append(f"sum/{route.mode}: {brief(error)}")
             continue
-        decision.remember(kind_of(run, facts), (route, nested))
+        decision.remember(run_func.kind_of(run, facts), (route, nested))
         decision.records = route.mode == "taylor"
         outcome.route, outcome.verified = route, check
-        return result if run.create_graph else detached(result)
+        return result if run.create_graph else run_func.detached(result)
     raise error or RefusedError("; ".join(decision.left.values()))
 
 
@@ -96,7 +86,7 @@ def by_vmap(attempt: Attempt) -> Derivatives:
         verify(attempt, _with_draws_of_vmap(attempt), result, "vmap")
     attempt.outcome.route = Route(mode, attempt.options.chunk_size)
     create_graph = torch.is_grad_enabled() and (attempt.plain is None or attempt.plain.create_graph)
-    return result if create_graph else detached(result)
+    return result if create_graph else run_func.detached(result)
 
 
 def _call_of_rows(attempt: Attempt) -> Call:
@@ -162,13 +152,13 @@ def by_loop(attempt: Attempt) -> Derivatives:
 
 def _one_row(attempt: Attempt, call: Call) -> Derivatives:
     attempt.outcome.runs += 1
-    run, facts = read_graph(run_once(call))
+    run, facts = run_func.read_graph(run_func.run_once(call))
     route = attempt.operator.route(call, sizes_of(run, facts.widest))._replace(chunk=1)  # no vmap
     attempt.outcome.route = route
-    result = computed(run, route, route)
+    result = run_func.computed(run, route, route)
     if not run.create_graph:
-        return detached(result)
-    retire(run)
+        return run_func.detached(result)
+    run_func.retire(run)
     return result
 
 

@@ -86,12 +86,15 @@ def _at_levels(call: Call, token: Any, function: FunctionKey) -> Derivatives:
             return result
     with state.without_wrapped(function.modules):
         result = _by_rows(call)  # which raises what func itself raises
-    if verify is not None and state.same_rng_state(start, state.rng_state()):
+        if verify is None or not state.same_rng_state(start, state.rng_state()):
+            return result
         buffers = state.buffers_in_training(function.modules)
-        _, problem = _through_graph(call, verify, lambda _: result)
-        state.put_back(buffers)
-        _refuse(call, engine.replace("auto", "vmap"), problem)
-        decision.rows = True
+        try:
+            _, problem = _through_graph(call, verify, lambda _: result)
+        finally:
+            state.put_back(buffers)
+    _refuse(call, engine.replace("auto", "vmap"), problem)
+    decision.rows = True
     return result
 
 

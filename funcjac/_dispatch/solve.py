@@ -23,6 +23,7 @@ from funcjac.errors import brief
 def solve(call: Call, token: Any, outcome: Outcome | None = None) -> Derivatives:
     """The derivatives of ``call`` in plain (not transformed, not compiled) code."""
     function = FunctionKey(call.func)
+    call = call._replace(compiles=True) if function.compiles else call
     decision = decision_of(make_key(token, function, call))
     check = call.options.check
     if not decision.has_run:

@@ -122,7 +122,9 @@ def run_once(call: Call, recorder_of: Any = None, *, copy: bool = False) -> Run:
     versions = list(map(_version, inputs))
     try:
         again = call.options.operator.is_second_order or call.options.mode == "fwd"
-        stance = uncompiled() if again or any(map(_grad_fn, inputs)) else None
+        stance = None
+        if call.compiles and (again or any(map(_grad_fn, inputs))):
+            stance = uncompiled()
         if recorder is None and stance is None and torch.is_grad_enabled():
             output = call(inputs)
         else:

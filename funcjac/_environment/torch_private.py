@@ -122,13 +122,11 @@ def with_memory(args: Any) -> Any:
 def uncompiled() -> Any:
     """A context that runs what ``func`` compiled as written, to be differentiated twice, or None.
 
-    Dynamo would go into dispatch modes, too. Without this private API it costs more.
+    Dynamo would go into dispatch modes, too. Between two graphs of a compiled caller, torch refuses
+    it.
     """
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    compiles = any(getattr(dynamo, "cached_backends", {0: dynamo}).values()) and not is_traced()
-    # Between two graphs of a compiled caller, torch refuses it.
-    is_within = getattr(_EVAL_FRAME, "get_eval_frame_callback", bool)()
-    return _force_eager() if compiles and not is_within else None
+    is_within = is_traced() or getattr(_EVAL_FRAME, "get_eval_frame_callback", bool)()
+    return None if is_within or "torch._dynamo" not in sys.modules else _force_eager()
 
 
 _EVAL_FRAME: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)

@@ -65,8 +65,10 @@ class HessianDiagonal(SecondOrder):
             return self.blocks(run, self._by_output(columns))
         outs, firsts, total = run.output.leaves, self.adds_jac(run.call), self.adds_up()
         recording = make_recording(run.recorder, outs, create_graph=run.create_graph)
-        inputs = enumerate(directions)
-        columns = [_by_taylor(recording, j, d, route.chunk, firsts, total) for j, d in inputs]
+        columns = []
+        for j, (pairs, dim) in enumerate(zip(directions, run.dims)):
+            pairs = pairs._replace(basis=pairs.basis and dim == 0)  # what a product may take it for
+            columns.append(_by_taylor(recording, j, pairs, route.chunk, firsts, total))
         return self.blocks(run, self._by_output(columns))
 
     def compute_row(self, call: Call, f: Any, xs: Tensors, extras: Tensors, mode: str) -> Any:

@@ -543,3 +543,17 @@ def test_operations_of_unknown_structure_take_numbers(operation):
     func = lambda x: torch.stack([operation(number.sin()) for number in x.unbind()])
     x = randn(3)
     torch.testing.assert_close(batch_laplacian(func, mode="taylor", check=False)(x), -x.sin())
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_batch_at_the_end_as_large_as_a_row(size):
+    """The product of the basis with a weight is that weight where the batch comes first alone."""
+    weight = randn(3)
+    func = lambda x: (
+        (x @ torch.diag(weight[:size])).tanh().t()
+    )  # each sample by a number of its own
+    along = batch_hessian_diagonal(func, in_dims=1, mode="taylor", check=False)
+    x = randn(3, size)
+    slope = (x * weight[:size]).tanh()
+    expected = -2 * weight[:size] ** 2 * slope * (1 - slope**2)
+    torch.testing.assert_close(along(x).diagonal(0, 1, 2), expected.t())

@@ -1,5 +1,7 @@
 """Functions whose rows mix: refused, with the module or the size of the dependence named."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -245,3 +247,20 @@ def test_rows_that_mix_under_a_large_constant_are_refused(offset):
     x = fixed_randn(4, 2000).float()
     with torch.no_grad(), pytest.raises(BatchMixingError):
         batch_jacobian(lambda x: offset + (x - x.mean(0)))(x)
+
+
+class Keeps(nn.Module):
+    last = None
+
+    def forward(self, w, x):
+        self.last = x @ w
+        return self.last.tanh()
+
+
+@pytest.mark.parametrize("keywords", [{"in_dims": (None, 0)}, {"argnums": 1, "engine": "loop"}])
+def test_verified_inside_of_a_gradient_nothing_of_it_is_kept(keywords):
+    net, w, x = Keeps(), randn(3, 2), randn(B, 3)
+    jac = batch_jacobian(net, **{"in_dims": (None, 0)} | keywords)
+    torch.func.grad(lambda w: jac(w, x).square().sum())(w)
+    assert net.last is None
+    copy.deepcopy(net)
