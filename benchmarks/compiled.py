@@ -298,9 +298,8 @@ def processor() -> float:
 
 def forget_kernels() -> None:
     """Back to what was compiled before all cases: two ways may have kernels in common."""
-    directory = tempfile.mkdtemp()
-    shutil.copytree(LOADED, directory, dirs_exist_ok=True)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
+    shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"])  # what is loaded needs its file no more
+    shutil.copytree(LOADED, os.environ["TORCHINDUCTOR_CACHE_DIR"])
     torch._inductor.utils.clear_caches()
 
 

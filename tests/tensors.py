@@ -21,6 +21,8 @@ def fixed_randn(*shape: int) -> torch.Tensor:
 def set_seed(number: int) -> None:
     """As ``torch.manual_seed``, which also queues a call, with its stack, for each other device."""
     torch.default_generator.manual_seed(number)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(number)
 
 
 def equal(got, expected, tolerance=1e-10):

@@ -38,7 +38,7 @@ class Call(NamedTuple):
     batch: int
     clone: bool = False  # ``func`` works in place on its arguments and must be given copies
     replaced: bool = False  # replacements run of what torch differentiates wrongly
-    compiles: bool = False  # what torch.compile made of a part of ``func``
+    compiles: bool = False  # torch.compile made a part of ``func``
     extra: int = 0  # how many of the last leaves are no arguments of ``func``, but of the operator
 
     @property

@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from funcjac._arguments.call import Call, is_plain
 from funcjac._dispatch.choose_engine_mode_chunk import Sizes, sizes_of
 from funcjac._dispatch.decisions import Decision, FunctionKey, forget_children
+from funcjac._dispatch.messages import refused
 from funcjac._engines import run_func
 from funcjac._engines.run_func import ChangedInputError, Derivatives, Facts, Route, Run
 from funcjac._environment import state
@@ -22,7 +23,7 @@ from funcjac._torch_faults.replace import graph_names, needs_replacement
 from funcjac._verification.detached_outputs import check_attached
 from funcjac._verification.tolerance import is_alike, tolerance_of
 from funcjac._verification.verify_result import problem_of
-from funcjac.errors import BatchMixingError, VerificationError
+from funcjac.errors import BatchMixingError
 
 NO_ROUTE, NO_SIZES = Route(""), Sizes(0, 0, 0, 1, False, True)
 _MOST_RESTORED = 2**16  # elements of a tensor that func closes over
@@ -184,10 +185,7 @@ def verify(attempt: Attempt, run: Run, result: Derivatives, engine: str, mode: s
     with unseen, hidden:
         problem, compared = problem_of(run, result, decision.calls, modules, engine)
     if problem is not None:
-        text = f"{attempt.options.name}: {engine} was verified and refused: {problem}."
-        if engine != "sum":  # which sees the same batch as the reference
-            text += " check_batched tells whether rows depend on one another through values."
-        raise VerificationError(text)
+        raise refused(attempt.options, engine, problem)
     if not compared:
         decision.calls -= 1  # all was NaN: nothing was seen
         decision.failed = failed

@@ -17,7 +17,7 @@ from torch import Tensor
 from funcjac._arguments.call import Call
 from funcjac._dispatch.choose_engine_mode_chunk import engines_of, sizes_of
 from funcjac._dispatch.decisions import Decision, FunctionKey, decision_of, make_key
-from funcjac._dispatch.messages import failure
+from funcjac._dispatch.messages import failure, refused
 from funcjac._engines.loop import by_loop
 from funcjac._engines.run_func import (
     Derivatives,
@@ -75,7 +75,8 @@ def _at_levels(call: Call, token: Any, function: FunctionKey) -> Derivatives:
     if "sum" in engines_of(call)[0] and (has_values or engine == "sum" or call.batch == 1):
         try:
             result, problem = _through_graph(call, verify)
-            _refuse(call, "sum", problem)
+            if problem is not None:
+                raise refused(call.options, "sum", problem)
         except (BatchMixingError, *CONTROL_FLOW):
             raise
         except Exception:
@@ -93,15 +94,10 @@ def _at_levels(call: Call, token: Any, function: FunctionKey) -> Derivatives:
             _, problem = _through_graph(call, verify, lambda _: result)
         finally:
             state.put_back(buffers)
-    _refuse(call, engine.replace("auto", "vmap"), problem)
+    if problem is not None:
+        raise refused(call.options, engine.replace("auto", "vmap"), problem)
     decision.rows = True
     return result
-
-
-def _refuse(call: Call, engine: str, problem: str | None) -> None:
-    if problem is not None:
-        text = f"{call.options.name}: {engine} was verified and refused: {problem}."
-        raise VerificationError(text)
 
 
 def _row_compute(call: Call) -> Any:
@@ -156,5 +152,4 @@ def _through_graph(
         return sum([x.sum() for x in inputs]), tuple(tensors)
 
     _, _, tensors = torch.func.vjp(primal, *call.inputs, has_aux=True)  # type: ignore[misc]
-    others, problem = rest
-    return join_derivatives(others, tensors), problem
+    return join_derivatives(rest[0], tensors), rest[1]

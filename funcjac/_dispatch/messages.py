@@ -34,6 +34,13 @@ def warn_of_fallback(
     )
 
 
+def refused(options: Options, engine: str, problem: str) -> VerificationError:
+    text = f"{options.name}: {engine} was verified and refused: {problem}."
+    if engine != "sum":  # which sees the same batch as the reference
+        text += " check_batched tells whether rows depend on one another through values."
+    return VerificationError(text)
+
+
 def drew(options: Options) -> RuntimeError:
     return RuntimeError(
         f"{options.name}: expected func not to draw random numbers with "

@@ -121,10 +121,10 @@ def run_once(call: Call, recorder_of: Any = None, *, copy: bool = False) -> Run:
         recorder = recorder_of(inputs)
     versions = list(map(_version, inputs))
     try:
-        again = call.options.operator.is_second_order or call.options.mode == "fwd"
         stance = None
-        if call.compiles and (again or any(map(_grad_fn, inputs))):
-            stance = uncompiled()
+        if call.compiles:
+            again = call.options.operator.is_second_order or call.options.mode == "fwd"
+            stance = uncompiled() if again or any(map(_grad_fn, inputs)) else None
         if recorder is None and stance is None and torch.is_grad_enabled():
             output = call(inputs)
         else:
