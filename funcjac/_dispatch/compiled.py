@@ -25,8 +25,12 @@ from funcjac._dispatch.attempt import lean
 from funcjac._dispatch.choose_engine_mode_chunk import Sizes, chunk, routes_of, sizes_of
 from funcjac._engines import run_func
 from funcjac._engines.run_func import Derivatives, Route, Run
-from funcjac._engines.shared_matrices import SharedMatrices
-from funcjac._environment.torch_private import assert_async, bypassing_wrapper, nonstrict_trace
+from funcjac._environment.torch_private import (
+    assert_async,
+    batching_rules,
+    bypassing_wrapper,
+    nonstrict_trace,
+)
 from funcjac._taylor.recorder import Recorder
 from funcjac._taylor.rules import make_recording
 from funcjac._torch_faults.replace import UseReplacements
@@ -253,7 +257,7 @@ def _first_that_works(run: Run, sizes: Sizes) -> Derivatives | Exception:
         routes = itertools.chain([Route("fwd" if forward else "taylor", chunk_size)], routes)
     for route in routes:
         try:
-            with torch.set_grad_enabled(again), SharedMatrices():
+            with torch.set_grad_enabled(again), batching_rules():
                 return operator.compute(run, route)
         except Exception as failure:  # noqa: PERF203  traced once
             error = error or lean(failure)

@@ -7,6 +7,7 @@ fallback are needed; the others only save time, and say what runs without them.
 import functools
 import importlib
 import itertools
+import operator
 import sys
 import threading
 import warnings
@@ -15,13 +16,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 import torch.utils.checkpoint
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch import pyfunctorch
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 Tensors = Sequence[Tensor | None]
 
@@ -116,7 +118,7 @@ def with_memory(args: Any) -> Any:
     """
     if forward_ad._current_level < 0:
         return args
-    return tree_map_only(Tensor, lambda x: torch.zeros_like(x) if _is_zero(x) else x, args)
+    return pytree.tree_map_only(Tensor, lambda x: torch.zeros_like(x) if _is_zero(x) else x, args)
 
 
 def uncompiled() -> Any:
@@ -145,6 +147,75 @@ def _force_eager() -> Iterator[None]:
             stance = _STANCES.pop()
             if not _STANCES:
                 stance.__exit__(None, None, None)
+
+
+# Operations of derivatives whose batching rules in torch read symbolic sizes as numbers; and bmm,
+# whose rule repeats the matrices of each row for all vectors of a basis.
+_BATCHED = [f"{x}_backward.default" for x in ("diagonal", "gelu", "glu", "mish", "slice", "unfold")]
+_BATCHED += ["cat.default", "gather.default", "linalg_cross.default", "scatter.src"]
+_BATCHED += ["scatter_add.default", "bmm.default"]
+_REGISTERING = threading.RLock()
+
+
+@contextmanager
+def batching_rules() -> Iterator[None]:
+    """Rules of our own for these operations, while tensors are traced; one thread at a time.
+
+    Without this API, a compiled Jacobian through them is compiled again for each batch size.
+    """
+    key: Any = torch._C.DispatchKey.FuncTorchBatched
+    with _REGISTERING, enable_python_dispatcher():
+        ops = [operator.attrgetter(name)(torch.ops.aten) for name in _BATCHED]
+        ops = [op for op in ops if key not in getattr(op, "py_kernels", {key})]
+        for op in ops:
+            op.py_impl(key)(functools.partial(_batched, op, key))
+        try:
+            yield
+        finally:
+            for op in ops:
+                del op.py_kernels[key]
+                op._dispatch_cache.clear()
+
+
+def _batched(op: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
+    """``op`` of each entry of a batch, which becomes the first dimension of all its tensors."""
+    level, tensors = _FUNCTORCH.maybe_current_level(), pytree.tree_leaves(args)
+    tensors = [x for x in tensors if isinstance(x, Tensor)]
+    pairs = [_FUNCTORCH._unwrap_batched(x, level) for x in tensors]
+    count = [x.shape[dim] for x, dim in pairs if dim is not None][:1]
+    is_bmm = op is torch.ops.aten.bmm.default
+    is_shared = any(dim is None for _, dim in pairs)
+    if (
+        not count
+        or (is_bmm and not is_shared)
+        or {x.ndim for x in tensors} != {max(tensors[0].ndim, 1)}
+    ):
+        return op._op_dk(key, *args, **kwargs)
+    if is_bmm:
+        return _FUNCTORCH._add_batch_dim(_joined(key, *pairs), 0, level)
+    front = (x.expand(*count, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in pairs)
+    given = dict(zip([argument.name for argument in op._schema.arguments], args)) | kwargs
+    for name, value in given.items():
+        if name == "input_sizes":
+            given[name] = [*count, *value]
+        elif name.startswith("dim"):
+            given[name] = value + (value >= 0)
+        else:
+            given[name] = pytree.tree_map_only(Tensor, lambda _: next(front), value)
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        return _FUNCTORCH._add_batch_dim(op(**given), 0, level)
+
+
+def _joined(key: Any, left: Any, right: Any) -> Tensor:
+    """``(k, B, m, p)``: the factors that differ are joined, those of each row are not repeated."""
+    (a, i), (b, j) = left, right
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        if i is None:  # (B, m, n) times (B, n, k p)
+            columns = b.movedim(j, 2)
+            out = a.bmm(columns.flatten(2))
+            return out.unflatten(2, columns.shape[2:]).movedim(2, 0)
+        rows = a.movedim(i, 1)  # (B, k m, n) times (B, n, p)
+        return rows.flatten(1, 2).bmm(b).unflatten(1, rows.shape[1:3]).movedim(1, 0)
 
 
 class EagerMode(TorchDispatchMode):

@@ -95,8 +95,6 @@ def test_made_once_with_everything_dynamic(name):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     run = compiled(transform, counter, dynamic=True)
     assert_as_eager(transform, randn(B, 3), list(net.parameters()), run)
-    if name == "divergence":  # torch.vmap of a sum over a dimension of size one fixes all sizes
-        return
     assert_as_eager(transform, randn(9, 3), list(net.parameters()), run)
     for batch in range(2, 22):
         x = randn(batch, 3).requires_grad_()
@@ -423,9 +421,23 @@ def test_replacements_run_at_every_level(outer, inner):
 # --- what the graph is -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["jacobian", "laplacian", "partials"])
+BATCHED = {
+    "select": lambda x: x[:, 0].exp().unsqueeze(1) * x.sin(),
+    "slices": lambda x: torch.cat([x[:, 1:], x.split(2, 1)[0] ** 2, x[:, [0, 2]]], 1) * x[:, -1:],
+    "scatter": lambda x: x.sort(1).values * x.gather(1, x.argsort(1)[:, :1]) * x.max(1)[0][:, None],
+    "others": lambda x: x.diag_embed().diagonal(0, 1, 2) * torch.linalg.cross(x, x.exp(), dim=1),
+    "unfold": lambda x: nn.Mish()(x.unfold(1, 2, 1).cos().flatten(1)) * nn.GELU()(x[:, :1]),
+}
+
+
+@pytest.mark.parametrize("name", ["jacobian", "laplacian", "partials", *BATCHED])
 def test_one_graph_for_all_batches(name):
-    transform = TRANSFORMS[name](network())
+    net, func = network(), BATCHED.get(name)
+    if func is None:
+        transform = TRANSFORMS[name](net)
+    else:
+        inner = batch_jacobian(lambda x: func(net[0](x).tanh()[:, :3]), mode="rev")
+        transform = batch_jacobian(inner)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     run = compiled(transform, counter)
     for batch in (B, 7, 300):
@@ -433,6 +445,7 @@ def test_one_graph_for_all_batches(name):
         torch._dynamo.mark_dynamic(x, 0)
         torch.testing.assert_close(run(x), transform(x), rtol=1e-10, atol=1e-10)
     assert counter.frame_count == 1
+    assert torch._C.DispatchKey.FuncTorchBatched not in torch.ops.aten.cat.default.py_kernels
 
 
 def test_matrices_of_each_row_are_not_copied():
