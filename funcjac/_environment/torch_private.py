@@ -194,7 +194,9 @@ def _batched(op: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
     if is_bmm:
         return _FUNCTORCH._add_batch_dim(_joined(key, *pairs), 0, level)
     front = (x.expand(*count, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in pairs)
-    given = dict(zip([argument.name for argument in op._schema.arguments], args)) | kwargs
+    arguments = op._schema.arguments  # torch leaves out what is the default: cat along 0
+    given = {argument.name: argument.default_value for argument in arguments}
+    given |= dict(zip(given, args)) | kwargs
     for name, value in given.items():
         if name == "input_sizes":
             given[name] = [*count, *value]

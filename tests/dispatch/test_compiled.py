@@ -423,7 +423,7 @@ def test_replacements_run_at_every_level(outer, inner):
 
 BATCHED = {
     "select": lambda x: x[:, 0].exp().unsqueeze(1) * x.sin(),
-    "slices": lambda x: torch.cat([x[:, 1:], x.split(2, 1)[0] ** 2, x[:, [0, 2]]], 1) * x[:, -1:],
+    "slices": lambda x: torch.cat([x[:, 1:], x.T.split(2)[0].T ** 2, x[:, [0, 2]]], 1) * x[:, -1:],
     "scatter": lambda x: x.sort(1).values * x.gather(1, x.argsort(1)[:, :1]) * x.max(1)[0][:, None],
     "others": lambda x: x.diag_embed().diagonal(0, 1, 2) * torch.linalg.cross(x, x.exp(), dim=1),
     "unfold": lambda x: nn.Mish()(x.unfold(1, 2, 1).cos().flatten(1)) * nn.GELU()(x[:, :1]),
