@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from funcjac import batch_jacobian
-from funcjac._environment.torch_private import batching_rules
 from tests.tensors import equal, randn
 
 
@@ -38,9 +37,3 @@ def test_matrices_that_are_written_into():
     jacobian = batch_jacobian(func)
     compiled = torch.compile(jacobian, backend="aot_eager", fullgraph=True)
     equal(compiled(x), jacobian(x))
-
-
-def test_rules_of_batches_take_arguments_that_are_left_out():
-    x = randn(2, 3)
-    with batching_rules():
-        equal(torch.vmap(lambda row: torch.cat([row, row.exp()]))(x), torch.cat([x, x.exp()], 1))
