@@ -168,7 +168,8 @@ def batching_rules() -> Iterator[None]:
         ops = [operator.attrgetter(name)(torch.ops.aten) for name in _BATCHED]
         ops = [op for op in ops if key not in getattr(op, "py_kernels", {key})]
         for op in ops:
-            op.py_impl(key)(functools.partial(_batched, op, key))
+            rule = _joined if op is torch.ops.aten.bmm.default else _batched
+            op.py_impl(key)(functools.partial(rule, op, key))
         try:
             yield
         finally:
@@ -183,16 +184,8 @@ def _batched(op: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
     tensors = [x for x in tensors if isinstance(x, Tensor)]
     pairs = [_FUNCTORCH._unwrap_batched(x, level) for x in tensors]
     count = [x.shape[dim] for x, dim in pairs if dim is not None][:1]
-    is_bmm = op is torch.ops.aten.bmm.default
-    is_shared = any(dim is None for _, dim in pairs)
-    if (
-        not count
-        or (is_bmm and not is_shared)
-        or {x.ndim for x in tensors} != {max(tensors[0].ndim, 1)}
-    ):
+    if not count or {x.ndim for x in tensors} != {max(tensors[0].ndim, 1)}:
         return op._op_dk(key, *args, **kwargs)
-    if is_bmm:
-        return _FUNCTORCH._add_batch_dim(_joined(key, *pairs), 0, level)
     front = (x.expand(*count, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in pairs)
     arguments = op._schema.arguments  # torch leaves out what is the default: cat along 0
     given = {argument.name: argument.default_value for argument in arguments}
@@ -208,16 +201,20 @@ def _batched(op: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
         return _FUNCTORCH._add_batch_dim(op(**given), 0, level)
 
 
-def _joined(key: Any, left: Any, right: Any) -> Tensor:
-    """``(k, B, m, p)``: the factors that differ are joined, those of each row are not repeated."""
-    (a, i), (b, j) = left, right
+def _joined(op: Any, key: Any, *matrices: Tensor) -> Any:
+    """Joins the factors that differ, ``k`` for each row, and repeats none of the others."""
+    level = _FUNCTORCH.maybe_current_level()
+    (a, i), (b, j) = (_FUNCTORCH._unwrap_batched(x, level) for x in matrices)
+    if (i is None) == (j is None):
+        return op._op_dk(key, *matrices)
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
         if i is None:  # (B, m, n) times (B, n, k p)
             columns = b.movedim(j, 2)
-            out = a.bmm(columns.flatten(2))
-            return out.unflatten(2, columns.shape[2:]).movedim(2, 0)
+            out = op(a, columns.flatten(2)).unflatten(2, columns.shape[2:])
+            return _FUNCTORCH._add_batch_dim(out, 2, level)
         rows = a.movedim(i, 1)  # (B, k m, n) times (B, n, p)
-        return rows.flatten(1, 2).bmm(b).unflatten(1, rows.shape[1:3]).movedim(1, 0)
+        out = op(rows.flatten(1, 2), b).unflatten(1, rows.shape[1:3])
+        return _FUNCTORCH._add_batch_dim(out, 1, level)
 
 
 class EagerMode(TorchDispatchMode):

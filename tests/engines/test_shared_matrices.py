@@ -1,9 +1,9 @@
-"""Compiled products with matrices of each row, which are multiplied without copies."""
+"""Batching rules of compiled code; matrices of each row are multiplied without copies."""
 
 import pytest
 import torch
 
-from funcjac import batch_jacobian
+from funcjac import batch_jacobian, batch_laplacian
 from tests.tensors import equal, randn
 
 
@@ -37,3 +37,10 @@ def test_matrices_that_are_written_into():
     jacobian = batch_jacobian(func)
     compiled = torch.compile(jacobian, backend="aot_eager", fullgraph=True)
     equal(compiled(x), jacobian(x))
+
+
+def test_rules_take_arguments_that_are_left_out():
+    """``cat`` of each entry of a batch, along the first dimension."""
+    func = lambda x: torch.stack([x.erf().sum(-1), torch.nn.functional.logsigmoid(x).sum(-1)], -1)
+    laplacian, x = batch_laplacian(func, mode="taylor"), randn(4, 3)
+    equal(torch.compile(laplacian, backend="aot_eager", fullgraph=True)(x), laplacian(x))
