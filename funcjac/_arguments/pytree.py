@@ -99,21 +99,14 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
     )
 
 
-class _Bare(str):
-    """Text that stands without quotes where it is part of a tree."""
-
-    __slots__ = ()
-    __repr__ = str.__str__
-
-
 def sketch(tree: Tree) -> str:
     """The tree in one short line: shapes of tensors, kinds of all else."""
 
-    def leaf(x: Any) -> _Bare:
-        shape = str(tuple(x.shape)) if isinstance(x, Tensor) else ""
-        return _Bare(f"{type(x).__name__}{shape}")
+    def leaf(x: Any) -> str:
+        return f"<{type(x).__name__}{tuple(x.shape) if isinstance(x, Tensor) else ''}>"
 
     text = repr(optree.tree_map(leaf, tree, namespace=NAMESPACE))
+    text = text.replace("'<", "").replace(">'", "")  # without the quotes of a text
     return text if len(text) <= 200 else text[:200] + "..."
 
 

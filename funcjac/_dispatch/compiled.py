@@ -68,7 +68,7 @@ def solve_traced(call: Call) -> Derivatives:
     call.options.operator.check_output(call, output.leaves)
     aux, kept = run_func.split_tensors(output.aux)
     weighs = [x for x in (*call.inputs, *call.extras) if x.requires_grad]
-    blocks, outs, aux = _derivatives(call, (graph, bool(weighs)), inputs, output.leaves, aux)
+    blocks, outs, aux = _derivatives(call, (graph, len(weighs) > 0), inputs, output.leaves, aux)
     return Derivatives(blocks, Output(outs, output.spec, run_func.join_tensors(kept, aux)))
 
 

@@ -42,7 +42,8 @@ updating_batch_norm: Any = getattr(torch.ops.aten, "_batch_norm_with_update", No
 assert_async: Any = getattr(torch, "_assert_async", lambda *_: None)
 
 _NONE = type(None)
-_PROXY: Any = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)
+_MODES: Any = getattr(torch._C, "_TorchDispatchModeKey", None)
+_PROXY, _FAKE = getattr(_MODES, "PROXY", None), getattr(_MODES, "FAKE", None)
 _dispatch_mode: Any = getattr(torch._C, "_get_dispatch_mode", lambda _: None)
 
 
@@ -54,14 +55,14 @@ def has_levels() -> bool:
 
 def is_traced() -> bool:
     """Whether a compiler, or ``make_fx``, traces what runs, and values cannot be looked at."""
-    return torch.compiler.is_compiling() or _dispatch_mode(_PROXY) is not None
+    if torch.compiler.is_compiling() or _dispatch_mode(_PROXY) is not None:
+        return True
+    return _dispatch_mode(_FAKE) is not None  # Dynamo of torch 2.11 does not say that it compiles
 
 
 def is_functional() -> bool:
     """Whether a tracer or a torch.func transform is at work, asked many times in each call."""
-    if torch.compiler.is_compiling() or _dispatch_mode(_PROXY) is not None:
-        return True
-    return type(_FUNCTORCH.peek_interpreter_stack()) is not _NONE
+    return is_traced() or type(_FUNCTORCH.peek_interpreter_stack()) is not _NONE
 
 
 def is_transformed() -> bool:

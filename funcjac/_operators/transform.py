@@ -117,8 +117,16 @@ def documented(function: Public) -> Public:
     return function
 
 
+def _bound(transform: Transform, instance: Any, owner: Any = None) -> Any:
+    """Bind like a function where it is an attribute of a class."""
+    return transform if instance is None else types.MethodType(transform, instance)
+
+
 class Transform:
     """A transformed function, which can be called, printed, copied and pickled."""
+
+    # Dynamo of torch 2.11 takes attributes whose ``__get__`` is a function for those of the class.
+    __get__: Any = _bound.__call__
 
     def __init__(self, func: Callable[..., Any], options: Options) -> None:
         check_options(func, options)
@@ -126,8 +134,9 @@ class Transform:
         shared = [repr(getattr(options, name)) for name in KEYWORDS if name != "check"]
         self.__funcjac_key__ = (options.name, *shared, *options.operator.keywords())
         self._has_parts = options.return_value or options.has_aux or options.operator.has_parts
-        functools.update_wrapper(self, func, updated=())
-        vars(self).pop("__wrapped__", None)  # it would be copied and pickled a second time
+        for name in functools.WRAPPER_ASSIGNMENTS:  # no __wrapped__, to be copied and pickled twice
+            if hasattr(func, name):
+                setattr(self, name, getattr(func, name))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         options = self.options
@@ -164,10 +173,6 @@ class Transform:
         name = getattr(func, "__qualname__", None) or brief.partition("\n")[0]
         keywords = [*options.operator.keywords(), *changed_keywords(options, KEYWORDS)]
         return f"{options.name}({', '.join([name, *keywords])})"
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        """Bind like a function where it is an attribute of a class."""
-        return self if instance is None else types.MethodType(self, instance)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Transform:
         """A copy of the function too, with modules that it closes over as they are copied."""
