@@ -118,7 +118,7 @@ def _linear(site: Site) -> Derivative:
     node = site.node
     # Strides may be others than those that a view asks for.
     op = torch.ops.aten.reshape.default if node.name == "view" else node.op
-    bare = node._replace(op=op, args=_bare(node.args))
+    bare = node._replace(op=op, args=_bare(node.args, node.name in ("cat", "stack")))
 
     def derivative(order: int) -> Tensors:
         stacks = site.stacks(order)
@@ -129,11 +129,11 @@ def _linear(site: Site) -> Derivative:
     return derivative
 
 
-def _bare(arg: Any) -> Any:
-    """An argument without what it adds to the result."""
+def _bare(arg: Any, joins: bool = False) -> Any:
+    """An argument without what it adds to the result; integers are indices, or are joined."""
     if type(arg) is list:
-        return [_bare(item) for item in arg]
-    adds = isinstance(arg, Tensor) and arg.is_floating_point()
+        return [_bare(item, joins) for item in arg]
+    adds = isinstance(arg, Tensor) and (joins or arg.is_floating_point())
     return torch.zeros_like(arg) if adds else arg
 
 

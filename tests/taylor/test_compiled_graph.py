@@ -92,3 +92,13 @@ def test_guards_do_not_compare_the_table_of_replacements():
     (guards,) = [str(entry.guard_manager) for entry in entries]
     assert "check_tensors" in guards
     assert "_REPLACEMENTS" not in guards
+
+
+def test_joined_integers_add_nothing_to_derivatives():
+    func = lambda x: torch.cat([torch.ones(len(x), 1, dtype=torch.int64), x.exp()], 1)
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3)
+    laplacian = batch_laplacian(func, mode="taylor")
+    run = torch.compile(laplacian, backend="aot_eager", fullgraph=True)
+    expected = torch.cat([torch.zeros(2, 1, dtype=x.dtype), x.exp()], 1)
+    torch.testing.assert_close(run(x), expected)
+    torch.testing.assert_close(laplacian(x), expected)
