@@ -88,7 +88,7 @@ class Attempt:
         run = self._run_func(recorder_of) if self.settled is None else self.settled
         run, facts = self._without_faults(*run_func.read_graph(run))
         self.plain, self.signature, self.decision.has_run = run, facts.signature, True
-        self.outcome.operations = facts.operations
+        self.outcome.operations = len(facts.nodes)
         return run, facts
 
     def _run_func(self, recorder_of: Callable[..., Any] | None) -> Run:

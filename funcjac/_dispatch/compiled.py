@@ -56,9 +56,10 @@ def solve_traced(call: Call) -> Derivatives:
     inputs = list(_enter(graph, *call.inputs))
 
     def run(*inputs: Tensor) -> Output:
-        return call([x.clone() for x in inputs])  # func may write into them
+        with UseReplacements():
+            return call([x.clone() for x in inputs])  # func may write into them
 
-    # Around a recorded run it does nothing but let inner ones push a mode of their own.
+    # Dynamo lets what it passes through a wrapper push a mode only where there is one.
     with torch.enable_grad(), UseReplacements():
         mode, modes = call.options.mode, call.options.operator.modes
         if _RECORDED is not None and "taylor" in modes and mode in ("auto", "taylor"):
@@ -154,7 +155,7 @@ def _under_recorder(run: Callable[..., Any]) -> Callable[..., Any]:
         own = sorted((j, x) for its, j, x in marked if its is mark)
         recorder = Recorder([x for _, x in own])
         # Here, as Dynamo takes modes off the stack for what it passes through a wrapper.
-        with torch.enable_grad(), UseReplacements(), recorder:
+        with torch.enable_grad(), recorder:
             out = run(*args)
         mark.recorder = recorder
         return out

@@ -134,7 +134,7 @@ class FunctionKey:
     def _describe_object(self, item: Any, depth: int) -> None:
         self.scripted = self.scripted or isinstance(item, torch.jit.ScriptFunction)
         if depth == 0:
-            self.parts.append(_reference(item))
+            self.parts.append(weakref.ref(item) if type(item).__weakrefoffset__ else type(item))
         self.parts.append(type(item))
         is_opaque = isinstance(item, (types.BuiltinFunctionType, type))
         if not is_opaque and ((depth < _DEPTH and callable(item)) or depth == 1):
@@ -158,13 +158,6 @@ class FunctionKey:
         named = [value for value in named if isinstance(value, _NAMED)]
         for value in (*cells, *(func.__defaults__ or ()), *named):
             self._describe(value, depth + 1)
-
-
-def _reference(item: Any) -> Any:
-    try:
-        return weakref.ref(item)
-    except TypeError:
-        return item if isinstance(item, types.BuiltinFunctionType) else type(item)
 
 
 @functools.lru_cache(_MOST)

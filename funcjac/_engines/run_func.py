@@ -50,10 +50,6 @@ class Facts(NamedTuple):
         shapes = [metadata.shape for node in nodes for metadata in node._input_metadata]
         return max(map(math.prod, shapes), default=1)
 
-    @property
-    def operations(self) -> int:
-        return len(self.nodes)
-
 
 class Run(NamedTuple):
     """One run of a call, with the graph that leads from ``output`` to ``inputs``."""

@@ -60,17 +60,13 @@ def without_wrapped(modules: Iterable[nn.Module]) -> Iterator[None]:
             is_list = isinstance(holder, list)
             if is_list and any(map(is_wrapped, holder)):
                 holder[:] = before
-            if is_list or _is_same(holder, before):
+            values = () if is_list else (holder.values(), before.values())
+            if is_list or (len(holder) == len(before) and all(map(operator.is_, *values))):
                 continue
             wrapped = {n for n in holder.keys() - _WITHOUT_TENSORS if is_wrapped(holder[n])}
             holder.update({name: before.get(name) for name in wrapped})
             for name in wrapped - before.keys():
                 del holder[name]
-
-
-def _is_same(holder: dict[str, Any], before: dict[str, Any]) -> bool:
-    pairs = map(operator.is_, holder.values(), before.values())
-    return len(holder) == len(before) and all(pairs)
 
 
 def has_lazy(modules: Iterable[nn.Module]) -> bool:

@@ -54,15 +54,20 @@ def has_levels() -> bool:
 
 
 def is_traced() -> bool:
-    """Whether a compiler, or ``make_fx``, traces what runs, and values cannot be looked at."""
+    """Whether a compiler, or ``make_fx``, traces what runs, and values cannot be looked at.
+
+    Dynamo of torch 2.11 does not always say that it compiles: its tensors are fake.
+    """
     if torch.compiler.is_compiling() or _dispatch_mode(_PROXY) is not None:
         return True
-    return _dispatch_mode(_FAKE) is not None  # Dynamo of torch 2.11 does not say that it compiles
+    return _dispatch_mode(_FAKE) is not None
 
 
 def is_functional() -> bool:
     """Whether a tracer or a torch.func transform is at work, asked many times in each call."""
-    return is_traced() or type(_FUNCTORCH.peek_interpreter_stack()) is not _NONE
+    if torch.compiler.is_compiling() or type(_FUNCTORCH.peek_interpreter_stack()) is not _NONE:
+        return True
+    return _dispatch_mode(_PROXY) is not None or _dispatch_mode(_FAKE) is not None
 
 
 def is_transformed() -> bool:
@@ -129,54 +134,64 @@ def uncompiled() -> Any:
     it.
     """
     is_within = is_traced() or getattr(_EVAL_FRAME, "get_eval_frame_callback", bool)()
-    return None if is_within or "torch._dynamo" not in sys.modules else _force_eager()
+    if is_within or "torch._dynamo" not in sys.modules:
+        return None
+    return _shared(_STANCES, lambda: torch.compiler.set_stance("force_eager"))
 
 
 _EVAL_FRAME: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
-_STANCES: list[Any] = []  # one for each call at work, of any thread: a stance is the process's own
+_STANCES, _RULES = list[Any](), list[Any]()  # one for each call at work, of any thread
 _LOCK = threading.Lock()
 
 
 @contextmanager
-def _force_eager() -> Iterator[None]:
+def _shared(users: list[Any], make: Callable[[], Any]) -> Iterator[None]:
+    """A context that belongs to the process, until the last of its users is done."""
     with _LOCK:
-        _STANCES.append(_STANCES[0] if _STANCES else torch.compiler.set_stance("force_eager"))
+        users.append(users[0] if users else make())
+        if len(users) == 1:
+            users[0].__enter__()
     try:
         yield
     finally:
         with _LOCK:
-            stance = _STANCES.pop()
-            if not _STANCES:
-                stance.__exit__(None, None, None)
+            context = users.pop()
+            if not users:
+                context.__exit__(None, None, None)
 
 
 # Operations of derivatives whose batching rules in torch read symbolic sizes as numbers; and bmm,
 # whose rule repeats the matrices of each row for all vectors of a basis.
 _BATCHED = [f"{x}_backward.default" for x in ("diagonal", "gelu", "glu", "mish", "slice", "unfold")]
 _BATCHED += ["cat.default", "gather.default", "linalg_cross.default", "scatter.src"]
-_BATCHED += ["scatter_add.default", "bmm.default"]
-_REGISTERING = threading.RLock()
+_BATCHED += ["scatter_add.default", "bmm.default", "cummaxmin_backward.default"]
 
 
 @contextmanager
 def batching_rules() -> Iterator[None]:
-    """Rules of our own for these operations, while tensors are traced; one thread at a time.
+    """Rules of our own for these operations, while tensors are traced.
 
     Without this API, a compiled Jacobian through them is compiled again for each batch size.
     """
+    if not is_traced():  # but run, by a backend that keeps the graph as it is
+        yield
+        return
+    with _shared(_RULES, _registered), enable_python_dispatcher():
+        yield
+
+
+@contextmanager
+def _registered() -> Iterator[None]:
     key: Any = torch._C.DispatchKey.FuncTorchBatched
-    with _REGISTERING, enable_python_dispatcher():
-        ops = [operator.attrgetter(name)(torch.ops.aten) for name in _BATCHED]
-        ops = [op for op in ops if key not in getattr(op, "py_kernels", {key})]
-        for op in ops:
-            rule = _joined if op is torch.ops.aten.bmm.default else _batched
-            op.py_impl(key)(functools.partial(rule, op, key))
-        try:
-            yield
-        finally:
-            for op in ops:
-                del op.py_kernels[key]
-                op._dispatch_cache.clear()
+    ops = [operator.attrgetter(name)(torch.ops.aten) for name in _BATCHED]
+    ops = [op for op in ops if key not in getattr(op, "py_kernels", {key})]
+    for op in ops:
+        rule = _joined if op is torch.ops.aten.bmm.default else _batched
+        op.py_impl(key)(functools.partial(rule, op, key))
+    yield
+    for op in ops:
+        del op.py_kernels[key]
+        op._dispatch_cache.clear()
 
 
 def _batched(op: Any, key: Any, *args: Any, **kwargs: Any) -> Any:

@@ -134,9 +134,8 @@ class Transform:
         shared = [repr(getattr(options, name)) for name in KEYWORDS if name != "check"]
         self.__funcjac_key__ = (options.name, *shared, *options.operator.keywords())
         self._has_parts = options.return_value or options.has_aux or options.operator.has_parts
-        for name in functools.WRAPPER_ASSIGNMENTS:  # no __wrapped__, to be copied and pickled twice
-            if hasattr(func, name):
-                setattr(self, name, getattr(func, name))
+        functools.update_wrapper(self, func, updated=())
+        delattr(self, "__wrapped__")  # it would be copied and pickled a second time
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         options = self.options

@@ -422,7 +422,7 @@ def test_replacements_run_at_every_level(outer, inner):
 
 
 BATCHED = {
-    "select": lambda x: x[:, 0].exp().unsqueeze(1) * x.sin(),
+    "select": lambda x: x[:, 0].exp().unsqueeze(1) * x.cummax(1).values.sin(),
     "slices": lambda x: torch.cat([x[:, 1:], x.T.split(2)[0].T ** 2, x[:, [0, 2]]], 1) * x[:, -1:],
     "scatter": lambda x: x.sort(1).values * x.gather(1, x.argsort(1)[:, :1]) * x.max(1)[0][:, None],
     "others": lambda x: x.diag_embed().diagonal(0, 1, 2) * torch.linalg.cross(x, x.exp(), dim=1),
@@ -545,7 +545,7 @@ def test_side_effects():
     assert net.count == 1
     found = compiled(batch_laplacian(net, mode="rev_over_rev"))(randn(B, 3))
     torch.testing.assert_close(found, batch_laplacian(net)(randn(B, 3)))
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="'count' on an outer-scope object"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"outer-scope|outside the scope"):
         compiled(batch_laplacian(net))(randn(B, 3))
 
 
@@ -650,6 +650,7 @@ def test_make_fx(name, tracing):
     torch.testing.assert_close(graph(x), transform(x))
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11
 def test_export_of_a_flat_graph(tmp_path):
     from torch.fx.experimental.proxy_tensor import make_fx
 

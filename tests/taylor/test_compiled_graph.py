@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
-from funcjac import batch_jacobian, batch_laplacian
+from funcjac import batch_hessian, batch_jacobian, batch_laplacian
 from tests.dispatch.test_compiled import B, compiled, network, randn
 
 
@@ -102,3 +102,16 @@ def test_joined_integers_add_nothing_to_derivatives():
     expected = torch.cat([torch.zeros(2, 1, dtype=x.dtype), x.exp()], 1)
     torch.testing.assert_close(run(x), expected)
     torch.testing.assert_close(laplacian(x), expected)
+
+
+@pytest.mark.parametrize("transform", [batch_laplacian, batch_hessian])
+def test_attention(transform):
+    """Torch's own kernel has no second derivative, where Dynamo looks through what is recorded."""
+
+    def func(x):
+        query = x.view(-1, 1, 3, 2).exp()
+        return nn.functional.scaled_dot_product_attention(query, query.sin(), query.cos()).sum(1)
+
+    run, x = transform(func), randn(B, 6)
+    compiled_run = torch.compile(run, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled_run(x), run(x), rtol=1e-10, atol=1e-10)
