@@ -23,7 +23,7 @@ def power(x: Any, exponent: Any) -> Tensor:
     Of a real and a complex argument, the forward formula is wrong.
     """
     if _is_complex(x) != _is_complex(exponent):
-        return torch.pow(*_cast(torch.result_type(x, exponent), x, exponent))
+        return torch.pow(*_cast((x * exponent).dtype, x, exponent))
     moves = isinstance(exponent, Tensor) and exponent.is_floating_point()
     if not moves or not isinstance(x, Tensor) or x.is_complex():
         return torch.pow(x, exponent)

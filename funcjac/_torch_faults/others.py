@@ -113,7 +113,7 @@ def logcumsumexp(x: Tensor, dim: int) -> Tensor:
 
 def logaddexp(x: Tensor, other: Tensor) -> Tensor:
     """Torch's second derivative is NaN where the arguments are far apart."""
-    dtype = torch.result_type(x, other)
+    dtype = (x + other).dtype  # Dynamo takes no result_type in what is recorded
     pair = torch.broadcast_tensors(x.to(dtype), other.to(dtype))
     return torch.stack(pair).logsumexp(0)
 
