@@ -160,11 +160,11 @@ def _shared(users: list[Any], make: Callable[[], Any]) -> Iterator[None]:
                 context.__exit__(None, None, None)
 
 
-# Operations of derivatives whose batching rules in torch read symbolic sizes as numbers; and bmm,
-# whose rule repeats the matrices of each row for all vectors of a basis.
+# Operations of derivatives whose batching rules in torch read symbolic sizes as numbers; bmm, whose
+# rule repeats the matrices of each row for all vectors of a basis; mm, after which rows are turned.
 _BATCHED = [f"{x}_backward.default" for x in ("diagonal", "gelu", "glu", "mish", "slice", "unfold")]
 _BATCHED += ["cat.default", "gather.default", "linalg_cross.default", "scatter.src"]
-_BATCHED += ["scatter_add.default", "bmm.default", "cummaxmin_backward.default"]
+_BATCHED += ["scatter_add.default", "bmm.default", "mm.default", "cummaxmin_backward.default"]
 
 
 @contextmanager
@@ -186,7 +186,7 @@ def _registered() -> Iterator[None]:
     ops = [operator.attrgetter(name)(torch.ops.aten) for name in _BATCHED]
     ops = [op for op in ops if key not in getattr(op, "py_kernels", {key})]
     for op in ops:
-        rule = _joined if op is torch.ops.aten.bmm.default else _batched
+        rule = _joined if op._schema.name in ("aten::mm", "aten::bmm") else _batched
         op.py_impl(key)(functools.partial(rule, op, key))
     yield
     for op in ops:
@@ -203,8 +203,7 @@ def _batched(op: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
     if not count or {x.ndim for x in tensors} != {max(tensors[0].ndim, 1)}:
         return op._op_dk(key, *args, **kwargs)
     front = (x.expand(*count, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in pairs)
-    arguments = op._schema.arguments  # torch leaves out what is the default: cat along 0
-    given = {argument.name: argument.default_value for argument in arguments}
+    given = {a.name: a.default_value for a in op._schema.arguments}  # left out: cat along 0
     given |= dict(zip(given, args)) | kwargs
     for name, value in given.items():
         if name == "input_sizes":
@@ -219,17 +218,18 @@ def _batched(op: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _joined(op: Any, key: Any, *matrices: Tensor) -> Any:
     """Joins the factors that differ, ``k`` for each row, and repeats none of the others."""
-    level = _FUNCTORCH.maybe_current_level()
+    level, at = _FUNCTORCH.maybe_current_level(), int(op is torch.ops.aten.bmm.default)
     (a, i), (b, j) = (_FUNCTORCH._unwrap_batched(x, level) for x in matrices)
-    if (i is None) == (j is None):
+    narrows = [type(n) is int for n in b.shape] != [True, True] or b.shape[0] >= b.shape[1]
+    if (i is None) == (j is None) or (not at and (i is None or narrows)):
         return op._op_dk(key, *matrices)
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
         if i is None:  # (B, m, n) times (B, n, k p)
             columns = b.movedim(j, 2)
             out = op(a, columns.flatten(2)).unflatten(2, columns.shape[2:])
             return _FUNCTORCH._add_batch_dim(out, 2, level)
-        rows = a.movedim(i, 1)  # (B, k m, n) times (B, n, p)
-        out = op(rows.flatten(1, 2), b).unflatten(1, rows.shape[1:3])
+        rows = a.movedim(i, 1)  # (B, k m, n) times (B, n, p); (B k, n) times (n, p): batch first
+        out = op(rows.flatten(at, at + 1), b).unflatten(at, rows.shape[at : at + 2])
         return _FUNCTORCH._add_batch_dim(out, 1, level)
 
 

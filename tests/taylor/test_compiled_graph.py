@@ -84,6 +84,13 @@ def test_a_last_layer_takes_no_product():
     assert len(products) == 2  # value of the first layer, and back through it
 
 
+def test_wide_rows_are_not_turned_at_the_end():
+    net = nn.Sequential(nn.Linear(9, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    names = traced(batch_jacobian(net, mode="rev"), randn(B, 9))
+    last = len(names) - names[::-1].index("mm")
+    assert "clone" not in names[last:]
+
+
 def test_guards_do_not_compare_the_table_of_replacements():
     transform = batch_jacobian(network())
     function = lambda x: transform(x)
