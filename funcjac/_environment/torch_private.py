@@ -148,9 +148,10 @@ _LOCK = threading.Lock()
 def _shared(users: list[Any], make: Callable[[], Any]) -> Iterator[None]:
     """A context that belongs to the process, until the last of its users is done."""
     with _LOCK:
-        users.append(users[0] if users else make())
-        if len(users) == 1:
-            users[0].__enter__()
+        context = users[0] if users else make()
+        if not users:
+            context.__enter__()
+        users.append(context)
     try:
         yield
     finally:

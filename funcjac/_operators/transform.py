@@ -122,11 +122,20 @@ def _bound(transform: Transform, instance: Any, owner: Any = None) -> Any:
     return transform if instance is None else types.MethodType(transform, instance)
 
 
+class _Binding:
+    """``__get__`` of a class, which binds too where it is looked up by name."""
+
+    __call__ = staticmethod(_bound)
+
+    def __get__(self, transform: Any, owner: Any = None) -> Any:
+        return _bound.__call__ if transform is None else functools.partial(_bound, transform)
+
+
 class Transform:
     """A transformed function, which can be called, printed, copied and pickled."""
 
     # Dynamo of torch 2.11 takes attributes whose ``__get__`` is a function for those of the class.
-    __get__: Any = _bound.__call__
+    __get__: Any = _Binding()
 
     def __init__(self, func: Callable[..., Any], options: Options) -> None:
         check_options(func, options)

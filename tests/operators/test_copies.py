@@ -97,3 +97,11 @@ def test_a_copy_follows_functions_inside_of_functions():
         copied.layer.weight.mul_(3)
     expected = batch_jacobian(lambda x: copied.layer(x).tanh())(x)
     torch.testing.assert_close(copied.slope(x), expected)
+
+
+def test_binds_where_it_is_looked_up_by_name():
+    transform, owner = batch_jacobian(torch.sin), Owner()
+    assert transform.__get__(None, Owner) is transform
+    assert transform.__get__(owner, Owner).__self__ is owner
+    assert transform.__get__(owner, Owner).__func__ is transform
+    assert type(transform).__get__(transform, owner, Owner).__func__ is transform
