@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import BaseTorchFunctionMode
 
 from funcjac._arguments.call import Call, Output
 from funcjac._arguments.layout import Layout, Options, as_constants
@@ -59,8 +60,8 @@ def solve_traced(call: Call) -> Derivatives:
         with UseReplacements():
             return call([x.clone() for x in inputs])  # func may write into them
 
-    # Dynamo lets what it passes through a wrapper push a mode only where there is one.
-    with torch.enable_grad(), UseReplacements():
+    # Dynamo lets what it passes through a wrapper push a mode only where there is one: an idle one.
+    with torch.enable_grad(), BaseTorchFunctionMode():
         mode, modes = call.options.mode, call.options.operator.modes
         if _RECORDED is not None and "taylor" in modes and mode in ("auto", "taylor"):
             output = _RECORDED(_under_recorder, run, *inputs)

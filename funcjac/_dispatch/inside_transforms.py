@@ -19,12 +19,7 @@ from funcjac._dispatch.choose_engine_mode_chunk import engines_of, sizes_of
 from funcjac._dispatch.decisions import Decision, FunctionKey, decision_of, make_key
 from funcjac._dispatch.messages import failure, refused
 from funcjac._engines.loop import by_loop
-from funcjac._engines.run_func import (
-    Derivatives,
-    Run,
-    join_derivatives,
-    split_derivatives,
-)
+from funcjac._engines.run_func import Derivatives, Run, join_derivatives, split_derivatives
 from funcjac._engines.vmap import by_vmap
 from funcjac._environment import state
 from funcjac._environment.torch_private import CONTROL_FLOW, has_levels, is_traced, sees_values

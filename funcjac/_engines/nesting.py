@@ -16,14 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcjac._engines.rows import (
-    Directions,
-    batch_first,
-    coordinates,
-    flat_rows,
-    row_shape,
-    units,
-)
+from funcjac._engines.rows import Directions, batch_first, coordinates, flat_rows, row_shape, units
 from funcjac._engines.run_func import Route, Run
 from funcjac._engines.sum import Blocks, Maybe, column_root, contracted, jacobian, pushforwards
 from funcjac._environment.torch_private import backward, is_functional

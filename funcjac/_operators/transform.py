@@ -117,24 +117,20 @@ def documented(function: Public) -> Public:
     return function
 
 
-def _bound(transform: Transform, instance: Any, owner: Any = None) -> Any:
-    """Bind like a function where it is an attribute of a class."""
-    return transform if instance is None else types.MethodType(transform, instance)
-
-
 class _Binding:
-    """``__get__`` of a class, which binds too where it is looked up by name."""
+    """``__get__`` of transforms, which bind like functions where they are attributes of a class."""
 
-    __call__ = staticmethod(_bound)
+    def __call__(self, transform: Transform, instance: Any, owner: Any = None) -> Any:
+        return transform if instance is None else types.MethodType(transform, instance)
 
     def __get__(self, transform: Any, owner: Any = None) -> Any:
-        return _bound.__call__ if transform is None else functools.partial(_bound, transform)
+        # Were it Python's on the class, Dynamo of torch 2.11 would look for transforms there alone.
+        return self.__call__.__call__ if transform is None else functools.partial(self, transform)
 
 
 class Transform:
     """A transformed function, which can be called, printed, copied and pickled."""
 
-    # Dynamo of torch 2.11 takes attributes whose ``__get__`` is a function for those of the class.
     __get__: Any = _Binding()
 
     def __init__(self, func: Callable[..., Any], options: Options) -> None:

@@ -13,6 +13,12 @@ from torch.overrides import TorchFunctionMode
 from funcjac._environment.torch_private import assumed_constant
 from funcjac._torch_faults.table import FAULTS
 
+
+def _is_operator(call: Any) -> bool:
+    """Whether Python defines it in a class of torch's."""
+    return isinstance(call, types.FunctionType) and call.__qualname__.startswith("Tensor")
+
+
 _REPLACEMENTS = {call: run for row in FAULTS for call, run in row.replacements.items()}
 # Names of the first argument of torch's operations.
 _FIRST_ARGUMENTS = ("input", "self", "A")
@@ -32,11 +38,13 @@ _FORWARD_ONCE = _ops("forward", "forward_vmap")
 _FORWARD_AGAIN = _FORWARD_ONCE | _ops("forward_again")
 
 
+_OPERATORS = {call.__name__: run for call, run in _REPLACEMENTS.items() if _is_operator(call)}
+
+
 @assumed_constant  # each look-up makes all keys of the table guards of a call
-def _is_replaced(call: Any) -> bool:
-    """Asked by the compiler, which cannot look up what Python defines in classes: ``x ** y``."""
-    is_method = isinstance(call, types.FunctionType) and call.__qualname__.startswith("Tensor")
-    return call in _REPLACEMENTS and not is_method
+def _is_replaced(call: Any) -> bool | str:
+    """Asked by the compiler, which cannot look up ``x ** y`` itself: that has its name."""
+    return call in _REPLACEMENTS and (not _is_operator(call) or call.__name__)
 
 
 class UseReplacements(TorchFunctionMode):
@@ -48,7 +56,9 @@ class UseReplacements(TorchFunctionMode):
     def __torch_function__(self, func: Any, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
         is_known = not torch.compiler.is_dynamo_compiling() or _is_replaced(func)
-        run = _REPLACEMENTS.get(func) if is_known else None
+        run = _REPLACEMENTS.get(func) if is_known is True else None
+        if isinstance(is_known, str) and isinstance(args[0], Tensor):  # no array of NumPy
+            run = _OPERATORS[is_known]
         if run is None or "out" in kwargs:
             return func(*args, **kwargs)
         first = [kwargs[name] for name in _FIRST_ARGUMENTS if name in kwargs]

@@ -91,6 +91,21 @@ def test_wide_rows_are_not_turned_at_the_end():
     assert "clone" not in names[last:]
 
 
+@pytest.mark.parametrize("transform", [batch_jacobian, batch_laplacian])
+def test_operators_are_replaced_once(transform):
+    """``x ** y``, which Python defines in a class, as ``pow``, whose replacement runs it again."""
+    operator = transform(lambda x: x[:, :1] ** x[:, 1:2])
+    function = transform(lambda x: torch.pow(x[:, :1], x[:, 1:2]))
+    names = traced(operator, randn(B, 2).exp())
+    assert names == traced(function, randn(B, 2).exp())
+
+
+def test_hessian_by_an_exponent_of_zero():
+    x = torch.tensor([[0.7, 1.0], [1.3, 0.0], [2.0, 2.0]], dtype=torch.float64)
+    hessian = batch_hessian(lambda x: x[:, 0] ** x[:, 1], mode="rev_over_rev")
+    torch.testing.assert_close(compiled(hessian)(x), hessian(x))
+
+
 def test_guards_do_not_compare_the_table_of_replacements():
     transform = batch_jacobian(network())
     function = lambda x: transform(x)
