@@ -222,7 +222,7 @@ def jax_ways(layers: Sequence[nn.Linear], points: Tensor, diagonal: bool) -> dic
     try:  # they take seconds to import
         folx, jax, jnp = map(importlib.import_module, ("folx", "jax", "jax.numpy"))
     except ImportError:
-        print("jax and folx are not installed: pip install jax folx")
+        print("jax and folx are not installed: pip install '.[benchmarks]'")
         return {}
     params = [(jnp.asarray(m.weight.numpy().T), jnp.asarray(m.bias.numpy())) for m in layers]
     x = jnp.asarray(points.numpy())
