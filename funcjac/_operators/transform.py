@@ -106,13 +106,9 @@ def documented(function: Public) -> Public:
             function.__doc__ = function.__doc__.replace(name, text)
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    shared = [
-        inspect.Parameter(
-            f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type
-        )
-        for f in fields(Options)
-        if f.name in Keywords.__annotations__
-    ]
+    kind, names = inspect.Parameter.KEYWORD_ONLY, Keywords.__annotations__
+    common = [f for f in fields(Options) if f.name in names]
+    shared = [inspect.Parameter(f.name, kind, default=f.default, annotation=f.type) for f in common]
     vars(function)["__signature__"] = signature.replace(parameters=[*own, *shared])
     return function
 
@@ -171,6 +167,10 @@ class Transform:
             return options.operator.assemble(call, result)
         return result.blocks[0][0]
 
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.func)
+
     def __repr__(self) -> str:
         func, options = self.func, self.options
         brief = f"{type(func).__name__}(…)" if isinstance(func, nn.Module) else repr(func)
@@ -203,9 +203,8 @@ def _copied(func: Any, memo: dict[int, Any]) -> Any:
     cells = tuple([_copied_cell(cell, memo) for cell in func.__closure__])
     if all(new is old for new, old in zip(cells, func.__closure__)):
         return func
-    new = types.FunctionType(
-        func.__code__, func.__globals__, func.__name__, func.__defaults__, cells
-    )
+    parts = func.__code__, func.__globals__, func.__name__, func.__defaults__, cells
+    new = types.FunctionType(*parts)
     new.__kwdefaults__ = func.__kwdefaults__
     return functools.update_wrapper(new, func)
 

@@ -1,6 +1,7 @@
 """Transforms are copied, pickled, saved and printed."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -105,3 +106,11 @@ def test_binds_where_it_is_looked_up_by_name():
     assert transform.__get__(owner, Owner).__self__ is owner
     assert transform.__get__(owner, Owner).__func__ is transform
     assert type(transform).__get__(transform, owner, Owner).__func__ is transform
+
+
+def test_has_the_signature_of_its_function():
+    def scaled(x, scale=2.0, *, shift):
+        return scale * x + shift
+
+    assert str(inspect.signature(batch_jacobian(scaled))) == "(x, scale=2.0, *, shift)"
+    assert str(inspect.signature(batch_jacobian(batch_laplacian(lambda x: x)))) == "(x)"
