@@ -383,7 +383,8 @@ def group_mean(x):
 # vmap with what they were made of, variants that run by other names. By operation.
 FAR = torch.tensor([-800.0, 400.0, 300.0], dtype=f64)
 ZERO = torch.tensor([1.5, 0.0, 2.5], dtype=f64)
-SINGULAR = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [1.0, 0.0, 1.0]], dtype=f64)
+# A row of zeros leaves a pivot of zero on every processor; others may round it.
+SINGULAR = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0], [1.0, 0.0, 1.0]], dtype=f64)
 OVERLAPPING = torch.tensor([1.0, 5.0, 2.0, 4.0, 3.0, 0.5, 6.0, 2.5], dtype=f64)
 EXAMPLES = {
     "native_layer_norm": (
