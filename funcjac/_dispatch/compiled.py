@@ -30,6 +30,7 @@ from funcjac._environment.torch_private import (
     assert_async,
     batching_rules,
     bypassing_wrapper,
+    is_traced,
     nonstrict_trace,
 )
 from funcjac._taylor.recorder import Recorder
@@ -137,6 +138,8 @@ class _Mark:
 @nonstrict_trace
 def _enter(graph: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Inputs to differentiate by: copies in the caller's graph, or leaves of their own."""
+    if torch.is_inference_mode_enabled() and not is_traced():  # but run as it is: no graph is made
+        raise RuntimeError("backend 'eager' expected torch.no_grad, got torch.inference_mode")
     mark, entered = _Mark(), []
     for j, x in enumerate(inputs):
         copy = x.clone() if graph and x.requires_grad else x.detach().requires_grad_()
@@ -179,7 +182,7 @@ def _leave(request: str, batch: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
     run = Run(call, inputs, output, create_graph, recorder)
     # No more passes than memory asks for: each is written into the graph.
     sizes = sizes_of(run, _widest(outs, inputs))._replace(create_graph=True, on_cpu=False)
-    result = _first_that_works(run, sizes)
+    result = _before_graph(run) or _first_that_works(run, sizes)
     if isinstance(result, Exception):
         if not hasattr(outs[0], "fake_mode"):  # Dynamo is done
             raise result
@@ -195,6 +198,15 @@ def _leave(request: str, batch: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
     elif _MARK in vars(inputs[0]):
         run_func.retire(run)
     return tuple(run_func.split_derivatives(result)[0])
+
+
+def _before_graph(run: Run) -> Exception | None:
+    """Why tensors that exist cannot be differentiated: what made one is not in the graph."""
+    for out in run.output.leaves if _MARK not in vars(run.inputs[0]) else ():
+        grads = vjp([out], run.inputs, [out], create_graph=False) if out.requires_grad else [out]
+        if all(grad is None for grad in grads):
+            return RuntimeError("an output was not computed from inputs where it is compiled")
+    return None
 
 
 def _assert_rows(run: Run) -> None:

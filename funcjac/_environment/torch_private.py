@@ -127,6 +127,23 @@ def with_memory(args: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda x: torch.zeros_like(x) if _is_zero(x) else x, args)
 
 
+_EVAL_FRAME: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+
+
+def whole(function: Any) -> Any:
+    """Lets Dynamo trace a function as a part of a graph, or not at all, nor what it calls.
+
+    Where a graph breaks inside of it, Dynamo compiles what is called there piece by piece, without
+    this private API: some pieces of the library then take what others computed for traced, and
+    results are wrong.
+    """
+    if hasattr(_EVAL_FRAME, "set_code_exec_strategy"):
+        skip = _EVAL_FRAME._FrameAction.SKIP
+        strategy = _EVAL_FRAME._FrameExecStrategy(skip, skip)
+        _EVAL_FRAME.set_code_exec_strategy(function.__code__, strategy)
+    return function
+
+
 def uncompiled() -> Any:
     """A context that runs what ``func`` compiled as written, to be differentiated twice, or None.
 
@@ -139,7 +156,6 @@ def uncompiled() -> Any:
     return _shared(_STANCES, lambda: torch.compiler.set_stance("force_eager"))
 
 
-_EVAL_FRAME: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
 _STANCES, _RULES = list[Any](), list[Any]()  # one for each call at work, of any thread
 _LOCK = threading.Lock()
 

@@ -19,7 +19,7 @@ from funcjac._engines import vmap
 from funcjac._engines.rows import row_shape
 from funcjac._engines.run_func import Derivatives, Run, computed, detached, kind_of, read_graph
 from funcjac._engines.sum import jacobian
-from funcjac._environment.torch_private import is_traced, sees_values
+from funcjac._environment.torch_private import is_traced, sees_values, whole
 from funcjac._operators.operator import Operator, Tensors
 from funcjac._operators.transform import Keywords, Unpack, documented, make_transform
 from funcjac.errors import refuse
@@ -85,6 +85,7 @@ def batch_jacobian(
     return make_transform("batch_jacobian", func, Jacobian(), argnums, keywords)
 
 
+@whole
 def batch_jacobian_of(
     outputs: Any,
     inputs: Any,

@@ -24,7 +24,7 @@ from funcjac._arguments.layout import Options
 from funcjac._dispatch.attempt import Outcome
 from funcjac._dispatch.inside_transforms import solve_inside
 from funcjac._dispatch.solve import solve
-from funcjac._environment.torch_private import is_functional, is_transformed
+from funcjac._environment.torch_private import is_functional, is_transformed, whole
 from funcjac._operators.operator import Operator, changed_keywords
 from funcjac.errors import refuse
 
@@ -113,21 +113,27 @@ def documented(function: Public) -> Public:
     return function
 
 
-class _Binding:
-    """``__get__`` of transforms, which bind like functions where they are attributes of a class."""
+def _bound(transform: Transform, instance: Any, owner: Any = None) -> Any:
+    """Binds like a function where a transform is an attribute of a class."""
+    if instance is None:
+        return transform
+    kind: Any = functools.partial if torch.compiler.is_compiling() else types.MethodType
+    return kind(transform, instance)
 
-    def __call__(self, transform: Transform, instance: Any, owner: Any = None) -> Any:
-        return transform if instance is None else types.MethodType(transform, instance)
+
+class _Binding:
+    """The same for Dynamo before torch 2.13: for a function, it would look on the class alone."""
+
+    __call__ = staticmethod(_bound)
 
     def __get__(self, transform: Any, owner: Any = None) -> Any:
-        # Were it Python's on the class, Dynamo of torch 2.11 would look for transforms there alone.
-        return self.__call__.__call__ if transform is None else functools.partial(self, transform)
+        return _bound if transform is None else functools.partial(_bound, transform)
 
 
 class Transform:
     """A transformed function, which can be called, printed, copied and pickled."""
 
-    __get__: Any = _Binding()
+    __get__: Any = _bound if torch.__version__ >= "2.13" else _Binding()
 
     def __init__(self, func: Callable[..., Any], options: Options) -> None:
         check_options(func, options)
@@ -135,9 +141,11 @@ class Transform:
         shared = [repr(getattr(options, name)) for name in KEYWORDS if name != "check"]
         self.__funcjac_key__ = (options.name, *shared, *options.operator.keywords())
         self._has_parts = options.return_value or options.has_aux or options.operator.has_parts
+        self.__name__ = options.name  # of what has none: torch.vmap would ask for the repr
         functools.update_wrapper(self, func, updated=())
         delattr(self, "__wrapped__")  # it would be copied and pickled a second time
 
+    @whole
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         options = self.options
         if options.engine != "vmap" or "fwd" not in options.mode or torch.compiler.is_compiling():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from funcjac._engines.rows import added
-from funcjac._environment.torch_private import backward, over_basis, vector_jacobian
+from funcjac._environment.torch_private import backward, is_traced, over_basis, vector_jacobian
 from funcjac._taylor.operation_kinds import (
     AFFINE,
     ALONG_DIMENSIONS,
@@ -237,7 +237,11 @@ def _elementwise(site: Site) -> Derivative:
             partial = partials[name]
             stack = None if partial is None else scheme.coefficient(order, name, jets, multiply)
             if partial is not None and stack is not None:
+                if is_traced() and len(stack) == 1:  # fuses with what has the shape of the value
+                    stack = stack.squeeze(0)
                 total = partial * stack if total is None else torch.addcmul(total, partial, stack)
+        if total is not None and total.ndim == len(site.shapes[0]):
+            total = total.unsqueeze(0)
         return [total]
 
     return derivative

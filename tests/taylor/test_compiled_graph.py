@@ -1,11 +1,11 @@
-"""The graph that compilers get of a transform, and what Dynamo guards."""
+"""The graph that compilers get of a transform, what Dynamo guards, and where a graph breaks."""
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
-from funcjac import batch_hessian, batch_jacobian, batch_laplacian
+from funcjac import batch_hessian, batch_jacobian, batch_jacobian_of, batch_laplacian
 from tests.dispatch.test_compiled import B, compiled, network, randn
 
 
@@ -137,3 +137,104 @@ def test_attention(transform):
     run, x = transform(func), randn(B, 6)
     compiled_run = torch.compile(run, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled_run(x), run(x), rtol=1e-10, atol=1e-10)
+
+
+def test_one_sum_of_second_derivatives_has_the_shape_of_its_value():
+    """A compiler does not fuse ``(1, B, H)`` with the value ``(B, H)``: one kernel more."""
+    nodes = traced_nodes(batch_laplacian(network()), randn(B, 3))
+    shapes = [n.meta["val"].shape for n in nodes if n.target is torch.ops.aten.mul.Tensor]
+    assert (B, 6) in shapes
+    assert (1, B, 6) not in shapes
+
+
+# --- where a graph breaks ----------------------------------------------------------------------
+
+
+def breaking(net):
+    def func(x):
+        torch._dynamo.graph_break()
+        return net(x).sin()
+
+    return func
+
+
+def branching(net):
+    return lambda x: net(x).sin() if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize("make", [breaking, branching])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        batch_jacobian,
+        batch_laplacian,
+        lambda f: batch_hessian(f, mode="rev_over_rev"),
+        lambda f: batch_jacobian(batch_jacobian(f)),
+    ],
+    ids=["jacobian", "laplacian", "hessian", "nested"],
+)
+def test_a_call_in_which_the_graph_breaks_runs_as_eager_code(make, transform):
+    """Dynamo compiled the library in pieces, which took others for traced: zeros."""
+    func, x = make(network()), randn(B, 3).square().requires_grad_()
+    expected = transform(func)(x)
+    found = torch.compile(lambda x: transform(func)(x), backend="aot_eager")(x)
+    torch.testing.assert_close(found, expected)
+    (grad,) = torch.autograd.grad(found.square().sum(), x)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), x)[0])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo asks for it
+def test_what_was_computed_before_the_graph_is_refused():
+    """Its derivatives would be zeros; a graph that breaks there runs as eager code."""
+    net, x = network(), randn(B, 3).requires_grad_()
+
+    def before(x):
+        y = net(x)
+        torch._dynamo.graph_break()
+        return batch_jacobian_of(y, x)
+
+    expected, y = batch_jacobian(net)(x), net(x)
+    torch.testing.assert_close(torch.compile(before, backend="aot_eager")(x), expected)
+    with pytest.raises(Exception, match="was not computed from inputs where it is compiled"):
+        compiled(lambda y, x: batch_jacobian_of(y, x))(y, x)
+
+
+class Owner:
+    def __init__(self):
+        self.net = network()
+
+    def value(self, x):
+        return self.net(x)
+
+    jac = batch_jacobian(value, argnums=1, in_dims=(None, 0))
+
+    def call(self, x):
+        return self.jac(x)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="Dynamo binds functions alone")
+def test_a_compiled_method_binds_transforms_of_its_class():
+    owner, x = Owner(), randn(B, 3)
+    torch.testing.assert_close(compiled(owner.call)(x), owner.call(x))
+
+
+def test_vmap_takes_a_transform_of_a_module_that_is_made_inline():
+    """It asks for a name, or else for what it prints as."""
+    net, x = network(), randn(2, B, 3)
+    found = compiled(lambda x: torch.vmap(batch_jacobian(net))(x))(x)
+    torch.testing.assert_close(found, torch.vmap(batch_jacobian(net))(x))
+
+
+def test_a_method_that_calls_its_super_is_taken():
+    net, x = network(), randn(B, 3)
+    func = lambda x: net(x).unflatten(1, (1, -1)).sin()
+    torch.testing.assert_close(compiled(batch_jacobian(func))(x), batch_jacobian(func)(x))
+
+
+def test_inference_mode_makes_no_zeros():
+    net, x = network(), randn(B, 3)
+    expected = batch_jacobian(net)(x).detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(batch_jacobian(net), "aot_eager")(x), expected)
+        with pytest.raises(RuntimeError, match=r"expected torch.no_grad, got torch.inference_mode"):
+            compiled(batch_jacobian(net), "eager")(x)
