@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -118,7 +119,8 @@ def _linear(site: Site) -> Derivative:
     node = site.node
     # Strides may be others than those that a view asks for.
     op = torch.ops.aten.reshape.default if node.name == "view" else node.op
-    bare = node._replace(op=op, args=_bare(node.args, node.name in ("cat", "stack")))
+    named, like = zip(node.op._schema.arguments, node.args), site.recording.values[node.slots[0]]
+    bare = node._replace(op=op, args=[_bare(arg, of.name, like) for of, arg in named])
 
     def derivative(order: int) -> Tensors:
         stacks = site.stacks(order)
@@ -129,12 +131,12 @@ def _linear(site: Site) -> Derivative:
     return derivative
 
 
-def _bare(arg: Any, joins: bool = False) -> Any:
-    """An argument without what it adds to the result; integers are indices, or are joined."""
+def _bare(arg: Any, name: str, like: Tensor) -> Any:
+    """An argument without what it adds to the result, but for what says where entries go."""
     if type(arg) is list:
-        return [_bare(item, joins) for item in arg]
-    adds = isinstance(arg, Tensor) and (joins or arg.is_floating_point())
-    return torch.zeros_like(arg) if adds else arg
+        return [_bare(item, name, like) for item in arg]
+    adds = isinstance(arg, Tensor) and name not in ("index", "indices", "mask")
+    return torch.zeros_like(arg, dtype=like.dtype) if adds else arg
 
 
 def _sum(site: Site) -> Derivative:
@@ -313,7 +315,7 @@ def _opaque(site: Site) -> Derivative:
         total = functools.reduce(added, terms)
         if total is None:
             return [None] * len(shapes)
-        columns = iter(total.split([shape.numel() for shape in shapes if shape is not None], 1))
+        columns = iter(total.split([math.prod(shape) for shape in shapes if shape is not None], 1))
         return [None if s is None else next(columns).reshape(len(total), *s) for s in shapes]
 
     return derivative
