@@ -133,9 +133,8 @@ _EVAL_FRAME: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", Non
 def whole(function: Any) -> Any:
     """Lets Dynamo trace a function as a part of a graph, or not at all, nor what it calls.
 
-    Where a graph breaks inside of it, Dynamo compiles what is called there piece by piece, without
-    this private API: some pieces of the library then take what others computed for traced, and
-    results are wrong.
+    Without this private API, Dynamo compiles it in pieces where a graph breaks inside of it, of
+    which some take what others computed for traced: results are wrong.
     """
     if hasattr(_EVAL_FRAME, "set_code_exec_strategy"):
         skip = _EVAL_FRAME._FrameAction.SKIP

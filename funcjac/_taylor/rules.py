@@ -119,8 +119,9 @@ def _linear(site: Site) -> Derivative:
     node = site.node
     # Strides may be others than those that a view asks for.
     op = torch.ops.aten.reshape.default if node.name == "view" else node.op
-    named, like = zip(node.op._schema.arguments, node.args), site.recording.values[node.slots[0]]
-    bare = node._replace(op=op, args=[_bare(arg, of.name, like) for of, arg in named])
+    dtype = site.recording.values[node.slots[0]].dtype
+    joins = not node.name.startswith(("index", "gather", "scatter"))
+    bare = node._replace(op=op, args=_bare(node.args, dtype, joins))
 
     def derivative(order: int) -> Tensors:
         stacks = site.stacks(order)
@@ -131,12 +132,12 @@ def _linear(site: Site) -> Derivative:
     return derivative
 
 
-def _bare(arg: Any, name: str, like: Tensor) -> Any:
-    """An argument without what it adds to the result, but for what says where entries go."""
+def _bare(arg: Any, dtype: torch.dtype, joins: bool) -> Any:
+    """An argument without what it adds to the result; integers are indices, or are joined."""
     if type(arg) is list:
-        return [_bare(item, name, like) for item in arg]
-    adds = isinstance(arg, Tensor) and name not in ("index", "indices", "mask")
-    return torch.zeros_like(arg, dtype=like.dtype) if adds else arg
+        return [_bare(item, dtype, joins) for item in arg]
+    adds = isinstance(arg, Tensor) and (joins or arg.is_floating_point() or arg.is_complex())
+    return torch.zeros_like(arg, dtype=dtype) if adds else arg
 
 
 def _sum(site: Site) -> Derivative:
@@ -234,17 +235,16 @@ def _elementwise(site: Site) -> Derivative:
         return on_one_row(lambda *stacks: functools.reduce(torch.mul, stacks), *stacks)
 
     def derivative(order: int) -> Tensors:
-        total: Tensor | None = None
+        total: Any = None
+        is_row = False
         for name in scheme.names(order, len(jets)):
             partial = partials[name]
             stack = None if partial is None else scheme.coefficient(order, name, jets, multiply)
             if partial is not None and stack is not None:
-                if is_traced() and len(stack) == 1:  # fuses with what has the shape of the value
-                    stack = stack.squeeze(0)
+                is_row = len(stack) == 1 and is_traced()  # fuses with what has the value's shape
+                stack = stack.squeeze(0) if is_row else stack
                 total = partial * stack if total is None else torch.addcmul(total, partial, stack)
-        if total is not None and total.ndim == len(site.shapes[0]):
-            total = total.unsqueeze(0)
-        return [total]
+        return [total.unsqueeze(0) if is_row else total]
 
     return derivative
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,14 +12,10 @@ from torch.overrides import TorchFunctionMode
 from funcjac._environment.torch_private import assumed_constant
 from funcjac._torch_faults.table import FAULTS
 
-
-def _is_operator(call: Any) -> bool:
-    """Whether Python defines it in a class of torch's."""
-    return isinstance(call, types.FunctionType) and call.__qualname__.startswith("Tensor")
-
-
 _REPLACEMENTS = {call: run for row in FAULTS for call, run in row.replacements.items()}
 _REPLACEMENTS |= {Tensor.unflatten: torch.unflatten}  # not wrong, but Dynamo takes no super() there
+_RUNS: list[Any] = [None, *_REPLACEMENTS.values()]
+_PLACES = {call: place for place, call in enumerate(_REPLACEMENTS, 1)}
 # Names of the first argument of torch's operations.
 _FIRST_ARGUMENTS = ("input", "self", "A")
 
@@ -39,13 +34,10 @@ _FORWARD_ONCE = _ops("forward", "forward_vmap")
 _FORWARD_AGAIN = _FORWARD_ONCE | _ops("forward_again")
 
 
-_OPERATORS = {call.__name__: run for call, run in _REPLACEMENTS.items() if _is_operator(call)}
-
-
 @assumed_constant  # each look-up makes all keys of the table guards of a call
-def _is_replaced(call: Any) -> bool | str:
-    """Asked by the compiler, which cannot look up ``x ** y`` itself: that has its name."""
-    return call in _REPLACEMENTS and (not _is_operator(call) or call.__name__)
+def _place(call: Any) -> int:
+    """Asked by the compiler, which cannot look up ``x ** y`` itself; 0 for what runs as it is."""
+    return _PLACES.get(call, 0)
 
 
 class UseReplacements(TorchFunctionMode):
@@ -55,16 +47,14 @@ class UseReplacements(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        is_known = not torch.compiler.is_dynamo_compiling() or _is_replaced(func)
-        run = _REPLACEMENTS.get(func) if is_known is True else None
-        if isinstance(is_known, str) and isinstance(args[0], Tensor):  # no array of NumPy
-            run = _OPERATORS[is_known]
-        if run is None or "out" in kwargs:
+        kwargs, place = kwargs or {}, _place(func)
+        is_known = place and "out" not in kwargs
+        # Dynamo passes arrays of NumPy, too, of which it would make constants without a word.
+        if not is_known or not any(isinstance(x, Tensor) for x in (*args, *kwargs.values())):
             return func(*args, **kwargs)
         first = [kwargs[name] for name in _FIRST_ARGUMENTS if name in kwargs]
         rest = {name: x for name, x in kwargs.items() if name not in _FIRST_ARGUMENTS}
-        return run(*first, *args, **rest)
+        return _RUNS[place](*first, *args, **rest)
 
 
 def graph_names(nodes: Iterable[Any], tensors: Iterable[Tensor]) -> frozenset[str]:

@@ -114,7 +114,7 @@ def test_guards_do_not_compare_the_table_of_replacements():
     entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)
     (guards,) = [str(entry.guard_manager) for entry in entries]
     assert "check_tensors" in guards
-    assert "_REPLACEMENTS" not in guards
+    assert "_PLACES" not in guards
 
 
 def ones(*shape):
