@@ -17,16 +17,7 @@ from torch import Tensor
 
 from funcjac._engines.rows import added
 from funcjac._environment.torch_private import backward, is_traced, over_basis, vector_jacobian
-from funcjac._taylor.operation_kinds import (
-    AFFINE,
-    ALONG_DIMENSIONS,
-    DECOMPOSITIONS,
-    ELEMENTWISE,
-    LINEAR,
-    NUMBERED,
-    OBSTINATE,
-    PRODUCTS,
-)
+from funcjac._taylor import operation_kinds as kinds
 from funcjac._taylor.propagation import (
     Derivative,
     Index,
@@ -72,18 +63,18 @@ def rule_of(op: Any) -> Callable[[Site], Derivative]:
     name = op.overloadpacket.__name__
     if op.namespace != "aten":
         return _opaque
-    if torch.Tag.nondeterministic_seeded in op.tags or name in OBSTINATE:
+    if torch.Tag.nondeterministic_seeded in op.tags or name in kinds.OBSTINATE:
         return _impassable
-    if op._overloadname not in NUMBERED:
+    if op._overloadname not in kinds.NUMBERED:
         if name in ("_to_copy", "clone", "add", "sub"):
             return _sum
-        if name in LINEAR:
+        if name in kinds.LINEAR:
             return _linear
-        if name in PRODUCTS or name in AFFINE:
+        if name in kinds.PRODUCTS or name in kinds.AFFINE:
             return _product
-    if torch.Tag.pointwise in op.tags or name in ELEMENTWISE:
+    if torch.Tag.pointwise in op.tags or name in kinds.ELEMENTWISE:
         return _elementwise
-    return _taken_apart if name in DECOMPOSITIONS else _opaque
+    return _taken_apart if name in kinds.DECOMPOSITIONS else _opaque
 
 
 def _keeps_rows(node: Node, values: Sequence[Tensor]) -> bool:
@@ -94,10 +85,10 @@ def _keeps_rows(node: Node, values: Sequence[Tensor]) -> bool:
     rule, name = rule_of(node.op), node.name
     if rule is _product and name != "mul":
         moving = [i for i, arg in enumerate(node.args) if type(arg) is Slot]
-        return name in ("bmm", "baddbmm") or moving == [int(name in AFFINE)]
+        return name in ("bmm", "baddbmm") or moving == [int(name in kinds.AFFINE)]
     if rule in (_sum, _product, _elementwise) or name in ("expand", "clone", "neg"):
         return all(t.ndim == outs[0].ndim for t in xs)
-    if name not in ALONG_DIMENSIONS:
+    if name not in kinds.ALONG_DIMENSIONS:
         return name in ("view", "_unsafe_view", "slice")  # which keep the first of as many rows
     ndim = max(t.ndim for t in (*xs, *outs))
     dims = node.args[1] if len(node.args) > 1 else 0
@@ -172,7 +163,7 @@ def _scaled(factor: Any, stack: Tensor | None) -> Tensor | None:
 def _product(site: Site) -> Derivative:
     """Leibniz' rule for ``a @ b`` and ``beta c + alpha a @ b``, by the operation itself."""
     node, scheme, shape = site.node, site.scheme, site.shapes[0]
-    offset = node.args[0] if node.name in AFFINE else None
+    offset = node.args[0] if node.name in kinds.AFFINE else None
     first, second, *rest = node.args if offset is None else node.args[1:]
     if any(type(arg) is Slot for arg in rest):  # the bias of a convolution
         return _opaque(site)
@@ -207,7 +198,7 @@ def _multiplication(site: Site, first: Any, second: Any, rest: list[Any]) -> Any
         a, b = value(first) if x is None else x, value(second) if y is None else y
         if node.name == "mul":
             return a * b
-        if node.name in ("mm", "bmm", *AFFINE):
+        if node.name in ("mm", "bmm", *kinds.AFFINE):
             if y is not None or b.ndim != 2:
                 return a @ b
             if a is site.recording.basis and len(a) == len(b) and a.shape[1] > 1:
@@ -335,7 +326,7 @@ def _taken_apart(site: Site) -> Derivative:
     values = site.variables()
     recorder = Recorder(list(values.values()))
     with torch.enable_grad(), recorder:
-        outs = site.node._replace(op=DECOMPOSITIONS[site.node.name]).run(values)
+        outs = site.node._replace(op=kinds.DECOMPOSITIONS[site.node.name]).run(values)
     inner = make_recording(recorder, outs, create_graph=site.recording.create_graph)
     seeds = {number: site.jets[slot] for number, slot in enumerate(values)}
     jets = propagate(inner, seeds, site.scheme)
