@@ -233,20 +233,29 @@ def _batched(op: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _joined(op: Any, key: Any, *matrices: Tensor) -> Any:
-    """Joins the factors that differ, ``k`` for each row, and repeats none of the others."""
+    """Joins the factors that differ, ``k`` for each row, and repeats none of the others.
+
+    What is the same in all rows, as at the start of a pass, is multiplied once.
+    """
     level, at = _FUNCTORCH.maybe_current_level(), int(op is torch.ops.aten.bmm.default)
     (a, i), (b, j) = (_FUNCTORCH._unwrap_batched(x, level) for x in matrices)
     narrows = [type(n) is int for n in b.shape] != [True, True] or b.shape[0] >= b.shape[1]
-    if (i is None) == (j is None) or (not at and (i is None or narrows)):
+    if (i is None) == (j is None) or not (at or j is None):
+        return op._op_dk(key, *matrices)
+    rows = None if i is None else a.movedim(i, 1)
+    alike = rows is not None and not at and type(rows.stride(0)) is int and rows.stride(0) == 0
+    if not at and narrows and not alike:
         return op._op_dk(key, *matrices)
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-        if i is None:  # (B, m, n) times (B, n, k p)
+        if rows is None:  # (B, m, n) times (B, n, k p)
             columns = b.movedim(j, 2)
             out = op(a, columns.flatten(2)).unflatten(2, columns.shape[2:])
             return _FUNCTORCH._add_batch_dim(out, 2, level)
-        rows = a.movedim(i, 1)  # (B, k m, n) times (B, n, p); (B k, n) times (n, p): batch first
+        if alike:  # (k, n) times (n, p)
+            out = op(rows[0], b).unsqueeze(1).expand(-1, len(rows), -1)
+            return _FUNCTORCH._add_batch_dim(out, 0, level)
         out = op(rows.flatten(at, at + 1), b).unflatten(at, rows.shape[at : at + 2])
-        return _FUNCTORCH._add_batch_dim(out, 1, level)
+        return _FUNCTORCH._add_batch_dim(out, 1, level)  # (B, k m, n) or (B k, n): batch first
 
 
 class EagerMode(TorchDispatchMode):
