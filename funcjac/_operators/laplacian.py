@@ -24,7 +24,7 @@ from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._environment.torch_private import is_traced, is_transformed
 from funcjac._operators.operator import Dims, Hutchinson, SecondOrder, Tensors
 from funcjac._operators.transform import Keywords, Unpack, documented, make_transform
-from funcjac._taylor.propagation import Recording, along_directions, on_one_row, second_order
+from funcjac._taylor.propagation import Recording, along_directions, on_one_row, second_order, take
 from funcjac._taylor.rules import make_recording
 from funcjac._verification.central_differences import Pair, difference
 from funcjac._verification.reference_vjp import Entry, Probe, curvature, row_factors
@@ -225,15 +225,15 @@ def _by_taylor(
         for start in range(0, max(count, 1), step):
             part = pairs.narrow(start, min(start + step, count))
             seeds, size = part.left, len(part.left)
-            left = right = slice(size)
+            left = right = slice(0, size)
             if part.right is not None:
                 seeds = on_one_row(lambda *stacks: torch.cat(stacks), part.left, part.right)
                 right = slice(size, None)
             scheme = second_order(left, right, part.weights if total else None)
-            each = [] if total else [(k, k + (right.start or 0)) for k in range(size)]
+            each = [] if total else [(k, k + right.start) for k in range(size)]
             basis = seeds if part.basis and part.right is None else None
             jets = along_directions(recording._replace(basis=basis), {j: seeds}, scheme, each)
-            slopes = [f[:size] if firsts and f is not None else None for f, _ in jets]
+            slopes = [take(f, left) if firsts and f is not None else None for f, _ in jets]
             seconds = [second for _, second in jets]
             if total:
                 sums[:] = map(added, sums, seconds)

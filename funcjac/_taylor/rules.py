@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from funcjac._engines.rows import added
 from funcjac._environment.torch_private import backward, is_traced, over_basis, vector_jacobian
@@ -201,6 +202,7 @@ def _multiplication(site: Site, first: Any, second: Any, rest: list[Any]) -> Any
         if node.name in ("mm", "bmm", *kinds.AFFINE):
             if y is not None or b.ndim != 2:
                 return a @ b
+            b = _with_own_view(b)
             if a is site.recording.basis and len(a) == len(b) and a.shape[1] > 1:
                 rows = b.clone(memory_format=torch.contiguous_format)  # a view would spoil strides
                 return rows.unsqueeze(1).expand(-1, a.shape[1], -1)
@@ -212,6 +214,17 @@ def _multiplication(site: Site, first: Any, second: Any, rest: list[Any]) -> Any
         return over_basis(run, *[stack for stack in (x, y) if stack is not None])[0]
 
     return multiply
+
+
+def _with_own_view(weight: Tensor) -> Tensor:
+    """A transposed weight by a view of its own: compilers add its gradients inside of products.
+
+    Those of one view are added first and turned then, which takes a kernel for each sum.
+    """
+    base, node = weight._base, weight.grad_fn
+    if base is None or node is None or node.name() != "TBackward0" or not is_traced():
+        return weight
+    return base.t() if get_gradient_edge(base).node is node.next_functions[0][0] else weight
 
 
 # --- elementwise operations --------------------------------------------------------------------

@@ -51,8 +51,8 @@ def test_rules_take_arguments_that_are_left_out():
 @pytest.mark.parametrize(("mode", "sizes"), [("fwd", (3, 64, 5)), ("rev", (5, 64, 3))])
 def test_what_is_the_same_in_all_rows_is_multiplied_once(mode, sizes):
     torch.manual_seed(0)
-    layers = [torch.nn.Linear(n, m, dtype=torch.float64) for n, m in zip(sizes, sizes[1:])]
-    net = torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1])
+    layers = torch.nn.Linear(*sizes[:2]), torch.nn.Tanh(), torch.nn.Linear(*sizes[1:])
+    net = torch.nn.Sequential(*layers).double()
     jacobian, x, heights = batch_jacobian(net, mode=mode), randn(128, sizes[0]), []
 
     def backend(graph, inputs):

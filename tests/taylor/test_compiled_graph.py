@@ -3,10 +3,17 @@
 import pytest
 import torch
 import torch._dynamo.testing
+from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
-from funcjac import batch_hessian, batch_jacobian, batch_jacobian_of, batch_laplacian
+from funcjac import (
+    batch_hessian,
+    batch_hessian_diagonal,
+    batch_jacobian,
+    batch_jacobian_of,
+    batch_laplacian,
+)
 from tests.dispatch.test_compiled import B, compiled, network, randn
 
 
@@ -90,6 +97,22 @@ def test_wide_rows_are_not_turned_at_the_end():
     names = traced(batch_jacobian(net, mode="rev"), randn(B, 9))
     last = len(names) - names[::-1].index("mm")
     assert "clone" not in names[last:]
+
+
+def test_gradients_of_weights_are_added_before_they_are_turned():
+    """A compiler adds products in the products themselves, but not what turns them."""
+    net, graphs = network(), []
+
+    def collect(graph_module, inputs):
+        graphs.append(graph_module.graph)
+        return make_boxed_func(graph_module)
+
+    step = compiled(batch_hessian_diagonal(net), aot_autograd(fw_compiler=collect))
+    step(randn(B, 3)).square().sum().backward()
+    sums = graphs[1].find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
+    weights = [n for n in sums if n.meta["val"].shape in {p.shape for p in net.parameters()}]
+    assert weights
+    assert all(user.op == "output" for node in weights for user in node.users)
 
 
 @pytest.mark.parametrize("transform", [batch_jacobian, batch_laplacian])
