@@ -17,7 +17,7 @@ from funcjac._diagnostics.meter import Meter
 from funcjac._dispatch.attempt import Outcome
 from funcjac._environment.torch_private import uncompiled
 from funcjac._operators.transform import Transform, transform_of
-from funcjac.errors import brief, refuse
+from funcjac.errors import brief
 
 
 @dataclass(frozen=True)
@@ -90,24 +90,6 @@ class Explanation:
         ]
         return "\n".join([*lines, *map(str, self.attempts)])
 
-    def plot(self, ax: Any = None) -> Any:
-        """Draw what ``measure=True`` timed, by matplotlib; returns the axes.
-
-        Raises:
-            ValueError: nothing was measured.
-        """
-        from matplotlib import pyplot  # noqa: PLC0415  an extra
-
-        timed = [timing for timing in reversed(self.attempts) if timing.seconds is not None]
-        if not timed:
-            remedy = "Pass measure=True."
-            raise refuse("explain", ValueError, "measured times to plot", "none", remedy)
-        ax = pyplot.subplots(figsize=(6, 0.3 * len(timed) + 1))[1] if ax is None else ax
-        names = [f"{a.engine}/{a.mode}, {a.chunk_size or 'all'} at once" for a in timed]
-        ax.barh(names, [1e3 * (a.seconds or 0) for a in timed], color="tab:blue")
-        ax.set(xlabel="milliseconds", title=f"{self.name}: measured alternatives")
-        return ax
-
 
 def explain(
     transformed: Callable[..., Any], *args: Any, measure: bool = False, **kwargs: Any
@@ -123,7 +105,7 @@ def explain(
         **kwargs: keyword arguments as for ``transformed``.
 
     Returns:
-        An :class:`Explanation`: ``print`` it for a table, ``.plot()`` what was measured.
+        An :class:`Explanation`: ``print`` it for a table.
 
     Raises:
         TypeError: ``transformed`` does not come from funcjac.

@@ -95,7 +95,11 @@ def jacobian(f: RowFunction, xs: Tensors, mode: str, chunk: int | None) -> Any:
     outs, pull, along = torch.func.vjp(f, *xs, has_aux=True)  # type: ignore[misc]
     outputs, inputs = (sum(t.numel() for t in ts) for ts in (outs, xs))
     is_reverse = mode == "rev" or (mode == "auto" and outputs <= 4 * inputs)
-    return (_pulled if is_reverse else _pushed)(outs, xs, pull, chunk), along
+    if is_reverse:
+        return _pulled(outs, xs, pull, chunk), along
+    zeros = [torch.zeros_like(out) for out in outs]  # columns by the transpose of a VJP
+    products = [torch.func.vjp(lambda *u, j=j: pull(u)[j], *zeros)[1] for j in range(len(xs))]
+    return _by_output([_over_basis(p, x, chunk) for p, x in zip(products, xs)], xs), along
 
 
 def _forward_in_chunks(f: RowFunction, xs: Tensors, chunk: int) -> Any:
@@ -119,13 +123,6 @@ def _pulled(outs: Tensors, xs: Tensors, pull: Any, chunk: int | None) -> list[li
         grads = _over_basis(product, out, chunk)
         blocks.append([g.reshape((*out.shape, *x.shape)) for g, x in zip(grads, xs)])
     return blocks
-
-
-def _pushed(outs: Tensors, xs: Tensors, pull: Any, chunk: int | None) -> list[list[Tensor]]:
-    """Columns by the transpose of a VJP, which uses reverse formulas only."""
-    zeros = [torch.zeros_like(out) for out in outs]
-    products = [torch.func.vjp(lambda *u, j=j: pull(u)[j], *zeros)[1] for j in range(len(xs))]
-    return _by_output([_over_basis(p, x, chunk) for p, x in zip(products, xs)], xs)
 
 
 def _by_output(columns: Sequence[Tensors], xs: Tensors) -> list[list[Tensor]]:

@@ -240,11 +240,9 @@ def _joined(op: Any, key: Any, *matrices: Tensor) -> Any:
     level, at = _FUNCTORCH.maybe_current_level(), int(op is torch.ops.aten.bmm.default)
     (a, i), (b, j) = (_FUNCTORCH._unwrap_batched(x, level) for x in matrices)
     narrows = [type(n) is int for n in b.shape] != [True, True] or b.shape[0] >= b.shape[1]
-    if (i is None) == (j is None) or not (at or j is None):
-        return op._op_dk(key, *matrices)
     rows = None if i is None else a.movedim(i, 1)
-    alike = rows is not None and not at and type(rows.stride(0)) is int and rows.stride(0) == 0
-    if not at and narrows and not alike:
+    alike = not at and rows is not None and type(rows.stride(0)) is int and rows.stride(0) == 0
+    if (i is None) == (j is None) or not (at or alike or (rows is not None and not narrows)):
         return op._op_dk(key, *matrices)
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
         if rows is None:  # (B, m, n) times (B, n, k p)

@@ -213,25 +213,6 @@ def test_explain_raises_what_the_call_raises():
         explain(batch_jacobian(torch.sin), torch.ones(B, 3).long())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_explain_draws_a_picture():
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    found = explain(batch_jacobian(network()), randn(B, 3), measure=True)
-    timed = [attempt for attempt in found.attempts if attempt.seconds is not None]
-    axes = found.plot()
-    assert len(axes.patches) == len(timed) >= 2
-    assert {bar.get_width() for bar in axes.patches} == {1e3 * a.seconds for a in timed}
-    assert axes.get_xlabel() == "milliseconds"
-    assert "batch_jacobian" in axes.get_title()
-    figure, given = pyplot.subplots()
-    assert found.plot(given) is given
-    figure.canvas.draw()
-    pyplot.close("all")
-
-
 # --- check_batched -----------------------------------------------------------------------
 
 
