@@ -250,7 +250,7 @@ def _joined(op: Any, key: Any, *matrices: Tensor) -> Any:
             out = op(a, columns.flatten(2)).unflatten(2, columns.shape[2:])
             return _FUNCTORCH._add_batch_dim(out, 2, level)
         if alike:  # (k, n) times (n, p)
-            out = op(rows[0], b).unsqueeze(1).expand(-1, len(rows), -1)
+            out = op(rows[0], b).unsqueeze(1).expand(-1, rows.shape[0], -1)
             return _FUNCTORCH._add_batch_dim(out, 0, level)
         out = op(rows.flatten(at, at + 1), b).unflatten(at, rows.shape[at : at + 2])
         return _FUNCTORCH._add_batch_dim(out, 1, level)  # (B, k m, n) or (B k, n): batch first
