@@ -221,9 +221,9 @@ def _with_own_view(weight: Tensor) -> Tensor:
 
     Those of one view are added first and turned then, which takes a kernel for each sum.
     """
-    base, node = weight._base, weight.grad_fn
-    is_turned = node is not None and node.name() == "TBackward0"
-    if not is_turned or base is None or not base.requires_grad or not is_traced():
+    node = weight.grad_fn
+    base = weight._base if node is not None and node.name() == "TBackward0" else None
+    if node is None or base is None or not (base.requires_grad and is_traced()):
         return weight
     return base.t() if get_gradient_edge(base).node is node.next_functions[0][0] else weight
 
