@@ -122,12 +122,12 @@ def _bound(transform: Transform, instance: Any, owner: Any = None) -> Any:
 
 
 class _Binding:
-    """The same for Dynamo before torch 2.13: for a function, it would look on the class alone."""
+    """The same for Dynamo before torch 2.13, which for a function looks on the class alone."""
 
     __call__ = staticmethod(_bound)
 
     def __get__(self, transform: Any, owner: Any = None) -> Any:
-        return _bound if transform is None else functools.partial(_bound, transform)
+        return _bound.__call__ if transform is None else functools.partial(_bound, transform)
 
 
 class Transform:
