@@ -115,10 +115,8 @@ def documented(function: Public) -> Public:
 
 def _bound(transform: Transform, instance: Any, owner: Any = None) -> Any:
     """Binds like a function where a transform is an attribute of a class."""
-    if instance is None:
-        return transform
     kind: Any = functools.partial if torch.compiler.is_compiling() else types.MethodType
-    return kind(transform, instance)
+    return transform if instance is None else kind(transform, instance)
 
 
 class _Binding:

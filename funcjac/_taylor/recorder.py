@@ -25,7 +25,7 @@ from funcjac._environment.torch_private import EagerMode, with_memory
 from funcjac.errors import UntraceableError
 
 Note = Callable[[list[Any]], Any]  # of the results
-_DETACH = torch.ops.aten.detach.default
+_DETACH, _CLONE = torch.ops.aten.detach.default, torch.ops.aten.clone.default
 
 
 class Slot(int):
@@ -119,6 +119,8 @@ class Recorder(EagerMode):
         if op is _DETACH:  # autograd's copies of results, which get their history back later
             _, slot = self._tensors.get(id(args[0]), (None, None))
             return None if slot is None else lambda out: self._name(out[0], slot)
+        if op is _CLONE and args[0].is_neg() and args[0].requires_grad:  # by torch, below autograd
+            raise UntraceableError("a negative view is copied: call resolve_neg() on it")
         if any(self.slot(value) is not None for value in kwargs.values()):
             raise UntraceableError(f"{op} depends on the input by keyword")
         slots: list[int] = []
@@ -177,8 +179,7 @@ class Recorder(EagerMode):
         for x in results:
             if isinstance(x, Tensor) and x.is_complex():
                 raise UntraceableError(f"{node.op} returns complex numbers")
-            is_real = isinstance(x, Tensor) and x.is_floating_point()
-            outs.append(self._new(x) if is_real else None)
+            outs.append(self._new(x) if isinstance(x, Tensor) and x.is_floating_point() else None)
         self.nodes.append(node._replace(outs=tuple(outs)))
 
     def _new(self, tensor: Tensor) -> Slot:

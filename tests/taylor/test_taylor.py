@@ -352,6 +352,26 @@ def test_a_hook_that_changes_gradients_is_refused():
         batch_hessian_diagonal(func, mode="taylor", check=False)(randn(4, 3))
 
 
+@pytest.mark.parametrize("name", ["product", "matrix"])
+def test_negative_views_keep_their_gradients(name):
+    """PyTorch copies them below autograd, where operations are recorded."""
+    w, x = randn(6, 3, 2).requires_grad_(), randn(4, 3)
+    view = lambda: torch.view_as_complex(w).conj().imag
+    product = lambda x: torch.sin(x * view()[0])
+    matrix = lambda x: torch.tanh(x @ view().mT)
+    func = product if name == "product" else matrix
+
+    def gradient(mode):
+        result = batch_laplacian(func, mode=mode, check=False)(x)
+        return torch.autograd.grad(result.square().sum(), w)[0]
+
+    torch.testing.assert_close(gradient("auto"), gradient("rev_over_rev"))
+    with pytest.raises(RuntimeError, match="resolve_neg"):
+        gradient("taylor")
+    w = w.detach()  # which has no gradient to lose
+    torch.testing.assert_close(*[batch_laplacian(func, mode=m)(x) for m in ("auto", "taylor")])
+
+
 def test_chunks_of_different_order_agree():
     """Derivatives of operations that served a chunk of low order serve no higher one."""
     x = randn(4, 2)
