@@ -119,7 +119,7 @@ def _bound(transform: Transform, instance: Any, owner: Any = None) -> Any:
     return transform if instance is None else kind(transform, instance)
 
 
-class _Binding:
+class Binding:
     """The same for Dynamo before torch 2.13, which for a function looks on the class alone."""
 
     __call__ = staticmethod(_bound)
@@ -131,7 +131,7 @@ class _Binding:
 class Transform:
     """A transformed function, which can be called, printed, copied and pickled."""
 
-    __get__: Any = _bound if torch.__version__ >= "2.13" else _Binding()
+    __get__: Any = _bound if torch.__version__ >= "2.13" else Binding()
 
     def __init__(self, func: Callable[..., Any], options: Options) -> None:
         check_options(func, options)

@@ -14,7 +14,7 @@ from funcjac import (
     batch_jacobian,
     batch_laplacian,
 )
-from funcjac._operators.transform import _Binding
+from funcjac._operators.transform import Binding
 from tests.cases.modules import network
 from tests.cases.transforms import OF_NETWORKS
 from tests.tensors import equal, randn
@@ -113,10 +113,10 @@ def test_binds_where_it_is_looked_up_by_name():
 def test_binding_before_torch_2_13():
     """Dynamo looks on the class alone for what has a ``__get__`` that is a function of Python."""
     transform, owner = batch_jacobian(torch.sin), object()
-    of_class = _Binding().__get__(None, type(transform))
+    of_class = Binding().__get__(None, type(transform))
     assert isinstance(of_class, types.MethodWrapperType)
     assert of_class(transform, owner).__self__ is owner
-    assert _Binding().__get__(transform)(owner).__self__ is owner
+    assert Binding().__get__(transform)(owner).__self__ is owner
 
 
 def test_has_the_signature_of_its_function():
