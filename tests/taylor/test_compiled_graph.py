@@ -92,6 +92,13 @@ def test_a_last_layer_takes_no_product():
     assert len(products) == 2  # value of the first layer, and back through it
 
 
+def test_what_all_rows_share_passes_the_first_layer_once():
+    net = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 5)).double()
+    nodes = traced_nodes(batch_jacobian(net, mode="fwd"), randn(B, 3))
+    rows = [node.meta["val"].shape[0] for node in nodes if node.target is torch.ops.aten.mm.default]
+    assert rows == [3, 3 * B]
+
+
 def test_wide_rows_are_not_turned_at_the_end():
     net = nn.Sequential(nn.Linear(9, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     names = traced(batch_jacobian(net, mode="rev"), randn(B, 9))
