@@ -14,47 +14,44 @@ from funcjac.errors import refuse
 DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
 
-def check_input(name: str, leaf: Any) -> None:
+# What is expected of a tensor, of its dtype and of its layout; remedies for what is no tensor, is
+# complex, or holds integers.
+_OF_INPUT = (
+    "the differentiated argument to hold tensors only",
+    "a differentiated argument of real floating-point dtype",
+    "a differentiated argument that is dense",
+    "Name the tensors to differentiate in argnums.",
+    "Use torch.view_as_real for complex inputs.",
+    "Pass integers as another argument and leave them out of argnums.",
+)
+_OF_OUTPUT = (
+    "func to return tensors",
+    "func to return real floating-point tensors",
+    "func to return dense tensors",
+    "Return what is not a tensor as aux, with has_aux=True.",
+    "Use torch.view_as_real for complex outputs, and aux for integers.",
+    "Return integers and booleans as aux, with has_aux=True.",
+)
+
+
+def check_input(name: str, leaf: Any, words: tuple[str, ...] = _OF_INPUT) -> None:
     """Refuse what cannot be differentiated."""
-    _check_derivable(
-        name,
-        leaf,
-        tensor="the differentiated argument to hold tensors only",
-        aux="Name the tensors to differentiate in argnums.",
-        real="a differentiated argument of real floating-point dtype",
-        of_complex="Use torch.view_as_real for complex inputs.",
-        of_integers="Pass integers as another argument and leave them out of argnums.",
-        dense="a differentiated argument that is dense",
-    )
-
-
-def check_output(name: str, leaf: Any) -> None:
-    """Refuse an output that has no Jacobian."""
-    _check_derivable(
-        name,
-        leaf,
-        tensor="func to return tensors",
-        aux="Return what is not a tensor as aux, with has_aux=True.",
-        real="func to return real floating-point tensors",
-        of_complex="Use torch.view_as_real for complex outputs, and aux for integers.",
-        of_integers="Return integers and booleans as aux, with has_aux=True.",
-        dense="func to return dense tensors",
-    )
-    check_arguments(name, [leaf], "func to return tensors")
-
-
-def _check_derivable(
-    name: str, leaf: Any, *, tensor: str, aux: str, real: str, dense: str, **remedies: str
-) -> None:
+    tensor, real, dense, of_others, of_complex, of_integers = words
     if not isinstance(leaf, Tensor):
-        raise refuse(name, TypeError, tensor, type(leaf).__name__, aux)
+        raise refuse(name, TypeError, tensor, type(leaf).__name__, of_others)
     if leaf.dtype not in DTYPES:
-        remedy = remedies["of_complex" if leaf.is_complex() else "of_integers"]
+        remedy = of_complex if leaf.is_complex() else of_integers
         if leaf.is_floating_point():
             remedy = "Convert it to torch.float32 first, which can be computed with."
         raise refuse(name, TypeError, real, leaf.dtype, remedy)
     if leaf.layout != torch.strided:
         raise refuse(name, TypeError, dense, leaf.layout, "Call .to_dense() on it.")
+
+
+def check_output(name: str, leaf: Any) -> None:
+    """Refuse an output that has no Jacobian."""
+    check_input(name, leaf, _OF_OUTPUT)
+    check_arguments(name, [leaf], "func to return tensors")
 
 
 def check_arguments(name: str, leaves: Iterable[Any], what: str = "tensors") -> None:

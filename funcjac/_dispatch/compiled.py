@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import itertools
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -181,7 +180,8 @@ def _leave(request: str, batch: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
     create_graph = graph and (weighs or _has_leaves(run_func.attached(output), inputs))
     run = Run(call, inputs, output, create_graph, recorder)
     # No more passes than memory asks for: each is written into the graph.
-    sizes = sizes_of(run, _widest(outs, inputs))._replace(create_graph=True, on_cpu=False)
+    widest = run_func.Facts(0, run_func.graph_nodes(outs, inputs)).widest
+    sizes = sizes_of(run, widest)._replace(create_graph=True, on_cpu=False)
     result = _before_graph(run) or _first_that_works(run, sizes)
     if isinstance(result, Exception):
         if not hasattr(outs[0], "fake_mode"):  # Dynamo is done
@@ -215,10 +215,9 @@ def _assert_rows(run: Run) -> None:
     Costs two vector-Jacobian products in every call.
     """
     outs, batch = run.output.leaves, run.call.batch
-    numbers = torch.arange(batch, device=outs[0].device)
-    weights = 1.5 + torch.cos(1.7 * numbers)  # no draws: the random state is the user's
-    seeds = [torch.cos(torch.arange(out.numel(), device=out.device)).view_as(out) for out in outs]
-    seeds = [seed.to(out.dtype) for seed, out in zip(seeds, outs)]
+    # No draws: the random state is the user's.
+    weights = 1.5 + torch.cos(1.7 * torch.arange(batch, device=outs[0].device))
+    seeds = [torch.arange(y.numel(), device=y.device).cos().to(y.dtype).view_as(y) for y in outs]
     weighed = [seed * weights.to(seed.dtype).view(-1, *[1] * (seed.ndim - 1)) for seed in seeds]
     plain, other = (vjp(outs, run.inputs, s, create_graph=False) for s in (seeds, weighed))
     words = f"{run.call.options.name}: expected rows of the output to depend on their own rows "
@@ -240,18 +239,6 @@ def _has_leaves(outs: Sequence[Tensor], inputs: list[Tensor]) -> bool:
     return any(all(leaf is not x for x in inputs) for leaf in run_func.graph_leaves(outs, inputs))
 
 
-def _widest(outs: Sequence[Tensor], inputs: list[Tensor]) -> Any:
-    """Elements of the widest tensor that leads to ``outs``; which one that is adds no guard."""
-    shapes = [
-        meta.shape for node in run_func.graph_nodes(outs, inputs) for meta in node._input_metadata
-    ]
-    return max([math.prod(shape) for shape in shapes], key=_hint, default=1)
-
-
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else size.node.hint or 1
-
-
 def _first_that_works(run: Run, sizes: Sizes) -> Derivatives | Exception:
     error: Exception | None = None
     options, operator = run.call.options, run.call.options.operator
@@ -266,7 +253,7 @@ def _first_that_works(run: Run, sizes: Sizes) -> Derivatives | Exception:
     routes = routes_of(run, sizes, chunk_size)
     # A compiler drops the pass that is transposed. Reverse mode takes no more behind a last layer.
     may = options.mode == "auto" and "fwd" in operator.modes and sizes.outputs > sizes.inputs
-    forward = may and _hint(sizes.widest) > _hint(sizes.batch * sizes.outputs)
+    forward = may and run_func.hint(sizes.widest) > run_func.hint(sizes.batch * sizes.outputs)
     if forward or _goes_by_adjoints(run, sizes.outputs, sizes.inputs):
         routes = itertools.chain([Route("fwd" if forward else "taylor", chunk_size)], routes)
     for route in routes:

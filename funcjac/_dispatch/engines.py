@@ -71,8 +71,7 @@ def by_vmap(attempt: Attempt) -> Derivatives:
     """Rows apart by ``torch.vmap``."""
     mode = attempt.options.mode
     if attempt.function.scripted:
-        message = "torch.func differentiates TorchScript wrongly from its second call on"
-        raise RefusedError(message)
+        raise RefusedError("torch.func differentiates TorchScript wrongly from its second call on")
     if "fwd" in mode:  # forward formulas see through no_grad: always verified
         attempt.is_due = attempt.options.check is not False
         if not attempt.is_due:

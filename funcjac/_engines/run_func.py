@@ -48,7 +48,12 @@ class Facts(NamedTuple):
         """Elements of the widest tensor that a gradient flows through, but for leaves."""
         nodes = [node for node in self.nodes if type(node) is not _LEAF]
         shapes = [metadata.shape for node in nodes for metadata in node._input_metadata]
-        return max(map(math.prod, shapes), default=1)
+        return max(map(math.prod, shapes), key=hint, default=1)  # which adds no guard
+
+
+def hint(size: Any) -> int:
+    """The size that a compiler sees now, of one that may change."""
+    return size if isinstance(size, int) else size.node.hint or 1
 
 
 class Run(NamedTuple):

@@ -177,10 +177,12 @@ def _shared(users: list[Any], make: Callable[[], Any]) -> Iterator[None]:
 
 
 # Operations of derivatives whose batching rules in torch read symbolic sizes as numbers; bmm, whose
-# rule repeats the matrices of each row for all vectors of a basis; mm, after which rows are turned.
+# rule repeats the matrices of each row for all vectors of a basis; mm and the backward pass of
+# convolutions, after which rows are turned.
 _BATCHED = [f"{x}_backward.default" for x in ("diagonal", "gelu", "glu", "mish", "slice", "unfold")]
 _BATCHED += ["cat.default", "gather.default", "linalg_cross.default", "scatter.src"]
 _BATCHED += ["scatter_add.default", "bmm.default", "mm.default", "cummaxmin_backward.default"]
+_BATCHED += ["convolution_backward.default"]
 
 
 @contextmanager
@@ -202,8 +204,7 @@ def _registered() -> Iterator[None]:
     ops = [operator.attrgetter(name)(torch.ops.aten) for name in _BATCHED]
     ops = [op for op in ops if key not in getattr(op, "py_kernels", {key})]
     for op in ops:
-        rule = _joined if op._schema.name in ("aten::mm", "aten::bmm") else _batched
-        op.py_impl(key)(functools.partial(rule, op, key))
+        op.py_impl(key)(functools.partial(_RULES_OF.get(op._schema.name, _batched), op, key))
     yield
     for op in ops:
         del op.py_kernels[key]
@@ -254,6 +255,23 @@ def _joined(op: Any, key: Any, *matrices: Tensor) -> Any:
             return _FUNCTORCH._add_batch_dim(out, 0, level)
         out = op(rows.flatten(at, at + 1), b).unflatten(at, rows.shape[at : at + 2])
         return _FUNCTORCH._add_batch_dim(out, 1, level)  # (B, k m, n) or (B k, n): batch first
+
+
+def _convolved(op: Any, key: Any, grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Any:
+    """The gradient by the input alone, whose values it does not need: of ``k`` for each row."""
+    level = _FUNCTORCH.maybe_current_level()
+    (rows, i), (weight, j) = (_FUNCTORCH._unwrap_batched(t, level) for t in (grad, weight))
+    if i is None or j is not None or list(rest[-1]) != [True, False, False]:
+        return op._op_dk(key, grad, x, weight, *rest)
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        rows = rows.movedim(i, 1)
+        images = rows.flatten(0, 1)  # (B k, ...)
+        like = images.new_empty(()).expand(images.shape[0], *x.shape[1:])
+        out = op(images, like, weight, *rest)[0].unflatten(0, rows.shape[:2])
+        return _FUNCTORCH._add_batch_dim(out, 1, level), None, None
+
+
+_RULES_OF = {"aten::mm": _joined, "aten::bmm": _joined, "aten::convolution_backward": _convolved}
 
 
 class EagerMode(TorchDispatchMode):

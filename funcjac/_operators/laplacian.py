@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from funcjac._arguments.call import Call, with_extras
-from funcjac._arguments.check_tensors import check_arguments
+from funcjac._arguments.check_tensors import check_arguments, check_input
 from funcjac._engines import vmap
 from funcjac._engines.nesting import Along, along
 from funcjac._engines.rows import Directions, added, coordinates, join, row_shape
@@ -296,15 +296,10 @@ def _checked_weight(call: Call, weight: Any, dim: int | None) -> Tensor:
 
 
 def _check_kind(name: str, weight: Any) -> None:
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        expected = "weight to be a tensor of real numbers, or a function that returns one"
-        remedy = "Make one of it by torch.as_tensor, with the dtype of the input."
-        raise refuse(name, TypeError, expected, got, remedy)
+    real = "weight to be a tensor of real numbers, or a function that returns one"
+    remedy = "Make one of it by torch.as_tensor, with the dtype of the input."
+    check_input(name, weight, (real, real, "weight to be a dense tensor", remedy, remedy, remedy))
     check_arguments(name, [weight], "weight to be a tensor")
-    if weight.layout != torch.strided:
-        remedy = "Call .to_dense() on it."
-        raise refuse(name, TypeError, "weight to be a dense tensor", weight.layout, remedy)
 
 
 def _check_entries(name: str, weight: Tensor, size: int | None) -> None:
