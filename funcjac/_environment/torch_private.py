@@ -178,11 +178,10 @@ def _shared(users: list[Any], make: Callable[[], Any]) -> Iterator[None]:
 
 # Operations of derivatives whose batching rules in torch read symbolic sizes as numbers; bmm, whose
 # rule repeats the matrices of each row for all vectors of a basis; mm and the backward pass of
-# convolutions, after which rows are turned.
-_BATCHED = [f"{x}_backward.default" for x in ("diagonal", "gelu", "glu", "mish", "slice", "unfold")]
-_BATCHED += ["cat.default", "gather.default", "linalg_cross.default", "scatter.src"]
-_BATCHED += ["scatter_add.default", "bmm.default", "mm.default", "cummaxmin_backward.default"]
-_BATCHED += ["convolution_backward.default"]
+# convolutions, after which rows are turned; before 2.13 that has no derivative for symbolic sizes.
+_BATCHED = "diagonal_backward gelu_backward glu_backward mish_backward slice_backward"
+_BATCHED += " unfold_backward cat gather linalg_cross scatter.src scatter_add bmm mm"
+_BATCHED += " cummaxmin_backward" + " convolution_backward" * (torch.__version__ >= "2.13")
 
 
 @contextmanager
@@ -201,7 +200,8 @@ def batching_rules() -> Iterator[None]:
 @contextmanager
 def _registered() -> Iterator[None]:
     key: Any = torch._C.DispatchKey.FuncTorchBatched
-    ops = [operator.attrgetter(name)(torch.ops.aten) for name in _BATCHED]
+    names = [name if "." in name else f"{name}.default" for name in _BATCHED.split()]
+    ops = [operator.attrgetter(name)(torch.ops.aten) for name in names]
     ops = [op for op in ops if key not in getattr(op, "py_kernels", {key})]
     for op in ops:
         op.py_impl(key)(functools.partial(_RULES_OF.get(op._schema.name, _batched), op, key))

@@ -48,6 +48,7 @@ def test_rules_take_arguments_that_are_left_out():
     equal(torch.compile(laplacian, backend="aot_eager", fullgraph=True)(x), laplacian(x))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="PyTorch takes no symbolic sizes there")
 @pytest.mark.parametrize(
     ("layer", "row"),
     [
