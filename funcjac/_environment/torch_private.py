@@ -58,9 +58,7 @@ def is_traced() -> bool:
 
     Dynamo of torch 2.11 does not always say that it compiles: its tensors are fake.
     """
-    if torch.compiler.is_compiling() or _dispatch_mode(_PROXY) is not None:
-        return True
-    return _dispatch_mode(_FAKE) is not None
+    return bool(torch.compiler.is_compiling() or _dispatch_mode(_PROXY) or _dispatch_mode(_FAKE))
 
 
 def is_functional() -> bool:

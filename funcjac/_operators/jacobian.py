@@ -152,10 +152,9 @@ def batch_jacobian_of(
         if not traced and len(_OPTIONS) < _MOST_OPTIONS:
             _OPTIONS[repr(keywords)] = options
     graph = torch.is_grad_enabled() if create_graph is None else create_graph
-    if type(graph) is not bool:
-        raise refuse(name, TypeError, "create_graph to be None or a bool", repr(create_graph))
-    if type(retain_graph) is not bool:
-        raise refuse(name, TypeError, "retain_graph to be a bool", repr(retain_graph))
+    for flag, value, also in (("create", graph, "None or "), ("retain", retain_graph, "")):
+        if type(value) is not bool:
+            raise refuse(name, TypeError, f"{flag}_graph to be {also}a bool", repr(value))
     run = _as_run(options, outputs, inputs, graph)
     if not traced:
         return options.operator.assemble(run.call, _in_plain_code(run, retain_graph))

@@ -157,8 +157,7 @@ class Transform:
         """The result; ``outcome`` takes down what happened on the way."""
         key, options = self.__funcjac_key__, self.options
         if is_transformed():
-            compiling = torch.compiler.is_compiling()
-            call = bind(self.func, options, args, kwargs, compiling=compiling)
+            call = bind(self.func, options, args, kwargs, compiling=torch.compiler.is_compiling())
             result = solve_inside(call, key)
         else:
             is_inference = torch.is_inference_mode_enabled()

@@ -5,8 +5,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from funcjac import batch_hessian, batch_jacobian, batch_laplacian, check_derivative
+from funcjac import (
+    batch_hessian,
+    batch_jacobian,
+    batch_jacobian_of,
+    batch_laplacian,
+    check_derivative,
+)
 from tests import oracles
 from tests.cases.modules import network
 from tests.tensors import equal, randn
@@ -47,6 +54,38 @@ def test_an_exported_module_is_right():
     exported = torch.export.export(net, (x,)).module()
     for _ in range(2):
         equal(batch_jacobian(exported)(x).detach(), batch_jacobian(net)(x).detach())
+
+
+class Calling(nn.Module):
+    """A module that calls a transform."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.net, self.way = network().requires_grad_(False), way
+
+    def forward(self, x):
+        return self.way(self.net, x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda net, x: batch_jacobian(net)(x),
+        lambda net, x: batch_jacobian(net, engine="vmap")(x),
+        lambda net, x: batch_laplacian(net)(x),
+        lambda net, x: batch_jacobian_of(net(x), x),
+    ],
+    ids=["Jacobian", "vmap", "Laplacian", "existing"],
+)
+def test_export_of_a_module_that_calls_a_transform(way, strict):
+    """Refused in a sentence, which says what to do."""
+    module, x = Calling(way), randn(B, 3).requires_grad_()
+    with pytest.raises(Exception, match=r"torch.export to see no transform.* make_fx\(module\)"):
+        torch.export.export(module, (x,), strict=strict)
+    exported = torch.export.export(make_fx(module)(x), (x,)).module()
+    equal(exported(x).detach(), module(x).detach())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Dynamo detected")
