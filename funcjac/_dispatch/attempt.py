@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from funcjac._arguments.call import Call, is_plain
+from funcjac._arguments.layout import Options
 from funcjac._dispatch.choose_engine_mode_chunk import Sizes, sizes_of
 from funcjac._dispatch.decisions import Decision, FunctionKey, forget_children
 from funcjac._dispatch.messages import refused
@@ -23,7 +24,7 @@ from funcjac._torch_faults.replace import graph_names, needs_replacement
 from funcjac._verification.detached_outputs import check_attached
 from funcjac._verification.tolerance import is_alike, tolerance_of
 from funcjac._verification.verify_result import problem_of
-from funcjac.errors import BatchMixingError
+from funcjac.errors import BatchMixingError, refuse
 
 NO_ROUTE, NO_SIZES = Route(""), Sizes(0, 0, 0, 1, False, True)
 _MOST_RESTORED = 2**16  # elements of a tensor that func closes over
@@ -98,10 +99,10 @@ class Attempt:
             self.buffers = state.buffers_in_training(self.function.modules)
         try:
             run = run_func.run_once(self.call, recorder_of, copy=is_first)
-        except ChangedInputError:
+        except ChangedInputError as error:
+            give_copies(self.decision, self.options, error)
             state.put_back(self.buffers)
             state.set_rng_state(self.start)
-            self.decision.clone = True
             self.call = self.call._replace(clone=True)
             self.outcome.runs += 1
             run = run_func.run_once(self.call, recorder_of)
@@ -159,6 +160,29 @@ class Attempt:
                     x.data.copy_(values)
         state.set_rng_state(after)
         return None
+
+
+def give_copies(decision: Decision, options: Options, error: ChangedInputError) -> None:
+    """Give ``func`` copies from now on; raise if what it was given is lost."""
+    decision.clone = True
+    if error.args[0]:
+        expected, got = "func to write into its input from the first call on", "a later one"
+        remedy = "What it was given is lost: call again with other values."
+        raise refuse(options.name, RuntimeError, expected, got, remedy)
+
+
+def plainly(run: Run, nodes: list[Any]) -> Run:
+    """A run that cannot be run again, by plain passes where torch has others wrong."""
+    call, names, changes = run.call, graph_names(nodes, run.output.leaves), dict[str, Any]()
+    if needs_replacement(names, again=True, once=not run.create_graph):
+        if call.options.mode == "fwd":
+            expected = "operations whose reverse pass can be differentiated"
+            raise refuse(call.options.name, RuntimeError, expected, "others", "Use mode='rev'.")
+        changes["mode"] = "rev"
+    if needs_replacement(names, again=run.create_graph):
+        changes["chunk_size"] = 1
+    options = replace(call.options, **changes)
+    return run._replace(call=call._replace(replaced=True, options=options))
 
 
 def lean(error: Exception) -> Exception:

@@ -21,7 +21,7 @@ from torch.overrides import BaseTorchFunctionMode
 
 from funcjac._arguments.call import Call, Output
 from funcjac._arguments.layout import Layout, Options, as_constants
-from funcjac._dispatch.attempt import lean
+from funcjac._dispatch.attempt import lean, plainly
 from funcjac._dispatch.choose_engine_mode_chunk import Sizes, chunk, routes_of, sizes_of
 from funcjac._engines import run_func
 from funcjac._engines.run_func import Derivatives, Route, Run
@@ -182,7 +182,8 @@ def _leave(request: str, batch: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
     # No more passes than memory asks for: each is written into the graph.
     widest = run_func.Facts(0, run_func.graph_nodes(outs, inputs)).widest
     sizes = sizes_of(run, widest)._replace(create_graph=True, on_cpu=False)
-    result = _before_graph(run) or _first_that_works(run, sizes)
+    ready = run if _MARK in vars(inputs[0]) else _of_existing(run)
+    result = ready if isinstance(ready, Exception) else _first_that_works(ready, sizes)
     if isinstance(result, Exception):
         if not hasattr(outs[0], "fake_mode"):  # Dynamo is done
             raise result
@@ -200,13 +201,16 @@ def _leave(request: str, batch: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(run_func.split_derivatives(result)[0])
 
 
-def _before_graph(run: Run) -> Exception | None:
-    """Why tensors that exist cannot be differentiated: what made one is not in the graph."""
-    for out in run.output.leaves if _MARK not in vars(run.inputs[0]) else ():
+def _of_existing(run: Run) -> Run | Exception:
+    """The run that made tensors, or why they cannot be differentiated."""
+    for out in run.output.leaves:
         grads = vjp([out], run.inputs, [out], create_graph=False) if out.requires_grad else [out]
         if all(grad is None for grad in grads):
             return RuntimeError("an output was not computed from inputs where it is compiled")
-    return None
+    try:
+        return plainly(run, run_func.graph_nodes(run.output.leaves, run.inputs))
+    except RuntimeError as error:
+        return error
 
 
 def _assert_rows(run: Run) -> None:

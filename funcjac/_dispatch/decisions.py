@@ -86,7 +86,7 @@ _CHILDREN: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary
 class FunctionKey:
     """What is found behind a function: code, modules, switches."""
 
-    __slots__ = ("compiles", "modules", "parts", "scripted", "tensors")
+    __slots__ = ("_seen", "compiles", "modules", "parts", "scripted", "tensors")
 
     def __init__(self, func: Any) -> None:
         self.parts: list[Any] = []  # of the key
@@ -94,6 +94,7 @@ class FunctionKey:
         self.tensors: list[Tensor] = []  # that were met, but those of modules
         self.scripted = False  # whether TorchScript is among them
         self.compiles = False  # whether something that torch.compile made is among them
+        self._seen: set[int] = set()  # functions that were met
         self._describe(func, 0)
 
     def _describe(self, item: Any, depth: int) -> None:
@@ -144,8 +145,9 @@ class FunctionKey:
 
     def _describe_function(self, func: types.FunctionType, depth: int) -> None:
         code = func.__code__
-        if code in self.parts:
+        if id(func) in self._seen:
             return
+        self._seen.add(id(func))
         self.parts.append(code)
         self.compiles |= hasattr(func, "_torchdynamo_orig_callable")
         if depth >= _NESTED:

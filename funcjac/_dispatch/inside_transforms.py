@@ -12,14 +12,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from funcjac._arguments.call import Call
 from funcjac._dispatch.choose_engine_mode_chunk import engines_of, sizes_of
 from funcjac._dispatch.decisions import Decision, FunctionKey, decision_of, make_key
 from funcjac._dispatch.messages import failure, refused
+from funcjac._engines import run_func
 from funcjac._engines.loop import by_loop
-from funcjac._engines.run_func import Derivatives, Run, join_derivatives, split_derivatives
+from funcjac._engines.run_func import Derivatives, Run
 from funcjac._engines.vmap import by_vmap
 from funcjac._environment import state
 from funcjac._environment.torch_private import CONTROL_FLOW, has_levels, is_traced, sees_values
@@ -27,12 +28,16 @@ from funcjac._verification.forward_formulas import check_forward_formulas
 from funcjac._verification.verify_result import problem_of
 from funcjac.errors import BatchMixingError, VerificationError
 
+# What earlier calls of a key have shown, and the modules of its function; None where nothing is
+# verified.
+Known = tuple[Decision, list[nn.Module]] | None
+
 
 def solve_inside(call: Call, token: Any) -> Derivatives:
     """The derivatives of ``call``, which outer transforms may differentiate again."""
     call.options.operator.check_inputs(call)
     traced = is_traced()
-    if traced and not has_levels() and engines_of(call)[0][0] != "vmap":
+    if traced and not has_levels(dual=True) and engines_of(call)[0][0] != "vmap":
         from funcjac._dispatch.compiled import solve_traced  # noqa: PLC0415  it loads Dynamo
 
         return solve_traced(call)
@@ -62,36 +67,27 @@ def solve_inside(call: Call, token: Any) -> Derivatives:
 def _at_levels(call: Call, token: Any, function: FunctionKey) -> Derivatives:
     """By the sum trick, or with rows apart; verified where values can be looked at."""
     engine, has_values, start = call.options.engine, sees_values(), state.rng_state()
-    decision, verify = Decision(), None
-    if has_values and call.batch > 1:
-        decision = decision_of(make_key((token, "inside"), function, call))
-        decision.calls += 1
-        verify = function if decision.is_due(call.options.check, call.batch) else None
+    known: Known = None
+    if has_values and call.batch > 1 and call.options.check is not False:
+        known = decision_of(make_key((token, "inside"), function, call)), function.modules
+        known[0].calls += 1
     if "sum" in engines_of(call)[0] and (has_values or engine == "sum" or call.batch == 1):
         try:
-            result, problem = _through_graph(call, verify)
-            if problem is not None:
-                raise refused(call.options, "sum", problem)
+            return _through_graph(call, known)
         except (BatchMixingError, *CONTROL_FLOW):
             raise
         except Exception:
             if engine == "sum":
                 raise
-        else:
-            decision.rows |= verify is not None
-            return result
     with state.without_wrapped(function.modules):
         result = _by_rows(call)  # which raises what func itself raises
-        if verify is None or not state.same_rng_state(start, state.rng_state()):
-            return result
-        buffers = state.buffers_in_training(function.modules)
-        try:
-            _, problem = _through_graph(call, verify, lambda _: result)
-        finally:
-            state.put_back(buffers)
-    if problem is not None:
-        raise refused(call.options, engine.replace("auto", "vmap"), problem)
-    decision.rows = True
+        is_due = known is not None and known[0].is_due(call.options.check, call.batch)
+        if is_due and state.same_rng_state(start, state.rng_state()):
+            buffers = state.buffers_in_training(function.modules)
+            try:
+                _through_graph(call, known, lambda _: result)
+            finally:
+                state.put_back(buffers)
     return result
 
 
@@ -119,7 +115,7 @@ def _by_rows(call: Call) -> Derivatives:
 def _one_row(call: Call) -> Derivatives:
     """One basis vector at a time, whatever ``torch.vmap`` cannot do."""
     options = replace(call.options, chunk_size=call.options.chunk_size or 1)
-    return _through_graph(call._replace(options=options), None)[0]
+    return _through_graph(call._replace(options=options), None)
 
 
 def _by_rule(run: Run) -> Derivatives:
@@ -129,22 +125,37 @@ def _by_rule(run: Run) -> Derivatives:
 
 
 def _through_graph(
-    call: Call, verify: FunctionKey | None, compute: Callable[[Run], Derivatives] = _by_rule
-) -> tuple[Derivatives, str | None]:
+    call: Call, known: Known, compute: Callable[[Run], Derivatives] = _by_rule
+) -> Derivatives:
     """Derivatives through the graph of one run at a level of torch.func of its own."""
     rest: list[Any] = []
 
     def primal(*inputs: Tensor) -> Any:
-        output, problem = call([x.clone() for x in inputs]), None  # func may write into its input
+        output = call([x.clone() for x in inputs])  # func may write into its input
         run = Run(call, list(inputs), output, create_graph=True)
         call.options.operator.check_output(call, output.leaves)
         result = compute(run)
-        if verify is not None and any(x.numel() for x in inputs):
-            run, engine = run._replace(create_graph=False), "sum" if compute is _by_rule else "vmap"
-            problem, _ = problem_of(run, result, 1, verify.modules, engine)
-        tensors, others = split_derivatives(result)
-        rest[:] = [others, problem]
+        if known is not None and any(x.numel() for x in inputs):
+            _verify(*known, run, result, "sum" if compute is _by_rule else "vmap")
+        tensors, others = run_func.split_derivatives(result)
+        rest[:] = [others]
         return sum([x.sum() for x in inputs]), tuple(tensors)
 
     _, _, tensors = torch.func.vjp(primal, *call.inputs, has_aux=True)  # type: ignore[misc]
-    return join_derivatives(rest[0], tensors), rest[1]
+    return run_func.join_derivatives(rest[0], tensors)
+
+
+def _verify(
+    decision: Decision, modules: list[nn.Module], run: Run, result: Derivatives, engine: str
+) -> None:
+    """Verify a call that is due, or of a graph that was not verified before."""
+    options = run.call.options
+    kind = run_func.read_graph(run)[1].signature, engine
+    if kind in decision.signatures and not decision.is_due(options.check, run.call.batch):
+        return
+    decision.failed = True
+    problem, _ = problem_of(run._replace(create_graph=False), result, 1, modules, engine)
+    if problem is not None:
+        raise refused(options, options.engine.replace("auto", engine), problem)
+    decision.failed, decision.rows = False, True
+    decision.signatures.add(kind)

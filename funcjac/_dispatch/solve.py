@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from funcjac._arguments.call import Call
-from funcjac._dispatch.attempt import NOT_CAUGHT, Attempt, Outcome, lean
+from funcjac._dispatch.attempt import NOT_CAUGHT, Attempt, Outcome, give_copies, lean
 from funcjac._dispatch.choose_engine_mode_chunk import engines_of, nested_route, routes_of, sizes_of
 from funcjac._dispatch.decisions import Decision, FunctionKey, decision_of, make_key
 from funcjac._dispatch.engines import BY_ENGINE, reference
@@ -43,8 +43,8 @@ def _settled(call: Call, decision: Decision) -> tuple[Run | None, Derivatives | 
         call = call._replace(clone=decision.clone, replaced=decision.replaced)
     try:
         run = run_func.run_once(call, Recorder if decision.records else None)
-    except ChangedInputError:
-        decision.clone = True
+    except ChangedInputError as error:
+        give_copies(decision, call.options, error)
         return None, None
     run, facts = run_func.read_graph(run)
     kind, signature = run_func.kind_of(run, facts), facts.signature

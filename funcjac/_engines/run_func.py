@@ -71,7 +71,7 @@ class Run(NamedTuple):
 
 
 class ChangedInputError(RuntimeError):
-    """``func`` wrote into its input; part of the dispatch, never shown."""
+    """``func`` wrote into its input, and whether that is lost; part of the dispatch."""
 
 
 # Marks leaves of the library's own once their call is over: nobody differentiates by them.
@@ -134,13 +134,19 @@ def run_once(call: Call, recorder_of: Any = None, *, copy: bool = False) -> Run:
     except RuntimeError as error:
         if call.clone or "leaf Variable" not in str(error):
             raise
-        raise ChangedInputError from error
+        raise ChangedInputError(_are_lost(call, inputs, versions)) from error
     if not call.clone and list(map(_version, inputs)) != versions:
-        raise ChangedInputError
+        raise ChangedInputError(_are_lost(call, inputs, versions))
     return Run(call, inputs, output, recorder=recorder)
 
 
 _version = operator.attrgetter("_version")
+
+
+def _are_lost(call: Call, inputs: list[Tensor], versions: list[int]) -> bool:
+    """Whether what ``func`` wrote over was the caller's."""
+    triples = zip(call.inputs, inputs, versions)
+    return any(y._version != v and x.data_ptr() == y.data_ptr() for x, y, v in triples)
 
 
 def plain_values(call: Call) -> list[Tensor]:

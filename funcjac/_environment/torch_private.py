@@ -47,8 +47,10 @@ _PROXY, _FAKE = getattr(_MODES, "PROXY", None), getattr(_MODES, "FAKE", None)
 _dispatch_mode: Any = getattr(torch._C, "_get_dispatch_mode", lambda _: None)
 
 
-def has_levels() -> bool:
-    """Whether a torch.func transform is at work."""
+def has_levels(*, dual: bool = False) -> bool:
+    """Whether a torch.func transform is at work, or a ``dual`` level."""
+    if dual and forward_ad._current_level >= 0:
+        return True
     # Dynamo takes the stack for an object even where there is none.
     return type(_FUNCTORCH.peek_interpreter_stack()) is not _NONE
 

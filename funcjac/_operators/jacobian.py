@@ -12,7 +12,7 @@ import torch
 from funcjac._arguments.call import Call, as_output, bind
 from funcjac._arguments.check_keywords import check_options
 from funcjac._arguments.layout import Options
-from funcjac._dispatch.attempt import Attempt, Outcome
+from funcjac._dispatch.attempt import Attempt, Outcome, plainly
 from funcjac._dispatch.decisions import FunctionKey, decision_of
 from funcjac._dispatch.engines import by_sum
 from funcjac._engines import vmap
@@ -216,6 +216,7 @@ def _solved(run: Run) -> Derivatives:
     # No replacements are looked for: nothing can be run again.
     call = call._replace(replaced=True, options=replace(call.options, check=check))
     function, run = FunctionKey(batch_jacobian_of), run._replace(call=call)
+    run = plainly(run, facts.nodes) if check is False else run
     try:
         with torch.set_grad_enabled(graph):
             return by_sum(Attempt(call, function, decision, Outcome(), run))

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from funcjac._engines.run_func import graph_nodes
 from funcjac._environment.torch_private import EagerMode, with_memory
@@ -158,9 +159,11 @@ class Recorder(EagerMode):
             return None
         if value.grad_fn is None:  # a parameter, or one that func made, if no input
             return self._leaves.get(id(value))
-        if id(value) in self._tensors:
+        # Whatever the forward pass of a custom autograd.Function did is not what autograd will do.
+        is_custom = isinstance(value.grad_fn, BackwardCFunction)
+        if id(value) in self._tensors and not is_custom:
             return self._tensors[id(value)][1]
-        if id(value) not in self._constants:
+        if id(value) not in self._constants or is_custom:
             for node in graph_nodes([value], []):
                 if node in self._roots or id(getattr(node, "variable", None)) in self._leaves:
                     raise UntraceableError(

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from funcjac import (
+    BatchMixingError,
     batch_divergence,
     batch_hessian,
     batch_hessian_diagonal,
@@ -47,6 +48,37 @@ def test_a_batched_tensor_by_keyword_is_right_or_refused():
         assert "position" in str(error)  # noqa: PT017
     else:
         equal(found, right)
+
+
+@pytest.mark.parametrize("call", [1, 3, 5])
+def test_rows_that_mix_are_refused_in_every_call(call):
+    """From some call on, by another branch: refused at once, and again."""
+    is_mixing = [False]
+    func = lambda x: (x - x.mean(0)).sin() if is_mixing[0] else x.sin()
+    loss, x = lambda x: batch_jacobian(func)(x).square().sum(), randn(B, 3)
+    for number in range(1, 12):
+        is_mixing[0] = number >= call
+        if number < call:
+            torch.func.grad(loss)(x)
+            continue
+        with pytest.raises(BatchMixingError):
+            torch.func.grad(loss)(x)
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr")
+@pytest.mark.parametrize("words", [{}, {"mode": "fwd"}, {"engine": "sum"}, {"engine": "loop"}])
+def test_linearized_transforms_have_a_product(words):
+    """Traced with tangents of forward mode at work, which were lost."""
+    net = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 3)).double().requires_grad_(False)
+    x, tangent = randn(B, 3), randn(B, 3)
+    transforms = [batch_jacobian, batch_divergence]
+    transforms += [] if words else [batch_laplacian, batch_hessian, batch_hessian_diagonal]
+    for transform in transforms:
+        transformed = transform(net, **words)
+        value, product = torch.func.linearize(transformed, x)
+        expected = torch.func.jvp(transformed, (x,), (tangent,))
+        equal(value, expected[0])
+        equal(product(tangent), expected[1])
 
 
 def test_a_write_into_the_input_is_right():

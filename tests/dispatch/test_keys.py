@@ -252,6 +252,18 @@ def test_batch_norm_set_to_training_is_seen_at_once():
         jacobian(x)
 
 
+def test_functions_of_one_factory_are_each_looked_into():
+    layer = lambda module: lambda x: module(x)
+    chain = lambda first, second: lambda x: second(first(x))
+    norm, x = nn.BatchNorm1d(3).double().eval().requires_grad_(False), randn(B, 3)
+    jacobian = batch_jacobian(chain(layer(nn.Linear(3, 3).double()), layer(norm)))
+    for _ in range(20):
+        jacobian(x)
+    norm.train()
+    with pytest.raises(BatchMixingError, match="BatchNorm1d in training mode"):
+        jacobian(x)
+
+
 # --- what is not in the key, and is seen -------------------------------------------------
 
 

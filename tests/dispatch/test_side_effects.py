@@ -32,6 +32,31 @@ def is_documented(error):
 # --- the caller's tensors ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("late", [3, 4])
+def test_a_later_call_that_writes_into_its_input_is_refused(late):
+    """What it was given is lost: values would be those of twice that; with copies it is right."""
+    writes = torch.tensor(False)  # which is in no key
+
+    def func(x):
+        if writes:
+            with torch.no_grad():
+                x.mul_(2)
+        return x.sin()
+
+    jacobian = batch_jacobian(fresh(func), return_value=True)
+    for number in range(1, 8):
+        x = torch.full((2, 1), 0.25, dtype=torch.float64)
+        writes.fill_(number >= late)
+        if number == late:
+            with pytest.raises(RuntimeError, match="write into its input"):
+                jacobian(x)
+            continue
+        jac, value = jacobian(x)
+        at = torch.full((2, 1), 0.5 if number > late else 0.25, dtype=torch.float64)
+        equal(value, at.sin())
+        equal(jac, at.cos().unsqueeze(2))
+
+
 @pytest.mark.quick
 @every_route
 @pytest.mark.parametrize("grad", [False, True])

@@ -46,6 +46,43 @@ def test_the_signature_is_that_of_the_contract():
 # --- values ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("outputs", [2, 8])
+@pytest.mark.parametrize("way", ["unverified", "hooked", "compiled"])
+def test_operations_that_torch_differentiates_wrongly(way, outputs):
+    """Gradients through the Jacobian of layer norm, by forward mode and batched cotangents."""
+    norm = nn.Sequential(nn.Linear(1, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, outputs))
+    net, x = norm.double(), leaf(B, 1)
+
+    def loss(x, check="auto"):
+        u_x = jacobian_of(net(x), x, check=check)
+        return u_x.square().sum() + jacobian_of(u_x[:, 0, 0], x, check=check).square().sum()
+
+    if way == "hooked":
+        x.register_hook(lambda grad: None)
+    run = torch.compile(loss, backend="aot_eager", fullgraph=True) if way == "compiled" else loss
+    found = run(x, False) if way == "unverified" else run(x)
+    u_x = torch.stack(
+        [torch.autograd.grad(column.sum(), x, create_graph=True)[0] for column in net(x).unbind(1)]
+    )
+    u_xx = torch.autograd.grad(u_x[0].sum(), x, create_graph=True)[0]
+    expected = u_x.square().sum() + u_xx.square().sum()
+    leaves = [x, *net.parameters()]
+    grads = torch.autograd.grad(expected, leaves, allow_unused=True)
+    equal(found.detach(), expected.detach())
+    for one, other in zip(torch.autograd.grad(found, leaves, allow_unused=True), grads):
+        assert (one is None) == (other is None)
+        if other is not None:
+            equal(one, other)
+
+
+def test_forward_mode_through_them_is_refused_where_it_is_wrong():
+    net, x = nn.Sequential(nn.Linear(1, 6), nn.LayerNorm(6)).double(), leaf(B, 1)
+    jacobian = jacobian_of(net(x), x, mode="fwd", check=False, create_graph=False)
+    equal(jacobian, jacobian_of(net(x), x, mode="rev", create_graph=False))
+    with pytest.raises(RuntimeError, match="mode='rev'"):
+        jacobian_of(net(x), x, mode="fwd", check=False)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("mode", ["auto", "rev", "fwd"])
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])

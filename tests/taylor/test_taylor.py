@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from funcjac import (
     batch_hessian,
@@ -325,6 +326,45 @@ def test_what_cannot_be_followed_is_refused_each_time():
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no history"):
             make_recording(recorder, [out], create_graph=False)
+
+
+def _detached(x):
+    return x.detach()
+
+
+def _made_of_constants(x):
+    with torch.enable_grad():
+        return x.detach().sin().asin()
+
+
+def _with_a_graph_of_its_own(x):
+    with torch.enable_grad():
+        return x.sin().asin()
+
+
+@pytest.mark.parametrize("forward", [_detached, _made_of_constants, _with_a_graph_of_its_own])
+@pytest.mark.parametrize("transform", [batch_laplacian, batch_hessian_diagonal])
+def test_what_a_custom_function_does_is_not_what_autograd_does(forward, transform):
+    """The identity, whose gradient is scaled; neither recorded nor taken for a constant."""
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return forward(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return -3 * grad
+
+    def func(x):
+        return x.square().sum(1) + (Scaled.apply(x / 4) * x).sum(1)
+
+    x = torch.linspace(-1, 1, 9, dtype=f64).view(3, 3)
+    nested = transform(func, mode="rev_over_rev")(x)
+    for found in (transform(func, check=False)(x), make_fx(transform(func))(x)(x)):
+        torch.testing.assert_close(found, nested)
+    with pytest.raises(RuntimeError, match=r"custom autograd\.Function"):
+        transform(func, mode="taylor")(x)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
