@@ -20,7 +20,7 @@ from funcjac._engines.run_func import ChangedInputError, Derivatives, Facts, Rou
 from funcjac._environment import state
 from funcjac._environment.torch_private import CONTROL_FLOW, saves_by_hooks
 from funcjac._taylor.recorder import Recorder
-from funcjac._torch_faults.replace import graph_names, needs_replacement
+from funcjac._torch_faults.replace import graph_names, needs_replacement, wrong_nodes
 from funcjac._verification.detached_outputs import check_attached
 from funcjac._verification.tolerance import is_alike, tolerance_of
 from funcjac._verification.verify_result import problem_of
@@ -174,12 +174,15 @@ def give_copies(decision: Decision, options: Options, error: ChangedInputError) 
 def plainly(run: Run, nodes: list[Any]) -> Run:
     """A run that cannot be run again, by plain passes where torch has others wrong."""
     call, names, changes = run.call, graph_names(nodes, run.output.leaves), dict[str, Any]()
-    if needs_replacement(names, again=True, once=not run.create_graph):
+    again = ("batching_again", "reverse_3") if run.create_graph else ()
+    if wrong := names & wrong_nodes("batching", "reverse_2", *again):
         if call.options.mode == "fwd":
-            expected = "operations whose reverse pass can be differentiated"
-            raise refuse(call.options.name, RuntimeError, expected, "others", "Use mode='rev'.")
+            got = (
+                f"mode='fwd' through {', '.join(sorted(wrong))}, which torch differentiates wrongly"
+            )
+            raise refuse(call.options.name, RuntimeError, "mode='rev'", got)
         changes["mode"] = "rev"
-    if needs_replacement(names, again=run.create_graph):
+    if names & wrong_nodes("batching", *again[:1]):
         changes["chunk_size"] = 1
     options = replace(call.options, **changes)
     return run._replace(call=call._replace(replaced=True, options=options))

@@ -72,6 +72,7 @@ def _decision(_: Any) -> Decision:
 _DEPTH = 4
 _NESTED = 8  # functions that close over one another, such as decorated ones: a short list of cells
 _LONGEST = 16
+_FUNCTIONS = 32  # of so many, each is looked into; of more, one of each code
 _AUTOCAST = ("cpu", "cuda")
 _SWITCHES = (bool, int, str)
 _is_training = operator.attrgetter("training")
@@ -145,7 +146,7 @@ class FunctionKey:
 
     def _describe_function(self, func: types.FunctionType, depth: int) -> None:
         code = func.__code__
-        if id(func) in self._seen:
+        if id(func) in self._seen or (len(self._seen) >= _FUNCTIONS and code in self.parts):
             return
         self._seen.add(id(func))
         self.parts.append(code)

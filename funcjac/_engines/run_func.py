@@ -145,8 +145,8 @@ _version = operator.attrgetter("_version")
 
 def _are_lost(call: Call, inputs: list[Tensor], versions: list[int]) -> bool:
     """Whether what ``func`` wrote over was the caller's."""
-    triples = zip(call.inputs, inputs, versions)
-    return any(y._version != v and x.data_ptr() == y.data_ptr() for x, y, v in triples)
+    changed = [(x, y) for x, y, v in zip(call.inputs, inputs, versions) if y._version != v]
+    return any(x.numel() and x.data_ptr() == y.data_ptr() for x, y in changed)
 
 
 def plain_values(call: Call) -> list[Tensor]:

@@ -78,6 +78,9 @@ def _of_row(call: Call, leaves: Tensors, compute: RowCompute) -> tuple[Tensors, 
     return tensors, [kinds, *rest]
 
 
+_REVERSE = ("rev", "pulled")  # by torch.func.jacrev, by one vjp
+
+
 # --- derivatives of a function of one row ------------------------------------------------------
 
 
@@ -94,7 +97,7 @@ def jacobian(f: RowFunction, xs: Tensors, mode: str, chunk: int | None) -> Any:
         return _forward_in_chunks(f, xs, chunk)
     outs, pull, along = torch.func.vjp(f, *xs, has_aux=True)  # type: ignore[misc]
     outputs, inputs = (sum(t.numel() for t in ts) for ts in (outs, xs))
-    is_reverse = mode == "rev" or (mode == "auto" and outputs <= 4 * inputs)
+    is_reverse = mode in _REVERSE or (mode == "auto" and outputs <= 4 * inputs)
     if is_reverse:
         return _pulled(outs, xs, pull, chunk), along
     zeros = [torch.zeros_like(out) for out in outs]  # columns by the transpose of a VJP
@@ -154,7 +157,7 @@ def hessian(f: RowFunction, xs: Tensors, mode: str, chunk: int | None) -> Any:
     hess, (jac, along) = jacobian(first, xs, outer, chunk)
     n, ndims = len(xs), [x.ndim for x in xs]
     hess, jac = ([rows[i : i + n] for i in range(0, len(rows), n)] for rows in (hess, jac))
-    return hess if outer == "rev" else [mirrored(bands, ndims) for bands in hess], jac, along
+    return hess if outer in _REVERSE else [mirrored(bands, ndims) for bands in hess], jac, along
 
 
 def _split(mode: str) -> list[str]:

@@ -216,7 +216,7 @@ def _solved(run: Run) -> Derivatives:
     # No replacements are looked for: nothing can be run again.
     call = call._replace(replaced=True, options=replace(call.options, check=check))
     function, run = FunctionKey(batch_jacobian_of), run._replace(call=call)
-    run = plainly(run, facts.nodes) if check is False else run
+    run = plainly(run, facts.nodes) if check is False and call.batch else run
     try:
         with torch.set_grad_enabled(graph):
             return by_sum(Attempt(call, function, decision, Outcome(), run))

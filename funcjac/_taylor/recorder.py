@@ -84,8 +84,7 @@ class Recorder(EagerMode):
         self.failure: UntraceableError | None = None
         self.nodes: list[Node] = []
         self.values: list[Tensor] = []
-        # Tensors in slots, and constants without one, which stay alive: an id must not be given
-        # out twice.
+        # Tensors in slots, and constants without one; alive, as no id may be given out twice.
         self._tensors: dict[int, tuple[Tensor, Slot | None]] = {}
         # Constants whose history leads to no input.
         self._constants: dict[int, Tensor] = {}
@@ -159,8 +158,7 @@ class Recorder(EagerMode):
             return None
         if value.grad_fn is None:  # a parameter, or one that func made, if no input
             return self._leaves.get(id(value))
-        # Whatever the forward pass of a custom autograd.Function did is not what autograd will do.
-        is_custom = isinstance(value.grad_fn, BackwardCFunction)
+        is_custom = isinstance(value.grad_fn, BackwardCFunction)  # not what its forward did
         if id(value) in self._tensors and not is_custom:
             return self._tensors[id(value)][1]
         if id(value) not in self._constants or is_custom:

@@ -20,7 +20,8 @@ _PLACES = {call: place for place, call in enumerate(_REPLACEMENTS, 1)}
 _FIRST_ARGUMENTS = ("input", "self", "A")
 
 
-def _nodes(*derivatives: str) -> frozenset[str]:
+def wrong_nodes(*derivatives: str) -> frozenset[str]:
+    """Names of the nodes that have one of these derivatives wrong."""
     return frozenset(node for row in FAULTS if row.wrong & {*derivatives} for node in row.nodes)
 
 
@@ -28,9 +29,8 @@ def _ops(*derivatives: str) -> frozenset[str]:
     return frozenset(row.op for row in FAULTS if row.wrong & {*derivatives})
 
 
-_WRONG_ONCE = _nodes("reverse_1", "batching", "vmap", "single_pass")
-_WRONG_TWICE = _WRONG_ONCE | _nodes("reverse_2")  # where no cotangents of the first are batched
-_WRONG_AGAIN = _WRONG_TWICE | _nodes("batching_again", "reverse_3")
+_WRONG_ONCE = wrong_nodes("reverse_1", "batching", "vmap", "single_pass")
+_WRONG_AGAIN = _WRONG_ONCE | wrong_nodes("batching_again", "reverse_2", "reverse_3")
 _FORWARD_ONCE = _ops("forward", "forward_vmap")
 _FORWARD_AGAIN = _FORWARD_ONCE | _ops("forward_again")
 
@@ -69,10 +69,9 @@ def graph_names(nodes: Iterable[Any], tensors: Iterable[Tensor]) -> frozenset[st
     return frozenset({name for name, _ in names} | {f"{name}.{k}" for name, k in names})
 
 
-def needs_replacement(node_names: Iterable[str], *, again: bool, once: bool = False) -> bool:
-    """Whether func must run with replacements; ``again`` for more derivatives, ``once`` for one."""
-    wrong = _WRONG_TWICE if once else _WRONG_AGAIN
-    return not (wrong if again else _WRONG_ONCE).isdisjoint(node_names)
+def needs_replacement(node_names: Iterable[str], *, again: bool) -> bool:
+    """Whether func must run with replacements; ``again`` for what is differentiated again."""
+    return not (_WRONG_AGAIN if again else _WRONG_ONCE).isdisjoint(node_names)
 
 
 def forward_faults(op_names: Iterable[str], *, again: bool = False) -> frozenset[str]:

@@ -13,6 +13,7 @@ from funcjac import (
     batch_jacobian,
     batch_laplacian,
 )
+from tests.fresh import fresh
 from tests.oracles import stacked
 from tests.tensors import equal, fixed_randn, randn
 
@@ -66,7 +67,9 @@ def test_rows_that_mix_are_refused_in_every_call(call):
 
 
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr")
-@pytest.mark.parametrize("words", [{}, {"mode": "fwd"}, {"engine": "sum"}, {"engine": "loop"}])
+@pytest.mark.parametrize(
+    "words", [{}, {"mode": "fwd"}, {"mode": "rev"}, {"engine": "sum"}, {"engine": "loop"}]
+)
 def test_linearized_transforms_have_a_product(words):
     """Traced with tangents of forward mode at work, which were lost."""
     net = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 3)).double().requires_grad_(False)
@@ -79,6 +82,29 @@ def test_linearized_transforms_have_a_product(words):
         expected = torch.func.jvp(transformed, (x,), (tangent,))
         equal(value, expected[0])
         equal(product(tangent), expected[1])
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr")
+@pytest.mark.parametrize(
+    "mode", ["rev_over_rev", "fwd_over_rev", "rev_over_fwd", "fwd_over_fwd", "taylor"]
+)
+def test_linearized_second_derivatives_have_a_product(mode):
+    func, x, tangent = lambda x: x.sin().prod(1), randn(B, 3), randn(B, 3)
+    for transform in (batch_laplacian, batch_hessian):
+        transformed = transform(func, mode=mode)
+        _, product = torch.func.linearize(transformed, x)
+        equal(product(tangent), torch.func.jvp(transformed, (x,), (tangent,))[1])
+
+
+def test_numbers_that_are_none_are_no_proof_inside_of_a_gradient():
+    func = fresh(lambda x: (x - x.mean(0)).sin())
+    loss = lambda x: batch_jacobian(func)(x).square().sum()
+    for number in range(1, 9):
+        if number in (1, 2, 4):
+            torch.func.grad(loss)(torch.full((B, 3), torch.nan))
+            continue
+        with pytest.raises(BatchMixingError):
+            torch.func.grad(loss)(randn(B, 3))
 
 
 def test_a_write_into_the_input_is_right():

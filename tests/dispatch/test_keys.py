@@ -15,6 +15,7 @@ from funcjac import (
     batch_jacobian,
     batch_laplacian,
 )
+from funcjac._dispatch.decisions import FunctionKey
 from tests.fresh import fresh
 from tests.tensors import randn
 
@@ -262,6 +263,15 @@ def test_functions_of_one_factory_are_each_looked_into():
     norm.train()
     with pytest.raises(BatchMixingError, match="BatchNorm1d in training mode"):
         jacobian(x)
+
+
+def test_a_tree_of_functions_is_looked_into_so_far():
+    tree = lambda left, right: lambda x: left(x) + right(x)
+    func = torch.sin
+    for _ in range(12):
+        func = tree(func, tree(func, func))
+    batch_jacobian(func)(randn(B, 3)[:1, :1])
+    assert len(FunctionKey(func).parts) < 200
 
 
 # --- what is not in the key, and is seen -------------------------------------------------

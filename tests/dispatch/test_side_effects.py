@@ -32,6 +32,17 @@ def is_documented(error):
 # --- the caller's tensors ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_a_write_into_an_empty_input(shape):
+    def func(x):
+        with torch.no_grad():
+            x.mul_(2)
+        return x.sin()
+
+    for _ in range(3):
+        assert batch_jacobian(func)(torch.ones(shape)).shape == (*shape, shape[1])
+
+
 @pytest.mark.parametrize("late", [3, 4])
 def test_a_later_call_that_writes_into_its_input_is_refused(late):
     """What it was given is lost: values would be those of twice that; with copies it is right."""

@@ -75,6 +75,25 @@ def test_operations_that_torch_differentiates_wrongly(way, outputs):
             equal(one, other)
 
 
+def test_scatters_take_the_passes_that_others_take():
+    """Wrong where torch.vmap runs them alone; here all outputs go in one pass."""
+    index, passes = torch.arange(40), []
+
+    def func(x):
+        values = x.sin().repeat(1, 20)
+        out = torch.zeros_like(values).scatter(1, index.expand_as(values), values)
+        if out.requires_grad:
+            out.register_hook(lambda grad: passes.append(grad.shape))
+        return out
+
+    x = leaf(B, 2)
+    expected = by_rows(func, (x.detach(),))
+    for mode in ("auto", "rev"):
+        passes.clear()
+        equal(jacobian_of(func(x), x, mode=mode, check=False, create_graph=False), expected)
+        assert len(passes) < 4
+
+
 def test_forward_mode_through_them_is_refused_where_it_is_wrong():
     net, x = nn.Sequential(nn.Linear(1, 6), nn.LayerNorm(6)).double(), leaf(B, 1)
     jacobian = jacobian_of(net(x), x, mode="fwd", check=False, create_graph=False)
