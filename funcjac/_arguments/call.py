@@ -95,9 +95,6 @@ def bind(
     differentiate: bool = True,
 ) -> Call:
     """Take the arguments apart; refuse inputs that cannot be differentiated, if they will be."""
-    if torch.compiler.is_exporting():
-        expected, remedy = "torch.export to see no transform", "Export make_fx(module)(*args)."
-        raise refuse(options.name, RuntimeError, expected, "a call of one", remedy)
     leaves, spec, plain = list(args), None, not compiling and all(map(is_plain, args))
     if not plain and not (compiling and all(isinstance(arg, Tensor) for arg in args)):
         leaves, spec = pytree.flatten_args(args)

@@ -23,6 +23,7 @@ from funcjac._arguments.call import Call, Output
 from funcjac._arguments.layout import Layout, Options, as_constants
 from funcjac._dispatch.attempt import lean, plainly
 from funcjac._dispatch.choose_engine_mode_chunk import Sizes, chunk, routes_of, sizes_of
+from funcjac._dispatch.messages import check_not_exporting
 from funcjac._engines import run_func
 from funcjac._engines.run_func import Derivatives, Route, Run
 from funcjac._environment.torch_private import (
@@ -76,6 +77,7 @@ def solve_traced(call: Call) -> Derivatives:
 
 def solve_existing(call: Call, output: Output, *, graph: bool) -> Derivatives:
     """The derivatives of tensors that exist in the graph that is being traced."""
+    check_not_exporting(call.options)
     blocks, outs, _ = _derivatives(call, (graph, True), call.inputs, output.leaves, [])
     return Derivatives(blocks, output._replace(leaves=outs))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from funcjac._arguments.call import Call
 from funcjac._dispatch.choose_engine_mode_chunk import engines_of, sizes_of
 from funcjac._dispatch.decisions import Decision, FunctionKey, decision_of, make_key
-from funcjac._dispatch.messages import failure, refused
+from funcjac._dispatch.messages import check_not_exporting, failure, refused
 from funcjac._engines import run_func
 from funcjac._engines.loop import by_loop
 from funcjac._engines.run_func import Derivatives, Run
@@ -37,6 +37,7 @@ def solve_inside(call: Call, token: Any) -> Derivatives:
     """The derivatives of ``call``, which outer transforms may differentiate again."""
     call.options.operator.check_inputs(call)
     traced = is_traced()
+    check_not_exporting(call.options)
     if traced and not has_levels(dual=True) and engines_of(call)[0][0] != "vmap":
         from funcjac._dispatch.compiled import solve_traced  # noqa: PLC0415  it loads Dynamo
 

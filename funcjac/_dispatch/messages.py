@@ -8,7 +8,8 @@ from typing import Any
 
 from funcjac._arguments.layout import Options
 from funcjac._dispatch.decisions import FunctionKey
-from funcjac.errors import EngineFallbackWarning, RefusedError, VerificationError, brief
+from funcjac._environment.torch_private import is_exporting
+from funcjac.errors import EngineFallbackWarning, RefusedError, VerificationError, brief, refuse
 
 _WARNED: set[Any] = set()
 _MOST_WARNED = 4096
@@ -39,6 +40,12 @@ def refused(options: Options, engine: str, problem: str) -> VerificationError:
     if engine != "sum":  # which sees the same batch as the reference
         text += " check_batched tells whether rows depend on one another through values."
     return VerificationError(text)
+
+
+def check_not_exporting(options: Options) -> None:
+    if is_exporting():
+        expected, remedy = "torch.export to see no transform", "Export make_fx(module)(*args)."
+        raise refuse(options.name, RuntimeError, expected, "a call of one", remedy)
 
 
 def drew(options: Options) -> RuntimeError:

@@ -63,6 +63,11 @@ def is_traced() -> bool:
     return bool(torch.compiler.is_compiling() or _dispatch_mode(_PROXY) or _dispatch_mode(_FAKE))
 
 
+def is_exporting() -> bool:
+    """``torch.compiler.is_exporting``, which Dynamo of torch 2.11 takes to be true at all times."""
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
 def is_functional() -> bool:
     """Whether a tracer or a torch.func transform is at work, asked many times in each call."""
     if torch.compiler.is_compiling() or type(_FUNCTORCH.peek_interpreter_stack()) is not _NONE:
