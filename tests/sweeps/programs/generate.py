@@ -105,6 +105,16 @@ def is_fair(program: Program) -> bool:
         return False  # plain autograd cannot do it either
 
 
+def _keeps_a_graph(program: Program, scope: dict[str, Any], args: Any) -> bool:
+    """Whether some of each output's dependence on the inputs is left, as none is refused."""
+    chosen = program.argnums if isinstance(program.argnums, tuple) else (program.argnums,)
+    for x in optree.tree_leaves([args[i] for i in chosen]):
+        if x.is_floating_point():
+            x.requires_grad_()
+    outs = optree.tree_leaves(scope["func"](*optree.tree_map(torch.clone, args)))
+    return all(out.requires_grad for out in outs)
+
+
 def _is_smooth_at(program: Program, scope: dict[str, Any], point: int) -> bool:
     """Plain first and second derivatives along a direction, against central differences."""
     args = eval(program.arguments(point), scope)
@@ -140,7 +150,7 @@ def _is_smooth_at(program: Program, scope: dict[str, Any], point: int) -> bool:
     if not all(is_moderate(v) for v in here):
         return False
     if is_blind(program):  # the differences would see through it
-        return True
+        return _keeps_a_graph(program, scope, args)
     h = 1e-5
     plus, minus = slope(h, twice=False), slope(-h, twice=False)
     return all(
