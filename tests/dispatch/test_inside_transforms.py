@@ -54,11 +54,11 @@ def test_a_batched_tensor_by_keyword_is_right_or_refused():
 @pytest.mark.parametrize("call", [1, 3, 5])
 def test_rows_that_mix_are_refused_in_every_call(call):
     """From some call on, by another branch: refused at once, and again."""
-    is_mixing = [False]
-    func = lambda x: (x - x.mean(0)).sin() if is_mixing[0] else x.sin()
+    is_mixing = torch.tensor(False)  # which is in no key
+    func = fresh(lambda x: (x - x.mean(0)).sin() if is_mixing else x.sin())
     loss, x = lambda x: batch_jacobian(func)(x).square().sum(), randn(B, 3)
     for number in range(1, 12):
-        is_mixing[0] = number >= call
+        is_mixing.fill_(number >= call)
         if number < call:
             torch.func.grad(loss)(x)
             continue
@@ -101,7 +101,7 @@ def test_numbers_that_are_none_are_no_proof_inside_of_a_gradient():
     loss = lambda x: batch_jacobian(func)(x).square().sum()
     for number in range(1, 9):
         if number in (1, 2, 4):
-            torch.func.grad(loss)(torch.full((B, 3), torch.nan))
+            torch.func.grad(loss)(torch.full((B, 3), torch.nan, dtype=torch.float64))
             continue
         with pytest.raises(BatchMixingError):
             torch.func.grad(loss)(randn(B, 3))
