@@ -23,7 +23,7 @@ FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("
 every_file = pytest.mark.parametrize("name", FILES)
 MOST_LINES, MOST_LINES_OF_A_CLASS, MOST_LINES_OF_A_FUNCTION = 400, 150, 40
 MOST_FILES_OF_A_TEST_FOLDER = 12
-MOST_NESTING, MOST_FILES_OF_A_FOLDER, MOST_LINES_OF_THE_PACKAGE = 4, 9, 8764
+MOST_NESTING, MOST_FILES_OF_A_FOLDER, MOST_LINES_OF_THE_PACKAGE = 4, 9, 8763
 
 # Names of the contract that exist today: others join with their modules.
 PUBLIC = {

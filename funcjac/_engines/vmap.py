@@ -2,7 +2,8 @@
 
 Rows are apart by construction. ``mode="rev"`` is ``torch.func.jacrev`` and ``mode="fwd"``
 ``torch.func.jacfwd``, with torch's own forward formulas; ``"auto"`` pulls back from one
-``torch.func.vjp``, or transposes it where that takes fewer passes.
+``torch.func.vjp``, or transposes it where that takes fewer passes. Other engines, whose rows are
+kept apart here inside of transforms, ask for ``"pulled"`` or ``"transposed"``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ RowFunction = Callable[..., tuple[tuple[Tensor, ...], Any]]
 # (function of a row, rows of the inputs, operator's own tensors) -> blocks by output, and what
 # comes along: outputs, and tensors of the aux
 RowCompute = Callable[..., tuple[list[list[Tensor]], Any]]
+_REVERSE = ("rev", "pulled")
 
 
 def by_vmap(call: Call, compute: RowCompute) -> Derivatives:
@@ -76,9 +78,6 @@ def _of_row(call: Call, leaves: Tensors, compute: RowCompute) -> tuple[Tensors, 
     check_aux(aux)
     tensors, kinds = split_tensors((blocks, list(outs), [leaf[0] for leaf in aux]))
     return tensors, [kinds, *rest]
-
-
-_REVERSE = ("rev", "pulled")  # by torch.func.jacrev, by one vjp
 
 
 # --- derivatives of a function of one row ------------------------------------------------------
