@@ -261,11 +261,11 @@ def test_batch_norm_set_to_training_is_seen_at_once(make):
 
 
 def test_a_tree_of_functions_is_looked_into_so_far():
-    tree = lambda left, right: lambda x: left(x) + right(x)
-    func = torch.sin
-    for _ in range(12):
-        func = tree(func, tree(func, func))
-    assert len(FunctionKey(func).parts) < 200
+    join = lambda left, right: lambda x: left(x) + right(x)
+    functions = [lambda x: x.sin() for _ in range(2**7)]
+    while len(functions) > 1:
+        functions = [join(*pair) for pair in zip(functions[::2], functions[1::2])]
+    assert len(FunctionKey(functions[0]).parts) < 2**6
 
 
 # --- what is not in the key, and is seen -------------------------------------------------
