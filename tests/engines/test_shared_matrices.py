@@ -86,3 +86,14 @@ def test_gradients_of_convolutions_and_of_their_weights():
         results.append([p.grad for p in layer.parameters()])
     for compiled, expected in zip(*results):
         equal(compiled, expected)
+
+
+def test_kernels_that_are_computed_from_the_input():
+    """In groups, one for each row: gradients by kernels are needed beside those by images."""
+
+    def func(x):
+        images, kernels = x.sin().view(1, -1, 4), x.cos()[:, :, :3]
+        return nn.functional.conv1d(images, kernels, groups=len(x)).view(len(x), -1)
+
+    jacobian, x = batch_jacobian(func), randn(5, 2, 4)
+    equal(torch.compile(jacobian, backend="aot_eager", fullgraph=True)(x), jacobian(x))
